@@ -1,0 +1,25 @@
+"""nanoSAE: train, evaluate, watch and steer sparse autoencoders on any PyTorch language model."""
+
+from sae.activations import ActivationCollector
+from sae.config import VERSION as __version__
+from sae.config import SAEConfig, TrainConfig
+from sae.evaluator import SAEEvaluator
+from sae.formats import load_sae, load_saes, save_sae
+from sae.language_model import load_language_model
+from sae.models import create_sae
+from sae.trainer import SAETrainer, train_sae_from_activations
+
+__all__ = [
+    "ActivationCollector",
+    "SAEConfig",
+    "SAEEvaluator",
+    "SAETrainer",
+    "TrainConfig",
+    "__version__",
+    "create_sae",
+    "load_language_model",
+    "load_sae",
+    "load_saes",
+    "save_sae",
+    "train_sae_from_activations",
+]

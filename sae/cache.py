@@ -1,0 +1,234 @@
+"""Activations on disk: memory-mapped shards and a manifest that says exactly what they were made from.
+
+A cache that is stale, foreign or torn is refused with the reason. Knows nothing of SAEs or training.
+
+Letters: D width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae import log
+from sae.activations import Acts, ModelSource, check_finite
+from sae.config import UserError, read_json, require
+from sae.language_model import LanguageModel
+from sae.tokens import Dataset
+
+CACHE_VERSION = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def provenance(lm: LanguageModel, dataset: Dataset, *, ctx_len: int, skip_first: bool) -> dict[str, Any]:
+    """What decides activations, as a cache's manifest records it."""
+    return {
+        "model": lm.name, "model_hash": lm.weights_hash, "tokenizer_hash": lm.tokenizer.content_hash(),
+        "dataset": dataset.name, "dataset_hash": dataset.fingerprint(),
+        "ctx_len": min(ctx_len, lm.max_len), "skip_first": skip_first,
+    }  # fmt: skip
+
+
+def write_cache(
+    folder: Path, source: ModelSource, made_from: dict[str, Any], *, n_tokens: int, dtype: str = "float32",
+    shard_tokens: int = 262_144, overwrite: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the next n_tokens rows of a source to `folder`, whole or not at all; returns the manifest.
+
+    Layout: manifest.json, and per shard one raw file for each hookpoint (rows of D values of `dtype`) and one with
+    each row's sequence number (int64), by which validation is split off.
+    """
+    if folder.exists() and not overwrite:
+        raise UserError(f"'{folder}' exists; choose another --output_dir or give --overwrite")
+    tmp = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        shards: list[int] = []
+        bar = log.progress(n_tokens, "collecting")
+        acts, numbers, n_passes = Acts(), torch.empty(0, dtype=torch.int64), 0
+        done = 0
+        while done < n_tokens and n_passes == 0:
+            room = min(shard_tokens, n_tokens - done)
+            written = 0
+            with _shard_files(tmp, len(shards), source.hookpoints) as files:
+                while written < room:
+                    if not len(numbers):
+                        acts, numbers = source.read_numbered()
+                        if not acts:
+                            n_passes = 1
+                            break
+                    n = min(room - written, len(numbers))
+                    for name, x in acts.items():
+                        _write_rows(files[name], x[:n].to(DTYPES[dtype]))
+                    _write_rows(files[""], numbers[:n])
+                    acts, numbers = {name: x[n:] for name, x in acts.items()}, numbers[n:]
+                    written += n
+                    bar.update(n)
+            shards.append(written)
+            done += written
+        bar.close()
+        require(done >= 2, "the dataset gave no tokens to collect; give a longer text")
+        manifest = {
+            "version": CACHE_VERSION, **made_from, "dtype": dtype, "n_tokens": done, "shards": shards,
+            "hookpoints": {name: {"d_in": d, "file": f"{i:02d}"} for i, (name, d) in enumerate(source.widths.items())},
+        }  # fmt: skip
+        (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        tmp.replace(folder)
+    except OSError as e:
+        raise UserError(f"cannot write '{folder}': {e.strerror}; choose another --output_dir") from e
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return manifest
+
+
+class _shard_files:
+    """The open files of one shard: hookpoint -> file, and "" -> the sequence numbers."""
+
+    def __init__(self, folder: Path, shard: int, hookpoints: Sequence[str]):
+        names = {name: f"{shard:05d}_{i:02d}.bin" for i, name in enumerate(hookpoints)} | {"": f"{shard:05d}_seq.bin"}
+        self.files = {name: (folder / file).open("wb") for name, file in names.items()}
+
+    def __enter__(self) -> dict[str, Any]:
+        return self.files
+
+    def __exit__(self, *_: object) -> None:
+        for f in self.files.values():
+            f.flush()
+            os.fsync(f.fileno())
+            f.close()
+
+
+def _write_rows(file: Any, x: Tensor) -> None:
+    file.write(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+class CacheSource:
+    """Collected activations, read in order from memory-mapped shards. part: "train", or "val" for the last sequences.
+
+    Raises UserError for a folder that is not a whole cache, with the reason.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        part: str = "train",
+        hookpoints: Sequence[str] = (),
+        val_split: float = 0.05,
+    ):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        known = self.manifest["hookpoints"]
+        for name in hookpoints:
+            if name not in known:
+                raise UserError(f"'{folder}' holds {', '.join(known)}, not '{name}'; collect that hookpoint first")
+        self.hookpoints = list(hookpoints or known)
+        self.widths = {name: known[name]["d_in"] for name in self.hookpoints}
+        n = self.manifest["n_tokens"]
+        # Whole sequences are held out: neighbours in one text are too alike to validate on.
+        last = int(self._numbers(n - 1, n)[0])
+        cut = self._first_row_of(max(1, round((last + 1) * (1 - val_split)))) if last > 0 and val_split > 0 else n
+        self.first: int = 0 if part == "train" else cut
+        self.stop: int = cut if part == "train" else n
+        self.start = self.first
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+    def read(self, n: int) -> Acts:
+        stop = min(self.stop, self.start + n)
+        if stop <= self.start:
+            return {}
+        acts = {name: self._rows(name, self.start, stop).float() for name in self.hookpoints}
+        check_finite(acts)
+        self.start = stop
+        return acts
+
+    def rewind(self) -> None:
+        self.start = self.first
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"start": self.start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start = state["start"]
+
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        width, dtype = self.widths[name], DTYPES[self.manifest["dtype"]]
+        file = self.manifest["hookpoints"][name]["file"]
+        return self._read(file, start, stop, width * dtype.itemsize).view(dtype).view(stop - start, width)
+
+    def _numbers(self, start: int, stop: int) -> Tensor:
+        return self._read("seq", start, stop, 8).view(torch.int64)
+
+    def _read(self, file: str, start: int, stop: int, row_bytes: int) -> Tensor:
+        """Raw bytes of rows start..stop, across shards."""
+        parts, first = [], 0
+        for shard, n in enumerate(self.manifest["shards"]):
+            a, b = max(start, first), min(stop, first + n)
+            if a < b:
+                path = self.folder / f"{shard:05d}_{file}.bin"
+                raw = np.memmap(
+                    path,
+                    dtype=np.uint8,
+                    mode="r",
+                    offset=(a - first) * row_bytes,
+                    shape=((b - a) * row_bytes,),
+                )
+                parts.append(torch.from_numpy(np.array(raw)))
+            first += n
+        return torch.cat(parts)
+
+    def _first_row_of(self, number: int) -> int:
+        """First row whose sequence number is at least `number` (they never fall)."""
+        low, high = 0, self.manifest["n_tokens"]
+        while low < high:
+            middle = (low + high) // 2
+            if int(self._numbers(middle, middle + 1)[0]) < number:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a cache whose files all have the size it says."""
+    if not (folder / "manifest.json").is_file():
+        raise UserError(f"'{folder}' is not a cache of activations (no manifest.json); make one with sae_collect")
+    manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("version") != CACHE_VERSION:
+        raise UserError(f"'{folder}' was written by another version; collect it again with --overwrite")
+    try:
+        sizes = {h["file"]: h["d_in"] * DTYPES[manifest["dtype"]].itemsize for h in manifest["hookpoints"].values()}
+        for shard, n in enumerate(manifest["shards"]):
+            for file, row_bytes in {**sizes, "seq": 8}.items():
+                path = folder / f"{shard:05d}_{file}.bin"
+                got = path.stat().st_size if path.is_file() else 0
+                if got != n * row_bytes:
+                    raise UserError(f"'{path}' has {got} bytes and should have {n * row_bytes}; collect it again")
+    except (KeyError, TypeError) as e:
+        raise UserError(f"'{folder}/manifest.json' is damaged ({e}); collect it again with --overwrite") from e
+    return manifest
+
+
+def refuse_stale(manifest: dict[str, Any], made_from: dict[str, Any], folder: str | Path) -> None:
+    """Raise UserError unless the cache was made from exactly this model, tokenizer, text and cutting."""
+    for key, wanted in made_from.items():
+        if key in ("model", "dataset"):
+            continue  # names may differ; the hashes say what counts
+        if manifest.get(key) != wanted:
+            short = lambda v: str(v)[:12]
+            raise UserError(
+                f"the cache '{folder}' is stale or foreign: its {key} is {short(manifest.get(key))}, "
+                f"yours is {short(wanted)}; collect it again, or use what it was made from"
+            )

@@ -1,0 +1,327 @@
+"""How good an SAE is: exact sums over tokens, one division at the end, and the model's loss with the SAE spliced in.
+
+The same Totals serve training logs and evaluation. Definitions are the field's (docstrings name the source); where
+libraries differ, both numbers are given. Knows nothing of training.
+
+Letters: N sequences, T positions, B tokens in a batch, D width, F latents, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sae import hooks, log
+from sae.activations import ModelSource, gather
+from sae.config import SAEConfig, UserError
+from sae.kernels import Codes
+from sae.language_model import LanguageModel
+from sae.models import SAE, Output
+from sae.tokens import Dataset, TokenRows, kept_positions
+
+DENSITY_PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+
+
+class Totals:
+    """Sums over tokens in float64, from which every reconstruction and sparsity metric follows.
+
+    Adding a batch in two halves gives the same totals, so no metric depends on the batch size. `mean` (D,) is what the
+    legacy per-token explained variance and nothing else is measured against.
+    """
+
+    def __init__(self, d_in: int, n_latents: int, *, device: torch.device | str = "cpu", mean: Tensor | None = None):
+        device = torch.device(device)
+        device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
+        zero = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)
+        self.mean = None if mean is None else mean.to(device, torch.float64)
+        self.n = 0
+        self.x, self.x2, self.e2 = zero(d_in), zero(), zero()
+        self.x_hat2, self.dot = zero(), zero()
+        self.cosine, self.l2_ratio, self.legacy = zero(), zero(), zero()
+        self.l0, self.l0_squared = zero(), zero()
+        self.fired = torch.zeros(n_latents, dtype=torch.int64, device=device)
+        self.l0_counts = torch.zeros(n_latents + 1, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, x: Tensor, x_hat: Tensor, codes: Codes) -> None:
+        """Add a batch: x and x_hat (B, D), and the codes between them."""
+        device = self.x.device
+        l0 = codes.l0().to(device)
+        self.fired += codes.fired(len(self.fired)).to(device)
+        self.l0 += l0.sum()
+        self.l0_squared += l0.double().square().sum()
+        self.l0_counts += torch.bincount(l0, minlength=len(self.l0_counts))
+        x, x_hat = x.to(device).double(), x_hat.to(device).double()
+        e2 = (x - x_hat).square().sum(-1)
+        x2, x_hat2, dot = x.square().sum(-1), x_hat.square().sum(-1), (x * x_hat).sum(-1)
+        lengths = (x2 * x_hat2).sqrt()
+        self.n += len(x)
+        self.x += x.sum(0)
+        self.x2 += x2.sum()
+        self.e2 += e2.sum()
+        self.x_hat2 += x_hat2.sum()
+        self.dot += dot.sum()
+        self.cosine += (dot / lengths.clamp(min=1e-30)).sum()
+        self.l2_ratio += (x_hat2 / x2.clamp(min=1e-30)).sqrt().sum()
+        if self.mean is not None:
+            self.legacy += (1 - e2 / (x - self.mean).square().sum(-1).clamp(min=1e-30)).sum()
+
+    def metrics(self) -> dict[str, float]:
+        """All metrics as plain numbers (reads the device).
+
+        mse: squared error summed over D, mean over tokens (SAELens). fvu: error over variance, sum ||x - x_hat||^2 /
+        sum ||x - mean||^2, the mean being that of the same tokens; explained_variance = 1 - fvu (SAELens since its
+        PR 665). explained_variance_legacy: mean over tokens of 1 - ||e||^2 / ||x - mean||^2 (SAEBench paper).
+        relative_reconstruction_bias: E||x_hat||^2 / E<x, x_hat>, 1 when unbiased, below 1 when shrunk (Gated paper,
+        eq. 10). l2_ratio: mean ||x_hat|| / ||x||. dead_fraction: latents that fired on none of the n_tokens.
+        """
+        n = max(1, self.n)
+        variance = float(self.x2 - self.x.square().sum() / n)
+        fvu = float(self.e2) / variance if variance > 0 else float("nan")
+        l0 = float(self.l0) / n
+        return {
+            "n_tokens": self.n,
+            "l0": l0,
+            "l0_std": max(0.0, float(self.l0_squared) / n - l0**2) ** 0.5,
+            "mse": float(self.e2) / n,
+            "fvu": fvu,
+            "explained_variance": 1 - fvu,
+            "explained_variance_legacy": float(self.legacy) / n if self.mean is not None else float("nan"),
+            "cosine": float(self.cosine) / n,
+            "l2_ratio": float(self.l2_ratio) / n,
+            "relative_reconstruction_bias": float(self.x_hat2) / float(self.dot) if float(self.dot) else float("nan"),
+            "dead_fraction": float((self.fired == 0).double().mean()),
+        }
+
+    def densities(self) -> Tensor:
+        """(F,) float64: the share of tokens each latent fires on."""
+        return self.fired.double() / max(1, self.n)
+
+
+@dataclass(frozen=True)
+class Report:
+    """eval.json: settings, reconstruction and sparsity (Totals.metrics), and the model's loss in nats per token.
+
+    ce_*: next-token cross entropy of the model as it is (clean), with x replaced by the reconstruction where it was
+    trained (sae), by 0 (zero) and by the mean activation (mean) at all positions. ce_score_zero = (ce_zero - ce_sae) /
+    (ce_zero - ce_clean), 1 for a perfect SAE, 0 for one as bad as the ablation; ce_score_mean likewise, the stricter
+    one. kl_*: KL(clean || replaced), mean per token; kl_score_zero = (kl_zero - kl_sae) / kl_zero. None for a model
+    without a next-token head. (SAELens evals; mean ablation added.)
+    """
+
+    hookpoint: str
+    model: str
+    dataset: str
+    architecture: str
+    k: int | None
+    d_in: int
+    d_sae: int
+    n_tokens: int
+    l0: float
+    l0_std: float
+    mse: float
+    fvu: float
+    explained_variance: float
+    explained_variance_legacy: float
+    cosine: float
+    l2_ratio: float
+    relative_reconstruction_bias: float
+    dead_fraction: float
+    density_percentiles: dict[str, float]
+    dense_fraction: float
+    n_mean_tokens: int
+    n_ce_tokens: int = 0
+    ce_clean: float | None = None
+    ce_sae: float | None = None
+    ce_zero: float | None = None
+    ce_mean: float | None = None
+    ce_score_zero: float | None = None
+    ce_score_mean: float | None = None
+    kl_sae: float | None = None
+    kl_zero: float | None = None
+    kl_mean: float | None = None
+    kl_score_zero: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def reconstruct(sae: SAE, x: Tensor, *, scale: float = 1.0, batch_size: int = 4096) -> Iterator[tuple[Tensor, Output]]:
+    """(scale * x, forward) in batches of rows, in eval mode and leaving the mode as it was."""
+    was_training = sae.training
+    sae.eval()
+    try:
+        for rows in x.split(batch_size):
+            rows = rows.to(sae.W_dec.device) * scale
+            yield rows, sae(rows)
+    finally:
+        sae.train(was_training)
+
+
+class SAEEvaluator:
+    """Metrics of an SAE on activations in memory; for metrics on a model's text see `evaluate`."""
+
+    def __init__(self, sae: SAE, config: SAEConfig | None = None):
+        self.sae = sae
+        self.config = config or sae.config
+
+    def totals(self, activations: Tensor, *, batch_size: int = 4096) -> Totals:
+        """The sums behind every metric, over activations (tokens, D)."""
+        mean = activations.double().mean(0) if len(activations) else None
+        totals = Totals(self.sae.d_in, self.sae.d_sae, device=self.sae.W_dec.device, mean=mean)
+        for x, out in reconstruct(self.sae, activations, batch_size=batch_size):
+            totals.add(x, out.x_hat, out.codes)
+        return totals
+
+    def evaluate(self, activations: Tensor, *, batch_size: int = 4096) -> dict[str, float]:
+        """Totals.metrics over activations (tokens, D), the same for any batch size."""
+        return self.totals(activations, batch_size=batch_size).metrics()
+
+
+class _Loss:
+    """Sums of cross entropy and KL over counted positions, for one way of running the model."""
+
+    def __init__(self) -> None:
+        self.ce, self.kl = 0.0, 0.0
+
+    def add(self, logits: Tensor, clean: Tensor, next_ids: Tensor) -> None:
+        """logits (n, V) at the counted positions, clean (n, V) log-probabilities there, next_ids (n,)."""
+        new = logits.float().log_softmax(-1)
+        self.ce += float(F.nll_loss(new, next_ids, reduction="none").double().sum())
+        self.kl += float(F.kl_div(new, clean, reduction="none", log_target=True).sum(-1).double().sum())
+
+
+def evaluate(
+    lm: LanguageModel, sae: SAE, hookpoint: str, dataset: Dataset,
+    *, n_tokens: int, ctx_len: int, skip_first: bool = False, model_batch_size: int = 16, mean_tokens: int = 16_384,
+) -> tuple[Report, Totals]:  # fmt: skip
+    """Measure an SAE on held-out text, alone and inside the model.
+
+    Takes whole sequences until n_tokens kept tokens are seen, or the held-out text ends. The mean for mean ablation
+    and the legacy explained variance comes from the first mean_tokens of the same text.
+    """
+    source = lambda: ModelSource(
+        lm, TokenRows(lm, dataset, "val", ctx_len), [hookpoint],
+        model_batch_size=model_batch_size, skip_first=skip_first,
+    )  # fmt: skip
+    width = source().widths[hookpoint]
+    if width != sae.d_in:
+        raise UserError(f"'{hookpoint}' is {width} wide and the SAE reads {sae.d_in}; give the SAE's own model")
+    head = gather(source(), min(mean_tokens, n_tokens), "the mean activation")[hookpoint]
+    mean = head.double().mean(0)
+    totals = Totals(sae.d_in, sae.d_sae, device=sae.W_dec.device, mean=mean)
+    losses = {name: _Loss() for name in ("clean", "sae", "zero", "mean")}
+    n_counted = 0
+    bar = log.progress(n_tokens, "evaluating")
+    rows = TokenRows(lm, dataset, "val", ctx_len)
+    sae.eval()
+    while totals.n < n_tokens:
+        ids, valid = rows.take(model_batch_size)
+        if len(ids) == 0:
+            break
+        keep = kept_positions(lm, ids, valid, skip_first=skip_first)
+        before = totals.n
+        n_counted += _evaluate_rows(lm, sae, hookpoint, (ids, valid, keep), mean.float(), totals, losses)
+        bar.update(totals.n - before)
+    bar.close()
+    return _report(lm, sae, hookpoint, dataset, totals, losses, n_counted, len(head)), totals
+
+
+@torch.no_grad()
+def _evaluate_rows(
+    lm: LanguageModel, sae: SAE, hookpoint: str, rows: tuple[Tensor, Tensor, Tensor], mean: Tensor,
+    totals: Totals, losses: dict[str, _Loss],
+) -> int:  # fmt: skip
+    """One batch of sequences: add to totals and losses; returns how many positions the losses counted."""
+    # Logits of a large vocabulary are big: as many sequences at a time as stay near 128 MB of them.
+    vocab = lm.unembedding.shape[0] if lm.unembedding is not None else 50_000
+    step = max(1, (1 << 25) // (rows[0].shape[1] * vocab)) if lm.has_head else len(rows[0])
+    n_counted = 0
+    for part in zip(*(r.to(lm.device).split(step) for r in rows), strict=True):
+        ids, valid, keep = part
+        if not lm.has_head:
+            x = lm.hidden(ids, valid, [hookpoint])[hookpoint]
+            out = sae(x[keep].float())
+            totals.add(x[keep].float(), out.x_hat, out.codes)
+            continue
+        with hooks.capture(lm.module, [hookpoint]) as seen:
+            clean = lm.logits(ids, valid)
+        assert clean is not None
+        x = seen[hookpoint]
+        out = sae(x[keep].float())
+        totals.add(x[keep].float(), out.x_hat, out.codes)
+        spliced = x.clone()
+        spliced[keep] = out.x_hat.to(x.dtype)
+        # nothing below the hookpoint changes, so what takes its place can be made beforehand
+        stand_ins = {"sae": spliced, "zero": torch.zeros_like(x), "mean": mean.to(x).expand_as(x)}
+        counted = keep[:, :-1] & valid[:, 1:]
+        next_ids = ids[:, 1:][counted].to(clean.device)
+        n_counted += len(next_ids)
+        log_p = clean[:, :-1][counted].float().log_softmax(-1)
+        losses["clean"].add(clean[:, :-1][counted], log_p, next_ids)
+        for name, new in stand_ins.items():
+            with hooks.replace(lm.module, {hookpoint: _constant(new)}):
+                logits = lm.logits(ids, valid)
+            assert logits is not None
+            losses[name].add(logits[:, :-1][counted], log_p, next_ids)
+    return n_counted
+
+
+def _constant(value: Tensor) -> Any:
+    return lambda _: value
+
+
+def _report(
+    lm: LanguageModel, sae: SAE, hookpoint: str, dataset: Dataset, totals: Totals, losses: dict[str, _Loss],
+    n_counted: int, n_mean_tokens: int,
+) -> Report:  # fmt: skip
+    densities = totals.densities()
+    percentiles = np.percentile(densities.cpu().numpy(), DENSITY_PERCENTILES)
+    fields: dict[str, Any] = {
+        **totals.metrics(),
+        "density_percentiles": {f"p{p}": float(v) for p, v in zip(DENSITY_PERCENTILES, percentiles, strict=True)},
+        "dense_fraction": float((densities > 0.1).double().mean()),
+    }
+    if n_counted:
+        ce = {name: loss.ce / n_counted for name, loss in losses.items()}
+        kl = {name: loss.kl / n_counted for name, loss in losses.items()}
+        ratio = lambda a, b: a / b if b else None
+        fields |= {f"ce_{name}": value for name, value in ce.items()}
+        fields |= {f"kl_{name}": kl[name] for name in ("sae", "zero", "mean")}
+        fields |= {
+            "n_ce_tokens": n_counted,
+            "ce_score_zero": ratio(ce["zero"] - ce["sae"], ce["zero"] - ce["clean"]),
+            "ce_score_mean": ratio(ce["mean"] - ce["sae"], ce["mean"] - ce["clean"]),
+            "kl_score_zero": ratio(kl["zero"] - kl["sae"], kl["zero"]),
+        }
+    return Report(
+        hookpoint=hookpoint, model=lm.name, dataset=dataset.name, architecture=sae.config.activation,
+        k=sae.config.k if sae.config.activation == "topk" else None, d_in=sae.d_in, d_sae=sae.d_sae,
+        n_mean_tokens=n_mean_tokens, **fields,
+    )  # fmt: skip
+
+
+def summary(report: Report) -> list[str]:
+    """The few lines a person wants to read."""
+    r = report
+    lines = [
+        f"explained variance {r.explained_variance:.4f}   (legacy {r.explained_variance_legacy:.4f})   "
+        f"cosine {r.cosine:.4f}   bias {r.relative_reconstruction_bias:.4f}",
+        f"L0 {r.l0:.1f} +- {r.l0_std:.1f}   dead {100 * r.dead_fraction:.2f}% of {r.d_sae} latents "
+        f"over {r.n_tokens:,} tokens",
+    ]
+    scores: Sequence[float | None] = (r.ce_score_zero, r.ce_score_mean, r.kl_score_zero)
+    if r.ce_clean is None or any(s is None for s in scores):
+        return [*lines, "the model has no next-token head, so there is no cross entropy to compare"]
+    return [
+        *lines,
+        f"CE (nats): clean {r.ce_clean:.4f}   with SAE {r.ce_sae:.4f}   zero {r.ce_zero:.4f}   mean {r.ce_mean:.4f}",
+        f"CE score {r.ce_score_zero:.4f} against zero, {r.ce_score_mean:.4f} against mean   KL {r.kl_score_zero:.4f}",
+    ]

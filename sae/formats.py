@@ -1,0 +1,245 @@
+"""Files: save and load SAEs (safetensors + json, SAELens's own layout), checkpoints, and every write atomic.
+
+What is read is never executed: .pt files go through weights_only, and a broken file is one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sae.config import VERSION, SAEConfig, UserError, read_json
+from sae.hooks import natural
+from sae.models import SAE, create_sae
+
+WEIGHTS, CFG = "sae_weights.safetensors", "cfg.json"
+# The SAELens whose layout this is; its loader takes the old flat layout for anything below 6.0.
+SAELENS_VERSION = "6.54.12"
+ARCHITECTURES = {"topk": "topk", "relu": "standard", "gated": "gated"}
+
+# --------------------------------------------------------------------------------------------------
+# atomic writes, safe reads
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, force it to disk, then put it in place in one move."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(tmp)
+        with tmp.open("rb+") as f:
+            os.fsync(f.fileno())
+        tmp.replace(path)
+    except OSError as e:
+        raise UserError(f"cannot write '{path}': {e.strerror or e}; choose another folder or free some space") from e
+    finally:
+        if tmp.parent.is_dir():
+            tmp.unlink(missing_ok=True)
+
+
+def write_json(value: Any, path: Path) -> None:
+    """NaN becomes null: json knows no NaN."""
+    text = json.dumps(_without_nan(value), indent=1) + "\n"
+    write_atomic(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def write_torch(value: Any, path: Path) -> None:
+    write_atomic(path, lambda tmp: torch.save(value, tmp))
+
+
+def read_torch(path: str | Path, device: torch.device | str = "cpu") -> Any:
+    """What a .pt file holds, tensors and plain containers only; anything else is refused unexecuted."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on pickles it then refuses
+            return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as e:
+        raise UserError(f"'{path}' does not exist; give a checkpoint or a weights file") from e
+    except pickle.UnpicklingError as e:
+        raise UserError(f"'{path}' is refused: it wants to run code, or is no checkpoint; give another file") from e
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        reason = (str(e).splitlines() or ["it ends too early"])[0]
+        raise UserError(f"'{path}' is damaged or cut short ({reason}); use an older checkpoint") from e
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    write_atomic(path, lambda tmp: safetensors.torch.save_file(whole, tmp))
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise UserError(f"'{path}' does not exist; give a safetensors file")
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"'{path}' is damaged or no safetensors file ({e}); fetch or write it again") from e
+
+
+# --------------------------------------------------------------------------------------------------
+# SAEs
+
+
+def save_sae(sae: SAE, folder: str | Path, **metadata: Any) -> None:
+    """Write cfg.json and sae_weights.safetensors, which SAELens, SAEBench and SAEDashboard open as they are.
+
+    metadata: free entries (model_name, hook_name, context_size, dataset_path, ...) for cfg.json's "metadata".
+    """
+    c, folder = sae.config, Path(folder)
+    about = {"sae_lens_version": SAELENS_VERSION, "nanosae_version": VERSION, **metadata, "nanosae": c.to_dict()}
+    cfg = {
+        "architecture": ARCHITECTURES[c.activation], "d_in": sae.d_in, "d_sae": sae.d_sae,
+        "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
+        "normalize_activations": "none", "reshape_activations": "none",
+        "metadata": about,
+    }  # fmt: skip
+    if c.activation == "topk":
+        cfg |= {"k": c.k, "rescale_acts_by_decoder_norm": False}
+    write_safetensors(dict(sae.named_parameters()), folder / WEIGHTS)
+    write_json(cfg, folder / CFG)
+
+
+def load_sae(path: str | Path, *, device: torch.device | str = "cpu") -> SAE:
+    """The SAE in a run's or hookpoint's folder, a weights file beside its cfg.json, or a best_model.pt; or a hub id.
+
+    Takes raw activations. Raises UserError for a missing, damaged or foreign file, and names missing tensors.
+    """
+    found = find_sae(path)
+    if found.suffix == ".pt":
+        return _from_nanochat(read_torch(found), found).to(device)
+    cfg = read_json(found.parent / CFG)
+    if not isinstance(cfg, dict):
+        raise UserError(f"'{found.parent / CFG}' does not hold a json object; fetch or write it again")
+    return _from_saelens(cfg, read_safetensors(found), found).to(device)
+
+
+def load_cfg(path: str | Path) -> dict[str, Any]:
+    """The metadata that belongs to load_sae(path): what the SAE was trained on."""
+    cfg = find_sae(path).parent / CFG
+    return read_json(cfg).get("metadata", {}) if cfg.is_file() else {}
+
+
+def load_saes(
+    folder: str | Path, *, device: torch.device | str = "cpu", hook_points: list[str] | None = None
+) -> dict[str, SAE]:
+    """Every SAE below a folder, by hookpoint in natural order (hook_points: only these)."""
+    found = {}
+    for weights in Path(folder).rglob(WEIGHTS):
+        name = load_cfg(weights.parent).get("hookpoint") or weights.parent.name
+        found[name] = weights.parent
+    wanted = hook_points if hook_points is not None else sorted(found, key=natural)
+    missing = [name for name in wanted if name not in found]
+    if missing or not found:
+        raise UserError(
+            f"'{folder}' holds {', '.join(sorted(found)) or 'no SAE'}; wanted {', '.join(missing) or 'some'}"
+        )
+    return {name: load_sae(found[name], device=device) for name in wanted}
+
+
+def find_sae(path: str | Path) -> Path:
+    """The weights file that a path means."""
+    p = Path(path)
+    if p.is_dir():
+        if (p / WEIGHTS).is_file():
+            return p / WEIGHTS
+        inside = sorted((w.parent for w in p.rglob(WEIGHTS)), key=lambda w: natural(str(w)))
+        if len(inside) == 1:
+            return inside[0] / WEIGHTS
+        if inside:
+            raise UserError(f"'{path}' holds {len(inside)} SAEs; give one of them, such as {inside[0]}")
+        raise UserError(f"'{path}' holds no {WEIGHTS}; give a run's folder, or wait for its first checkpoint")
+    if p.is_file():
+        return p
+    if str(path).count("/") in (1, 2) and not p.parent.exists():
+        return _from_hub(str(path))
+    raise UserError(f"'{path}' does not exist; give a run's folder, a weights file, or a hub id")
+
+
+def newest_run(root: str | Path) -> Path:
+    """The folder of the SAE written last below `root`."""
+    weights = list(Path(root).rglob(WEIGHTS))
+    if not weights:
+        raise UserError(f"there is no trained SAE in '{root}'; run sae_train first, or give --sae_path")
+    return max(weights, key=lambda w: w.stat().st_mtime).parent
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        import huggingface_hub
+    except ImportError as e:
+        raise UserError(f"'{name}' is no path here, and a hub id needs: pip install 'nanosae[hf]'") from e
+    repo, _, inside = name.replace("/", "\n", 1).partition("/")
+    repo = repo.replace("\n", "/")
+    try:
+        got = huggingface_hub.snapshot_download(repo, allow_patterns=[f"{inside}*{CFG}", f"{inside}*{WEIGHTS}"])
+    except (OSError, ValueError, RuntimeError) as e:
+        raise UserError(f"'{name}' is no path here and the hub did not give it ({type(e).__name__})") from e
+    return find_sae(Path(got) / inside)
+
+
+def _load_strict(sae: SAE, weights: dict[str, Tensor], where: Path) -> SAE:
+    wanted = {name: tuple(p.shape) for name, p in sae.named_parameters()}
+    got = {name: tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__ for name, w in weights.items()}
+    for name in {*wanted, *got}:
+        if wanted.get(name) != got.get(name):
+            raise UserError(
+                f"'{where}': tensor {name} is {got.get(name, 'missing')} and should be {wanted.get(name, 'absent')}"
+            )
+    with torch.no_grad():
+        for name, p in sae.named_parameters():
+            p.copy_(weights[name])
+    return sae
+
+
+def _from_nanochat(checkpoint: Any, where: Path) -> SAE:
+    """best_model.pt and checkpoints: {"sae_state_dict", "config", ...}."""
+    if not isinstance(checkpoint, dict) or not {"sae_state_dict", "config"} <= checkpoint.keys():
+        raise UserError(f"'{where}' has no sae_state_dict and config; give a best_model.pt or a run's folder")
+    return _load_strict(create_sae(SAEConfig.from_dict(checkpoint["config"])), checkpoint["sae_state_dict"], where)
+
+
+def _from_saelens(cfg: dict[str, Any], weights: dict[str, Tensor], where: Path) -> SAE:
+    ours = cfg.get("metadata", {}).get("nanosae")
+    if ours is not None:
+        return _load_strict(create_sae(SAEConfig.from_dict(ours)), weights, where)
+    kinds = {v: k for k, v in ARCHITECTURES.items()}
+    for key, fine in (("normalize_activations", "none"), ("reshape_activations", "none")):
+        if cfg.get(key, fine) != fine:
+            raise UserError(f"'{where}': {key}={cfg[key]} is not read yet; only '{fine}'")
+    if cfg.get("architecture") not in kinds:
+        raise UserError(f"'{where}': architecture {cfg.get('architecture')} is not read yet; only {', '.join(kinds)}")
+    weights = {name: w.float() for name, w in weights.items()}
+    norms = weights["W_dec"].norm(dim=1) if "W_dec" in weights else torch.ones(1)
+    if cfg["architecture"] == "topk" and cfg.get("rescale_acts_by_decoder_norm"):
+        # latents are chosen by pre * norm there: fold the norms in and choose by pre
+        weights |= {"W_enc": weights["W_enc"] * norms, "b_enc": weights["b_enc"] * norms}
+        weights["W_dec"] = weights["W_dec"] / norms[:, None]
+        norms = torch.ones(1)
+    if not cfg.get("apply_b_dec_to_input", True):
+        bias = "b_gate" if cfg["architecture"] == "gated" else "b_enc"
+        shift = weights["b_dec"] @ weights["W_enc"]
+        weights[bias] = weights[bias] + shift
+        if bias == "b_gate":
+            weights["b_mag"] = weights["b_mag"] + shift * weights["r_mag"].exp()
+    config = SAEConfig(
+        d_in=cfg["d_in"], d_sae=cfg["d_sae"], activation=kinds[cfg["architecture"]], k=cfg.get("k", 32),  # type: ignore[arg-type]
+        normalize_decoder=bool(((norms - 1).abs() < 1e-3).all()),
+    )  # fmt: skip
+    return _load_strict(create_sae(config), weights, where)

@@ -1,0 +1,224 @@
+"""Find hookpoints; read or replace what a named submodule returns. Knows modules and tensors; knows nothing of SAEs.
+
+A hookpoint is a module path, meaning that module's output, or a path with `@in`, meaning its first input:
+`transformer.h.10`, `transformer.h.10.mlp.c_proj@in`. A tuple output stands for its first element.
+
+Hooks hand tensors over and do nothing else. They live inside a `with` and are gone after it, also after an exception.
+Put them on the uncompiled module: a module wrapped by torch.compile does not run hooks added later.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from sae.config import UserError, did_you_mean
+
+# TransformerLens names of the places in a block, and the hook types they mean.
+ALIASES = {
+    "hook_resid_post": "resid_post",
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_mid": "resid_mid",
+    "hook_attn_out": "attn",
+    "hook_attn": "attn",
+    "attn": "attn",
+    "hook_mlp_out": "mlp",
+    "hook_mlp": "mlp",
+    "mlp": "mlp",
+    "mlp.hook_post": "mlp_post_act",
+}
+# Where each architecture family keeps the parts of a layer; the first name that exists is taken.
+PARTS = {
+    "attn": ("attn", "self_attn", "attention.output.dense", "attention", "self_attention"),
+    "mlp": ("mlp", "output.dense", "feed_forward"),
+    # GPT-2, Llama, NeoX; in BERT the stream between the halves is what the attention half returns
+    "resid_mid": ("ln_2@in", "post_attention_layernorm@in", "attention"),
+    # the input of the last linear map is the post-activation, whether or not the activation is a module
+    "mlp_post_act": (
+        "mlp.c_proj@in",
+        "mlp.down_proj@in",
+        "mlp.dense_4h_to_h@in",
+        "mlp.fc2@in",
+        "output.dense@in",
+    ),
+}
+
+
+class _Stop(Exception):
+    """Raised by a hook once everything wanted has been seen; caught in run()."""
+
+
+def split(hookpoint: str) -> tuple[str, bool]:
+    """(module path, whether the input is meant)."""
+    path, at, side = hookpoint.partition("@")
+    if at and side != "in":
+        raise UserError(f"hookpoint '{hookpoint}' ends in '@{side}'; only '@in' (the module's input) is known")
+    return path, bool(at)
+
+
+def layer_list(model: nn.Module) -> str:
+    """Path of the list of layers: the nn.ModuleList as long as the config says, else the longest one."""
+    config = getattr(model, "config", None)
+    wanted = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layer", None)
+    lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    fitting = [name for name, n in lists.items() if n == wanted] or sorted(lists, key=lists.__getitem__)[-1:]
+    if not fitting:
+        raise UserError("this model has no nn.ModuleList of layers; name modules with --hookpoints instead")
+    return fitting[0]
+
+
+def n_layers(model: nn.Module) -> int:
+    """Number of layers."""
+    return len(model.get_submodule(layer_list(model)))  # type: ignore[arg-type]
+
+
+def at_layer(model: nn.Module, layer: int, hook_type: str = "resid_post") -> str:
+    """The hookpoint of a layer. Raises UserError for a layer or a place that the model does not have."""
+    n = n_layers(model)
+    if not 0 <= layer < n:
+        raise UserError(f"layer {layer} was asked for and the model has {n}; choose 0 to {n - 1}")
+    path = f"{layer_list(model)}.{layer}"
+    if hook_type == "resid_post":
+        return path
+    if hook_type == "resid_pre":
+        return f"{path}@in"
+    if hook_type not in PARTS:
+        known = ("resid_post", "resid_pre", *PARTS)
+        raise UserError(f"hook type '{hook_type}' is not one of {', '.join(known)}")
+    block = model.get_submodule(path)
+    here = {name for name, _ in block.named_modules()}
+    for part in PARTS[hook_type]:
+        if split(part)[0] in here:
+            return f"{path}.{part}"
+    raise UserError(f"layers of this model have no place known as {hook_type}; name the module with --hookpoints")
+
+
+def resolve(
+    model: nn.Module,
+    *,
+    hookpoints: Sequence[str] = (),
+    layers: Sequence[int] = (),
+    hook_type: str = "resid_post",
+) -> list[str]:
+    """Hookpoints meant by globs, TransformerLens names or layer numbers, in natural order, each once.
+
+    With nothing given: the layer five sixths of the way up (10 of 12), where features tend to be most meaningful.
+    Raises UserError for a pattern that matches nothing, with the nearest name.
+    """
+    if hookpoints and layers:
+        raise UserError("both layers and hookpoints were given; give one of them")
+    found: list[str] = []
+    for pattern in hookpoints:
+        found += _match(model, pattern)
+    if not hookpoints:
+        found = [at_layer(model, i, hook_type) for i in layers or (n_layers(model) * 5 // 6,)]
+    return sorted(dict.fromkeys(found), key=natural)
+
+
+def natural(name: str) -> list[Any]:
+    """Sort key that puts h.2 before h.10."""
+    return [(0, int(s), "") if s.isdigit() else (1, 0, s) for s in re.split(r"(\d+)", name) if s]
+
+
+def _match(model: nn.Module, pattern: str) -> list[str]:
+    alias = re.fullmatch(r"blocks\.(\d+)\.(.+)", pattern)
+    if alias and alias[2] in ALIASES:
+        return [at_layer(model, int(alias[1]), ALIASES[alias[2]])]
+    path, is_input = split(pattern)
+    names = [name for name, _ in model.named_modules() if name]
+    # sparsify's names start below the head ("h.5.mlp"), ours at the top ("transformer.h.5.mlp")
+    prefix = getattr(model, "base_model_prefix", "") or "transformer"
+    for glob in (path, f"{prefix}.{path}"):
+        hits = [name for name in names if fnmatchcase(name, glob)]
+        if hits:
+            return [name + ("@in" if is_input else "") for name in hits]
+    raise UserError(f"hookpoint '{pattern}' matches no module{did_you_mean(path, names) or ''}")
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    value = value[0] if isinstance(value, (tuple, list)) else value
+    if not isinstance(value, Tensor):
+        raise UserError(f"'{name}' handles {type(value).__name__}, not a tensor; choose another hookpoint")
+    return value
+
+
+def _register(model: nn.Module, name: str, see: Callable[[Tensor], Tensor | None]) -> Any:
+    """One hook at one hookpoint: `see` gets the tensor, and may return another to go in its place."""
+    path, is_input = split(name)
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        names = [n for n, _ in model.named_modules()]
+        raise UserError(f"the model has no module '{path}'{did_you_mean(path, names)}") from None
+
+    def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
+        new = see(_tensor(name, output))
+        if new is None:
+            return None
+        return (new, *output[1:]) if isinstance(output, (tuple, list)) else new
+
+    def on_input(_module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        if args:
+            new = see(_tensor(name, args))
+            return None if new is None else ((new, *args[1:]), kwargs)
+        key = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+        new = see(_tensor(name, kwargs[key]))
+        return None if new is None else (args, {**kwargs, key: new})
+
+    if is_input:
+        return module.register_forward_pre_hook(on_input, with_kwargs=True)
+    return module.register_forward_hook(on_output)
+
+
+@contextmanager
+def hooked(model: nn.Module, sees: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Within the block, hand each hookpoint's tensor to its function; a tensor it returns takes the place.
+
+    All names are checked before any hook stays, and all hooks are removed at the end whatever happens.
+    """
+    with ExitStack() as stack:
+        for name, see in sees.items():
+            stack.callback(_register(model, name, see).remove)
+        yield
+
+
+@contextmanager
+def capture(model: nn.Module, hookpoints: Sequence[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Within the block, the dict fills with what each hookpoint returned in the latest forward (detached).
+
+    With stop, the forward is cut off (through an exception that run() catches) once all have been seen.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Callable[[Tensor], None]:
+        def keep(x: Tensor) -> None:
+            seen[name] = x.detach()
+            if stop and len(seen) == len(set(hookpoints)):
+                raise _Stop
+
+        return keep
+
+    with hooked(model, {name: keeper(name) for name in hookpoints}):
+        yield seen
+
+
+@contextmanager
+def replace(model: nn.Module, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Within the block, what a hookpoint returns becomes `edits[hookpoint](it)`."""
+    with hooked(model, edits):
+        yield
+
+
+def run(model: nn.Module, hookpoints: Sequence[str], forward: Callable[[], Any]) -> dict[str, Tensor]:
+    """Call `forward`, which runs the model, only as far as the last of the hookpoints; return what they hold."""
+    with capture(model, hookpoints, stop=True) as seen, suppress(_Stop):
+        forward()
+    missing = [name for name in hookpoints if name not in seen]
+    if missing:
+        raise UserError(f"the model's forward never reached '{missing[0]}'; choose another hookpoint")
+    return seen

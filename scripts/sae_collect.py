@@ -1,0 +1,35 @@
+"""Write activations to disk, to train on them many times:  python -m scripts.sae_collect --layer 10"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sae import cache, hooks, log
+from sae.activations import ModelSource
+from sae.config import CollectConfig, UserError, from_cli
+from sae.language_model import best_device, load_language_model
+from sae.tokens import TokenRows, open_dataset
+
+
+def main(argv: list[str]) -> None:
+    c = from_cli(CollectConfig, argv, prog="python -m scripts.sae_collect", description=__doc__)
+    folder = Path(c.output_dir)
+    if folder.exists() and not c.overwrite:
+        raise UserError(f"'{folder}' exists; choose another --output_dir or give --overwrite")
+    lm = load_language_model(c.model, device=best_device(c.device), dataset=c.dataset)
+    layers = (c.layer,) if c.layer is not None else c.layers
+    hookpoints = hooks.resolve(lm.module, hookpoints=c.hookpoints, layers=layers, hook_type=c.hook_type)
+    dataset = open_dataset(c.dataset, text_column=c.text_column)
+    rows = TokenRows(lm, dataset, "train", c.ctx_len)
+    source = ModelSource(lm, rows, hookpoints, model_batch_size=c.model_batch_size, skip_first=c.skip_first)
+    made_from = cache.provenance(lm, dataset, ctx_len=c.ctx_len, skip_first=c.skip_first)
+    manifest = cache.write_cache(
+        folder, source, made_from, n_tokens=c.max_tokens, dtype=c.storage_dtype,
+        shard_tokens=c.shard_tokens, overwrite=c.overwrite,
+    )  # fmt: skip
+    log.say(f"{manifest['n_tokens']:,} tokens of {', '.join(hookpoints)} in {folder}")
+    log.say(f"next: python -m scripts.sae_train --activations {folder}")
+
+
+if __name__ == "__main__":
+    log.run_script(main)

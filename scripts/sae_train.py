@@ -1,0 +1,138 @@
+"""Train sparse autoencoders on a language model's activations:  python -m scripts.sae_train --layer 10"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sae import cache, hooks, log
+from sae.activations import Acts, ModelSource, Source, Stream, gather
+from sae.config import TrainConfig, UserError, from_cli
+from sae.language_model import LanguageModel, best_device, load_language_model
+from sae.models import create_sae
+from sae.tokens import TokenRows, open_dataset
+from sae.trainer import SAETrainer, refuse_existing
+
+
+class Data(NamedTuple):
+    """What a run trains on: a source, held-out activations, a number of tokens, and where all that comes from."""
+
+    source: Source
+    val: Acts
+    n_tokens: int
+    metadata: dict[str, Any]
+
+
+def live_data(c: TrainConfig, lm: LanguageModel, hookpoints: list[str]) -> Data:
+    dataset = open_dataset(c.dataset, text_column=c.text_column)
+
+    def source(split: str) -> ModelSource:
+        rows = TokenRows(lm, dataset, split, c.ctx_len)
+        return ModelSource(
+            lm, rows, hookpoints, model_batch_size=c.model_batch_size, skip_first=c.skip_first
+        )  # fmt: skip
+
+    val = gather(source("val"), c.val_tokens, "validation")
+    origin = {
+        "model_name": c.model, "dataset_path": dataset.name, "text_column": c.text_column,
+        "context_size": min(c.ctx_len, lm.max_len), "skip_first": c.skip_first,
+    }  # fmt: skip
+    return Data(source("train"), val, c.max_tokens * c.num_epochs, origin)
+
+
+def cached_data(c: TrainConfig) -> Data:
+    """The same from collected activations, once they are shown to be what they say."""
+    assert c.activations is not None
+    source = cache.CacheSource(c.activations, hookpoints=c.hookpoints, val_split=c.val_split)
+    manifest = source.manifest
+    model = manifest["model"] if c.model == TrainConfig.model else c.model
+    dataset = c.dataset or (None if manifest["dataset"] == "embedded" else manifest["dataset"])
+    try:
+        lm = load_language_model(model, device="cpu", dataset=dataset)
+        opened = open_dataset(dataset, text_column=c.text_column)
+    except UserError as e:
+        log.say(f"the cache's own model and text are not here to compare with ({e})")
+    else:
+        made_from = cache.provenance(lm, opened, ctx_len=manifest["ctx_len"], skip_first=manifest["skip_first"])
+        cache.refuse_stale(manifest, made_from, c.activations)
+    held_out = cache.CacheSource(c.activations, part="val", hookpoints=c.hookpoints, val_split=c.val_split)
+    val = gather(held_out, c.val_tokens, "validation") if len(held_out) else {}
+    origin = {
+        "model_name": manifest["model"], "dataset_path": manifest["dataset"], "text_column": c.text_column,
+        "context_size": manifest["ctx_len"], "skip_first": manifest["skip_first"],
+    }  # fmt: skip
+    return Data(source, val, min(c.max_tokens, len(source)) * c.num_epochs, origin)
+
+
+def run_folder(c: TrainConfig, hookpoints: list[str]) -> Path:
+    """sae_models/<run_name>, or layer_10, layer_10_mlp, layers_0_4_8, or the hookpoint asked for."""
+    if c.run_name:
+        return Path(c.save_dir) / c.run_name
+    if c.hookpoints or c.activations:
+        name = hookpoints[0] if len(hookpoints) == 1 else re.sub(r"[^\w.@-]", "_", (c.hookpoints or hookpoints)[0])
+        return Path(c.save_dir) / name
+    numbers = [re.findall(r"\d+", name)[0] for name in hookpoints]
+    name = ("layer_" if len(numbers) == 1 else "layers_") + "_".join(numbers)
+    return Path(c.save_dir) / (name if c.hook_type == "resid_post" else f"{name}_{c.hook_type}")
+
+
+def check_folder(c: TrainConfig, folder: Path) -> None:
+    """Say now, not after an hour, that results would overwrite others or cannot be written."""
+    if not c.resume and not c.overwrite:
+        refuse_existing(folder)
+    probe = Path(c.save_dir) / f".probe.{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"cannot write to '{c.save_dir}' ({e.strerror}); choose another --save_dir") from e
+
+
+def main(argv: list[str]) -> None:
+    c = from_cli(TrainConfig, argv, prog="python -m scripts.sae_train", description=__doc__ or "")
+    device = best_device(c.device)
+    if c.activations is not None:
+        data = cached_data(c)
+        folder = run_folder(c, list(data.source.widths))
+        check_folder(c, folder)
+    else:
+        lm = load_language_model(c.model, device=device, dataset=c.dataset)
+        layers = (c.layer,) if c.layer is not None else c.layers
+        hookpoints = hooks.resolve(lm.module, hookpoints=c.hookpoints, layers=layers, hook_type=c.hook_type)
+        folder = run_folder(c, hookpoints)
+        check_folder(c, folder)
+        data = live_data(c, lm, hookpoints)
+
+    saes = {}
+    for name, width in data.source.widths.items():
+        if c.d_in is not None and c.d_in != width:
+            raise UserError(f"--d_in {c.d_in} was given and '{name}' is {width} wide; leave --d_in out")
+        generator = torch.Generator().manual_seed(c.seed)
+        saes[name] = create_sae(replace(c, d_in=width, hook_point=name), generator=generator)
+    stream = Stream(
+        data.source, n_tokens=data.n_tokens, batch_size=c.batch_size, buffer_tokens=c.buffer_tokens,
+        seed=c.seed, device=device,
+    )  # fmt: skip
+    metadata = {**data.metadata, "exclude_special_tokens": True, "training_tokens": stream.n_tokens}
+    trainer = SAETrainer(saes, c, stream, data.val, device, folder, metadata=metadata, overwrite=c.overwrite)
+    if c.resume:
+        trainer.load_checkpoint()
+        log.say(f"resuming '{folder}' at step {trainer.step}")
+    for name, sae in saes.items():
+        size = f"{sae.d_in} -> {sae.d_sae} latents, {stream.n_batches} steps of {c.batch_size} tokens on {device}"
+        log.say(f"{name}: {c.activation} SAE, {size}")
+    metrics = trainer.train()
+    if stream.n_passes:
+        log.say(f"the text was read again from its start {stream.n_passes} times")
+    score = f"explained variance {metrics['explained_variance']:.4f}, L0 {metrics['l0']:.1f}" if metrics else "done"
+    log.say(f"held out: {score}; saved to {folder}; next: python -m scripts.sae_eval")
+
+
+if __name__ == "__main__":
+    log.run_script(main)

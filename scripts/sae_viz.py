@@ -1,0 +1,30 @@
+"""Pages about a trained SAE's features, from held-out text:  python -m scripts.sae_viz  (the newest run)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sae import log
+from sae.config import VizConfig, from_cli
+from sae.feature_viz import FeatureVisualizer, plot_evaluation, plot_training
+from scripts.sae_eval import open_sae
+
+
+def main(argv: list[str]) -> None:
+    c = from_cli(VizConfig, argv, prog="python -m scripts.sae_viz", description=__doc__)
+    lm, sae, hookpoint, dataset, trained_on, folder = open_sae(c)
+    out = Path(c.output_dir) if c.output_dir else folder
+    viz = FeatureVisualizer(
+        sae, c, lm=lm, hookpoint=hookpoint, dataset=dataset,
+        ctx_len=trained_on.get("context_size", 256), skip_first=trained_on.get("skip_first", False),
+    )  # fmt: skip
+    index = viz.save(out / "features")
+    plots = plot_evaluation(viz.totals, out / "plots")
+    if (folder / "metrics.jsonl").is_file():
+        plots += plot_training(folder / "metrics.jsonl", out / "plots")
+    log.say(f"{len(viz.records)} features of {sae.d_sae}, from {viz.totals.n:,} tokens; plots in {out / 'plots'}")
+    log.say(f"open {index}")
+
+
+if __name__ == "__main__":
+    log.run_script(main)

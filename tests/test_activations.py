@@ -1,0 +1,244 @@
+"""The stream gives each token once, mixed, resumable to the bit, special tokens left out; a cache is right or refused.
+
+Run: python -m pytest tests/test_activations.py
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from sae import cache
+from sae.activations import ActivationCollector, ModelSource, Stream, TensorSource, gather
+from sae.cache import CacheSource, provenance, read_manifest, refuse_stale, write_cache
+from sae.config import UserError
+from sae.tokens import TokenRows, kept_positions, open_dataset
+
+HOOK = "transformer.h.1"
+
+
+def model_source(lm, text_file, hookpoints=(HOOK,), **kwargs):
+    return ModelSource(lm, TokenRows(lm, open_dataset(str(text_file)), "train", 32), list(hookpoints), **kwargs)
+
+
+def numbered(n, d=3):
+    """Rows that say which they are."""
+    return {"": torch.arange(n, dtype=torch.float32)[:, None].repeat(1, d)}
+
+
+def rows_of(stream):
+    return [int(v) for batch in stream for v in batch[""][:, 0]]
+
+
+def test_every_token_once_and_mixed():
+    stream = Stream(TensorSource(numbered(1000)), n_tokens=1000, batch_size=100, buffer_tokens=400)
+    got = rows_of(stream)
+    assert sorted(got) == list(range(1000))
+    assert got != sorted(got)
+
+
+def test_an_odd_end_is_left_out_and_epochs_repeat():
+    stream = Stream(TensorSource(numbered(250)), n_tokens=620, batch_size=100, buffer_tokens=200)
+    got = rows_of(stream)
+    assert len(got) == 600
+    assert stream.n_passes == 2
+    assert all(2 <= got.count(i) <= 3 for i in range(250))
+
+
+def test_mixing_across_sequences(lm, text_file):
+    """Neighbours in the text end up in different batches: the buffer holds many sequences."""
+    source = model_source(lm, text_file)
+    order = {tuple(r.tolist()): i for i, r in enumerate(gather(source, 2000, "t")[HOOK][:, :3])}
+    source.rewind()
+    stream = Stream(source, n_tokens=1500, batch_size=50, buffer_tokens=500)
+    spreads = []
+    for batch in stream:
+        at = sorted(order[tuple(r.tolist())] for r in batch[HOOK][:, :3])
+        spreads.append(at[-1] - at[0])
+    assert min(spreads) > 200
+
+
+def test_resume_is_bit_exact(lm, text_file):
+    make = lambda: Stream(model_source(lm, text_file), n_tokens=3000, batch_size=64, buffer_tokens=512, seed=3)
+    whole = make()
+    want = [batch[HOOK].clone() for batch in whole]
+    first = make()
+    for _ in range(13):
+        next(first)
+    saved = first.state_dict()
+    saved = {**saved, "buffer": {k: v.clone() for k, v in saved["buffer"].items()}}
+    second = make()
+    second.load_state_dict(saved)
+    got = [batch[HOOK].clone() for batch in second]
+    assert len(got) == len(want) - 13
+    assert all(torch.equal(a, b) for a, b in zip(got, want[13:], strict=True))
+
+
+def test_sample_draws_nothing(lm, text_file):
+    make = lambda: Stream(model_source(lm, text_file), n_tokens=600, batch_size=64, buffer_tokens=256)
+    a, b = make(), make()
+    assert a.sample()[HOOK].shape == (256, 32)
+    assert torch.equal(next(a)[HOOK], next(b)[HOOK])
+
+
+def test_special_tokens_and_the_first_position_are_left_out(lm, text_file):
+    rows = TokenRows(lm, open_dataset(str(text_file)), "train", 32)
+    ids, valid = rows.take(16)
+    keep = kept_positions(lm, ids, valid)
+    acts = lm.hidden(ids, valid, [HOOK])[HOOK]
+    got = gather(model_source(lm, text_file), int(keep.sum()), "t")[HOOK]
+    torch.testing.assert_close(got, acts[keep])
+    skipped = gather(model_source(lm, text_file, skip_first=True), 16 * 31, "t")[HOOK]
+    torch.testing.assert_close(skipped[:31], acts[0, 1:])
+
+
+def test_several_hookpoints_share_one_forward(lm, text_file, monkeypatch):
+    calls = []
+    forward = lm.forward_fn
+    monkeypatch.setattr(lm, "forward_fn", lambda *a: (calls.append(1), forward(*a))[1])
+    names = ["transformer.h.0", HOOK, "transformer.h.1.mlp.c_proj@in"]
+    source = model_source(lm, text_file, names)
+    assert source.widths == {names[0]: 32, names[1]: 32, names[2]: 128}
+    calls.clear()
+    stream = Stream(source, n_tokens=256, batch_size=64, buffer_tokens=128)
+    batches = list(stream)
+    assert [batches[0][n].shape[1] for n in names] == [32, 32, 128]
+    assert len(calls) == 1  # 16 sequences of 32 tokens hold all 256
+
+
+def test_nan_and_empty_are_refused(lm, text_file, tmp_path):
+    bad = torch.zeros(100, 3)
+    bad[50, 1] = torch.inf
+    with pytest.raises(UserError, match="NaN or infinity"):
+        from sae.activations import check_finite
+
+        check_finite({"x": bad})
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match="the dataset is empty"):
+        next(Stream(model_source(lm, tmp_path / "empty.txt"), n_tokens=64, batch_size=8, buffer_tokens=16))
+    (tmp_path / "one.txt").write_text("a")
+    with pytest.raises(UserError, match="gave [01] tokens for validation"):
+        gather(model_source(lm, tmp_path / "one.txt"), 10, "validation")
+    with pytest.raises(UserError, match="do not fill one batch"):
+        Stream(TensorSource(numbered(5)), n_tokens=5, batch_size=8, buffer_tokens=16)
+
+
+# -------------------------------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def collected(lm, text_file, tmp_path):
+    dataset = open_dataset(str(text_file))
+    made_from = provenance(lm, dataset, ctx_len=32, skip_first=False)
+    names = ["transformer.h.0", HOOK]
+    manifest = write_cache(
+        tmp_path / "cache", model_source(lm, text_file, names), made_from, n_tokens=3000, shard_tokens=1100
+    )
+    return tmp_path / "cache", manifest, made_from
+
+
+def test_cache_holds_what_the_model_gave(lm, text_file, collected):
+    folder, manifest, _ = collected
+    assert manifest["shards"] == [1100, 1100, 800]
+    want = gather(model_source(lm, text_file), 3000, "t")[HOOK]
+    got = gather(CacheSource(folder, hookpoints=[HOOK], val_split=0.0), 3000, "t")[HOOK]
+    assert torch.equal(got, want)
+    assert set(CacheSource(folder).widths) == {"transformer.h.0", HOOK}
+
+
+def test_validation_is_split_off_by_sequence(collected):
+    folder, _, _ = collected
+    train, val = CacheSource(folder, val_split=0.1), CacheSource(folder, part="val", val_split=0.1)
+    assert len(train) + len(val) == 3000
+    assert 0.05 < len(val) / 3000 < 0.15
+    numbers = train._numbers(0, 3000)
+    assert numbers[len(train) - 1] < numbers[len(train)]  # no sequence is on both sides
+    assert torch.equal(numbers, numbers.sort().values)
+
+
+def test_cache_streams_and_resumes(collected):
+    folder, _, _ = collected
+    make = lambda: Stream(CacheSource(folder), n_tokens=4000, batch_size=100, buffer_tokens=400)
+    want = [b[HOOK].clone() for b in make()]
+    stream = make()
+    for _ in range(30):
+        next(stream)
+    other = make()
+    other.load_state_dict(stream.state_dict())
+    assert torch.equal(next(other)[HOOK], want[30])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_caches(lm, text_file, tmp_path, dtype):
+    made_from = provenance(lm, open_dataset(str(text_file)), ctx_len=32, skip_first=False)
+    write_cache(tmp_path / "c", model_source(lm, text_file), made_from, n_tokens=500, dtype=dtype)
+    want = gather(model_source(lm, text_file), 400, "t")[HOOK]
+    got = gather(CacheSource(tmp_path / "c", val_split=0.0), 400, "t")[HOOK]
+    assert torch.equal(got, want.to(cache.DTYPES[dtype]).float())
+
+
+def test_a_stale_or_foreign_cache_is_refused(lm, text_file, collected, tmp_path):
+    folder, manifest, made_from = collected
+    refuse_stale(manifest, made_from, folder)
+    for key in ("model_hash", "tokenizer_hash", "dataset_hash", "ctx_len", "skip_first"):
+        with pytest.raises(UserError, match=f"stale or foreign: its {key}"):
+            refuse_stale(manifest, {**made_from, key: "other"}, folder)
+    changed = tmp_path / "other.txt"
+    changed.write_text(text_file.read_text() + "x")
+    assert open_dataset(str(changed)).fingerprint() != made_from["dataset_hash"]
+    with pytest.raises(UserError, match="exists"):
+        write_cache(folder, model_source(lm, text_file), made_from, n_tokens=10)
+    with pytest.raises(UserError, match="collect that hookpoint first"):
+        CacheSource(folder, hookpoints=["transformer.h.2"])
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda f: (f / "manifest.json").unlink(), "is not a cache"),
+        (lambda f: (f / "manifest.json").write_text("{}"), "another version"),
+        (lambda f: (f / "manifest.json").write_text("{"), "not valid json"),
+        (lambda f: (f / "manifest.json").write_text('{"version": 1}'), "damaged"),
+        (lambda f: (f / "00001_00.bin").unlink(), "has 0 bytes and should have 140800"),
+        (lambda f: (f / "00002_seq.bin").write_bytes(b"12345"), "has 5 bytes"),
+    ],
+)
+def test_a_torn_cache_is_refused(collected, tmp_path, break_it, words):
+    folder = tmp_path / "torn"
+    shutil.copytree(collected[0], folder)
+    break_it(folder)
+    with pytest.raises(UserError) as e:
+        read_manifest(folder)
+    assert words in str(e.value)
+
+
+def test_nothing_is_left_of_a_cache_that_failed(lm, text_file, tmp_path, monkeypatch):
+    source = model_source(lm, text_file)
+    monkeypatch.setattr(source, "read_numbered", lambda: (_ for _ in ()).throw(UserError("boom")))
+    with pytest.raises(UserError, match="boom"):
+        write_cache(tmp_path / "c", source, {}, n_tokens=10)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------- by hand
+
+
+def test_activation_collector(lm, tmp_path):
+    ids = torch.randint(0, 300, (2, 10))
+    names = ["blocks.0.hook_resid_post", HOOK]
+    with ActivationCollector(lm.module, names, max_activations=35, save_path=tmp_path) as collector:
+        lm.module(ids)
+        lm.module(ids)
+        assert collector.counts == dict.fromkeys(names, 35)  # 40 tokens went through, 35 are kept
+    lm.module(ids)
+    assert collector.get_activations(HOOK).shape == (35, 32)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    want = lm.hidden(ids, valid, [HOOK])[HOOK].flatten(0, 1)
+    torch.testing.assert_close(collector.get_activations(HOOK)[:20], want)
+    back = ActivationCollector.load_activations(tmp_path)
+    assert set(back) == set(names)  # the nanochat document's names did not survive their file names
+    assert torch.equal(back[HOOK], collector.get_activations()[HOOK])
+    collector.clear()
+    assert collector.counts[HOOK] == 0
+    assert json.dumps(collector.counts)

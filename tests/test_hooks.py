@@ -1,0 +1,151 @@
+"""Hookpoints resolve as DESIGN.md says; capture and replace hand over the right tensor and are gone afterwards.
+
+Run: python -m pytest tests/test_hooks.py
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from sae import hooks
+from sae.config import UserError
+
+
+class Block(nn.Module):
+    """Returns a tuple, as HuggingFace blocks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Linear(4, 4)
+
+    def forward(self, hidden_states):
+        return hidden_states + self.mlp(hidden_states), "cache"
+
+
+class Toy(nn.Module):
+    def __init__(self, n=12):
+        super().__init__()
+        self.h = nn.ModuleList(Block() for _ in range(n))
+        self.reached = 0
+
+    def forward(self, x, by_name=False):
+        for i, block in enumerate(self.h):
+            self.reached = i
+            x = block(hidden_states=x)[0] if by_name else block(x)[0]
+        return x
+
+
+@pytest.fixture
+def toy():
+    return Toy()
+
+
+def n_hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_resolution(toy, lm):
+    assert hooks.resolve(toy) == ["h.10"]
+    assert hooks.resolve(toy, layers=[2, 11, 2]) == ["h.2", "h.11"]
+    assert hooks.resolve(toy, hookpoints=["h.*.mlp"]) == [f"h.{i}.mlp" for i in range(12)]  # natural order
+    assert hooks.resolve(toy, hookpoints=["h.1?", "h.1", "h.1"]) == ["h.1", "h.10", "h.11"]  # each once
+    assert hooks.resolve(toy, hookpoints=["h.3@in"]) == ["h.3@in"]
+    assert hooks.resolve(toy, layers=[3], hook_type="resid_pre") == ["h.3@in"]
+    gpt = lm.module
+    place = lambda kind: hooks.resolve(gpt, layers=[1], hook_type=kind)[0]
+    assert place("resid_post") == "transformer.h.1"
+    assert place("resid_mid") == "transformer.h.1.ln_2@in"
+    assert place("attn") == "transformer.h.1.attn"
+    assert place("mlp") == "transformer.h.1.mlp"
+    assert place("mlp_post_act") == "transformer.h.1.mlp.c_proj@in"
+    assert hooks.resolve(gpt, hookpoints=["h.1.mlp"]) == ["transformer.h.1.mlp"]  # sparsify's spelling
+    for alias, kind in (
+        ("hook_resid_post", "resid_post"), ("hook_resid_pre", "resid_pre"), ("hook_resid_mid", "resid_mid"),
+        ("hook_attn_out", "attn"), ("hook_mlp_out", "mlp"), ("mlp.hook_post", "mlp_post_act"),
+    ):  # fmt: skip
+        assert hooks.resolve(gpt, hookpoints=[f"blocks.1.{alias}"]) == [place(kind)]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"layers": [12]}, "layer 12 was asked for and the model has 12; choose 0 to 11"),
+        ({"layers": [-1]}, "choose 0 to 11"),
+        ({"layers": [0], "hook_type": "attn"}, "no place known as attn"),
+        ({"layers": [0], "hook_type": "nonsense"}, "is not one of"),
+        ({"hookpoints": ["h.3.mlpp"]}, "matches no module; did you mean 'h.3.mlp'"),
+        ({"hookpoints": ["h.3@out"]}, "only '@in'"),
+        ({"hookpoints": ["blocks.40.hook_mlp"]}, "layer 40"),
+        ({"hookpoints": ["h.1"], "layers": [1]}, "give one of them"),
+    ],
+)
+def test_bad_hookpoints_are_one_sentence(toy, kwargs, words):
+    with pytest.raises(UserError) as e:
+        hooks.resolve(toy, **kwargs)
+    assert words in str(e.value)
+    with pytest.raises(UserError, match="no nn.ModuleList"):
+        hooks.resolve(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_capture_sees_outputs_and_inputs(toy, by_name):
+    x = torch.randn(2, 3, 4)
+    with hooks.capture(toy, ["h.1", "h.2@in", "h.2"]) as seen:
+        toy(x, by_name)
+    assert torch.equal(seen["h.1"], seen["h.2@in"])
+    assert not torch.equal(seen["h.1"], seen["h.2"])
+    assert not seen["h.1"].requires_grad
+    assert n_hooks(toy) == 0
+
+
+def test_run_stops_after_the_last_hookpoint(toy):
+    x = torch.randn(2, 4)
+    seen = hooks.run(toy, ["h.3", "h.1"], lambda: toy(x))
+    assert set(seen) == {"h.1", "h.3"}
+    assert toy.reached == 3
+    assert n_hooks(toy) == 0
+    with pytest.raises(UserError, match="never reached 'h.3'"):
+        hooks.run(toy, ["h.3"], lambda: None)
+
+
+def test_replace_and_identity(toy):
+    x = torch.randn(2, 4)
+    plain = toy(x)
+    with hooks.replace(toy, {"h.5": lambda y: y, "h.6@in": lambda y: y}):
+        assert torch.equal(toy(x), plain)
+    with hooks.replace(toy, {"h.11": torch.zeros_like}):
+        assert not toy(x).any()
+    with hooks.replace(toy, {"h.0@in": torch.zeros_like}):
+        assert torch.equal(toy(x, True), toy(torch.zeros_like(x)))
+    assert torch.equal(toy(x), plain)
+
+
+def test_hooks_are_gone_after_exceptions(toy):
+    def explode(_):
+        raise RuntimeError("inside")
+
+    with (
+        pytest.raises(RuntimeError, match="inside"),
+        hooks.replace(toy, {"h.1": lambda y: y, "h.2": explode}),
+    ):
+        toy(torch.randn(2, 4))
+    assert n_hooks(toy) == 0
+    # a bad name among good ones leaves nothing behind
+    with pytest.raises(UserError, match="did you mean 'h.2'"), hooks.capture(toy, ["h.1", "h.2x"]):
+        pass
+    assert n_hooks(toy) == 0
+
+
+def test_what_is_no_tensor_is_refused():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Identity()
+
+        def forward(self, x):
+            return self.part({"x": x})
+
+    odd = Odd()
+    with pytest.raises(UserError, match="handles dict"), hooks.capture(odd, ["part"]):
+        odd(torch.zeros(1))
+    assert n_hooks(odd) == 0

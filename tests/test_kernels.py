@@ -1,0 +1,95 @@
+"""The sparse operations equal their dense twins, forward and backward, at odd sizes; codes count what they say.
+
+Run: python -m pytest tests/test_kernels.py
+"""
+
+import pytest
+import torch
+
+from sae import kernels
+from sae.kernels import Codes
+
+SIZES = [(33, 127, 1001, 7), (1, 5, 9, 9), (64, 32, 64, 1), (7, 3, 2, 2)]  # B, D, F, K
+
+
+def problem(B, D, F, K, dtype=torch.float64):
+    g = torch.Generator().manual_seed(B * 1000 + F)
+    r = lambda *s: torch.randn(*s, generator=g, dtype=dtype)
+    x, W_enc, b_enc, W_dec = r(B, D), r(F, D).t(), r(F), r(F, D)
+    indices = torch.rand(B, F, generator=g).argsort(1)[:, :K]
+    return x, W_enc, b_enc, W_dec, indices, r(B, K), r(B, D)
+
+
+def gradients(f, *inputs, out_grad):
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    out = f(*inputs)
+    out.backward(out_grad)
+    return [out.detach(), *(t.grad for t in inputs)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gather_pre_equals_its_twin(size, dtype):
+    x, W_enc, b_enc, _, indices, grad, _ = problem(*size, dtype=dtype)
+    pre = x @ W_enc + b_enc
+    run = lambda f: gradients(lambda x, W, b: f(x, W, b, pre, indices), x, W_enc, b_enc, out_grad=grad)
+    for got, want in zip(run(kernels.gather_pre), run(kernels.gather_pre_reference), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 if dtype is torch.float32 else 1e-10)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_decode_equals_its_twin(size, dtype):
+    _, _, _, W_dec, indices, values, grad = problem(*size, dtype=dtype)
+    run = lambda f: gradients(lambda v, W: f(indices, v, W), values, W_dec, out_grad=grad)
+    for got, want in zip(run(kernels.decode), run(kernels.decode_reference), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 if dtype is torch.float32 else 1e-10)
+
+
+def test_a_latent_named_twice_counts_twice():
+    W_dec = torch.eye(3)
+    indices, values = torch.tensor([[1, 1]]), torch.tensor([[2.0, 3.0]])
+    assert kernels.decode(indices, values, W_dec).tolist() == [[0.0, 5.0, 0.0]]
+    assert kernels.decode_reference(indices, values, W_dec).tolist() == [[0.0, 5.0, 0.0]]
+
+
+def test_backward_is_deterministic_to_the_bit():
+    x, W_enc, b_enc, _, indices, grad, _ = problem(200, 40, 300, 8, dtype=torch.float32)
+    pre = x @ W_enc + b_enc
+    run = lambda: gradients(lambda W: kernels.gather_pre(x, W, b_enc, pre, indices), W_enc, out_grad=grad)[1]
+    assert torch.equal(run(), run())
+
+
+def test_double_check_by_finite_differences():
+    x, W_enc, b_enc, W_dec, indices, values, _ = problem(4, 3, 6, 2)
+    inputs = [t.requires_grad_() for t in (x, W_enc.contiguous(), b_enc)]
+    pre_at = lambda x, W, b: kernels.gather_pre(x, W, b, (x @ W + b).detach(), indices)
+    assert torch.autograd.gradcheck(pre_at, inputs)
+    assert torch.autograd.gradcheck(
+        lambda v, W: kernels.decode(indices, v, W), [values.requires_grad_(), W_dec.requires_grad_()]
+    )
+
+
+def test_the_path_for_other_devices_equals_the_fast_one():
+    _, _, _, W_dec, indices, _, left = problem(33, 127, 1001, 7)
+    fast = kernels._dot_at(indices, left, W_dec)
+    slow = torch.stack([(left * W_dec[indices[:, j]]).sum(-1) for j in range(indices.shape[1])], 1)
+    torch.testing.assert_close(fast, slow)
+
+
+def test_top_k_with_ties_negatives_and_all():
+    pre = torch.tensor([[1.0, 1.0, 1.0, 0.0], [-3.0, -1.0, -2.0, -4.0]])
+    picked = kernels.top_k(pre, 2)
+    assert pre.gather(1, picked).sort(1).values.tolist() == [[1.0, 1.0], [-2.0, -1.0]]
+    assert kernels.top_k(pre, 4).sort(1).values.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_codes_count_only_what_is_active():
+    sparse = Codes(torch.tensor([[2, 0], [1, 2]]), torch.tensor([[1.5, 0.0], [2.0, -1.0]]))
+    dense = Codes(None, sparse.dense(4))
+    assert dense.values.tolist() == [[0, 0, 1.5, 0], [0, 2.0, -1.0, 0]]
+    for codes in (sparse, dense):
+        assert codes.l0().tolist() == [1, 2]
+        assert codes.fired(4).tolist() == [0, 1, 2, 0]  # a selected 0 has not fired
+        assert torch.equal(codes.sparse().dense(4), dense.values)
+    assert Codes(None, torch.zeros(3, 5)).sparse().values.shape == (3, 1)

@@ -1,0 +1,251 @@
+"""Training: resume equals not stopping, to the bit; the log tells true averages; runs are never mixed or overwritten.
+
+Run: python -m pytest tests/test_trainer.py
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sae import formats
+from sae.activations import ModelSource, Stream, TensorSource
+from sae.config import SAEConfig, TrainConfig, UserError
+from sae.models import KINDS, create_sae
+from sae.tokens import TokenRows, open_dataset
+from sae.trainer import SAETrainer, checkpoints, train_sae_from_activations
+from tests.conftest import ROOT, planted
+
+ALL = sorted(KINDS)
+HOOKS = ["transformer.h.0", "transformer.h.1"]
+
+
+def config(**fields):
+    base = {"d_in": 16, "d_sae": 48, "k": 4, "batch_size": 64, "eval_every": 5, "save_every": 5, "log_every": 2}
+    return SAEConfig(**{**base, "dead_feature_threshold": 300, **fields})
+
+
+def trainer(c, save_dir=None, n=64 * 20, **kwargs):
+    x, _ = planted(n, 16, 32, 3)
+    stream = Stream(TensorSource({"": x}), n_tokens=n, batch_size=64, buffer_tokens=256)
+    return SAETrainer(create_sae(c), c, stream, x[:100], save_dir=save_dir, **kwargs)
+
+
+def weights(t):
+    return [p.clone() for p in t.sae.parameters()]
+
+
+@pytest.mark.parametrize("activation", ALL)
+def test_resume_is_bit_exact(activation, tmp_path):
+    c = config(activation=activation, l1_coefficient=0.01)
+    whole = trainer(c)
+    whole.train(verbose=False)
+    first = trainer(c, tmp_path / "run")
+    first.train(verbose=False)
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint_step15.pt", "checkpoint_step20.pt"]
+    (tmp_path / "run" / "checkpoint_step20.pt").unlink()  # as if it had been killed before its last save
+    second = trainer(c, tmp_path / "run")
+    second.load_checkpoint()
+    assert second.step == 15
+    second.train(verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second), strict=True))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [r["step"] for r in lines if "loss" in r]
+    assert steps == sorted(set(steps))  # lines after the checkpoint were dropped, then logged again
+
+
+def test_several_hookpoints_train_as_they_would_alone(lm, text_file, tmp_path):
+    c = TrainConfig(
+        k=4, batch_size=64, buffer_tokens=256, max_tokens=640, save_dir=str(tmp_path), eval_every=5, save_every=5
+    )
+
+    def run(names, save_dir=None, resume=False):
+        source = ModelSource(lm, TokenRows(lm, open_dataset(str(text_file)), "train", 32), names)
+        stream = Stream(source, n_tokens=640, batch_size=64, buffer_tokens=256)
+        saes = {n: create_sae(replace(c, d_in=32)) for n in names}
+        t = SAETrainer(saes, c, stream, {n: torch.randn(50, 32) for n in names}, save_dir=save_dir)
+        if resume:
+            t.load_checkpoint()
+        t.train(verbose=False)
+        return t
+
+    both = run(HOOKS, tmp_path / "both")
+    for name in HOOKS:
+        alone = run([name])
+        for a, b in zip(alone.sae.parameters(), both.saes[name].parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert set(formats.load_saes(tmp_path / "both")) == set(HOOKS)
+    (tmp_path / "both" / "checkpoint_step10.pt").unlink()
+    again = run(HOOKS, tmp_path / "both", resume=True)
+    for a, b in zip(again.saes[HOOKS[1]].parameters(), both.saes[HOOKS[1]].parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(UserError, match="this run trains"):
+        t = SAETrainer({HOOKS[0]: create_sae(replace(c, d_in=32))}, c, both.stream, save_dir=tmp_path / "both")
+        t.load_checkpoint()
+
+
+def test_sigkill_and_resume_through_the_script(gpt_path, text_file, tmp_path):
+    """The real command, killed without warning, gives the weights of the run that was not."""
+
+    def command(name, *flags):
+        return [
+            sys.executable, "-m", "scripts.sae_train", "--model", gpt_path, "--dataset", str(text_file), "--layer", "1",
+            "--k", "4", "--batch_size", "64", "--buffer_tokens", "512", "--max_tokens", "24000", "--val_tokens", "500",
+            "--save_every", "10", "--eval_every", "50", "--save_dir", str(tmp_path), "--run_name", name, *flags,
+        ]  # fmt: skip
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command("whole"), cwd=ROOT, env=env, check=True, capture_output=True)
+    child = subprocess.Popen(command("killed"), cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(checkpoints(tmp_path / "killed")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert child.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    subprocess.run(command("killed", "--resume"), cwd=ROOT, env=env, check=True, capture_output=True)
+    a, b = (formats.read_safetensors(tmp_path / name / formats.WEIGHTS) for name in ("whole", "killed"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("activation", ALL)
+def test_every_parameter_moves_and_the_loss_falls(activation):
+    c = config(activation=activation)
+    t = trainer(c, n=64 * 100)
+    before = weights(t)
+    t.train(verbose=False)
+    assert t.val_losses[-1]["fvu"] < 0.6 * t.val_losses[0]["fvu"]
+    assert all(not torch.equal(a, b) for a, b in zip(before, weights(t), strict=True))
+    norms = next(iter(t.learners.values())).sae.W_dec.norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(48))
+
+
+def test_same_seed_same_bits_other_seed_other_bits():
+    runs = []
+    for seed in (0, 0, 1):
+        t = trainer(config(seed=seed))
+        t.train(verbose=False)
+        runs.append(weights(t))
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+    assert not torch.equal(runs[0][0], runs[2][0])
+
+
+def test_the_log_holds_true_averages(tmp_path):
+    """Whatever the logging frequency: sparsify's numbers were divided by it."""
+    means = []
+    for every in (1, 4):
+        t = trainer(config(log_every=every), tmp_path / str(every))
+        t.train(verbose=False)
+        lines = [json.loads(line) for line in (tmp_path / str(every) / "metrics.jsonl").read_text().splitlines()]
+        losses = [r["loss"] for r in lines if "loss" in r]
+        assert len(losses) == 20 // every
+        means.append(sum(losses) / len(losses))
+    assert means[0] == pytest.approx(means[1], rel=1e-6)
+
+
+def test_scale_of_the_data_does_not_matter():
+    x, _ = planted(64 * 40, 16, 32, 3)
+    scores = []
+    for factor in (1.0, 300.0):
+        c = config(activation="relu")
+        _, t = train_sae_from_activations(x * factor, c, verbose=False)
+        scores.append((t.val_losses[-1]["fvu"], t.val_losses[-1]["l0"]))
+    assert scores[0] == pytest.approx(scores[1], rel=0.02)
+
+
+def test_dead_latents_are_counted_and_revived():
+    c = config(dead_feature_threshold=200, log_every=1)
+    t = trainer(c, n=64 * 60)
+    learner = t.learners[""]
+    learner.start_from(t.stream.sample()[""])
+    with torch.no_grad():
+        learner.sae.b_enc[:20] = -100.0  # cannot fire
+    encoder = learner.sae.W_enc[:, :20].detach().clone()
+    for step in range(12):
+        learner.step(next(t.stream)[""], step)
+        learner.read_window()
+        if step == 2:
+            assert learner.n_dead == 0  # 192 tokens are not yet over the threshold
+    assert learner.n_dead >= 20
+    assert int(learner.tokens_since_fired[0]) == 12 * 64
+    with torch.no_grad():
+        learner.sae.b_enc[:20] = 0.0  # they may be chosen now: AuxK shapes them
+    learner.step(next(t.stream)[""], 12)
+    assert not torch.equal(learner.sae.W_enc[:, :20], encoder)
+
+
+def test_checkpoints_of_other_settings_and_broken_ones_are_refused(tmp_path):
+    t = trainer(config(), tmp_path / "run")
+    t.train(verbose=False)
+    with pytest.raises(UserError, match="trained with k=4 and 5 is asked"):
+        trainer(config(k=5), tmp_path / "run").load_checkpoint()
+    with pytest.raises(UserError, match="no checkpoint to resume"):
+        trainer(config(), tmp_path / "empty").load_checkpoint()
+    newest = checkpoints(tmp_path / "run")[-1]
+    newest.write_bytes(newest.read_bytes()[:3000])
+    with pytest.raises(UserError, match="damaged or cut short|refused"):
+        trainer(config(), tmp_path / "run").load_checkpoint()
+    with pytest.raises(UserError, match="is no training checkpoint"):
+        trainer(config()).load_checkpoint(tmp_path / "run" / "best_model.pt")
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    first = trainer(config(), tmp_path / "run")
+    first.train(verbose=False)
+    with pytest.raises(UserError, match="holds a run already; give --resume, --overwrite"):
+        trainer(config(), tmp_path / "run").train(verbose=False)
+    other = trainer(config(seed=3), tmp_path / "run", overwrite=True)
+    other.train(verbose=False)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["seed"] == 3
+
+
+def test_bad_activations(tmp_path):
+    c = config()
+    with pytest.raises(UserError, match="17 wide and the SAE reads 16"):
+        SAETrainer(create_sae(c), c, torch.zeros(10, 17))
+    with pytest.raises(UserError, match="NaN or infinity"):
+        train_sae_from_activations(torch.full((100, 16), torch.nan), c)
+    with pytest.raises(UserError, match="all equal"):
+        train_sae_from_activations(torch.ones(200, 16), c, save_dir=tmp_path / "run", verbose=False)
+    for shape in ((16,), (0, 16), (1, 16)):
+        with pytest.raises(UserError, match="matrix"):
+            train_sae_from_activations(torch.zeros(shape), c)
+
+
+def test_a_loss_that_explodes_stops_the_run():
+    with pytest.raises(UserError, match="learning_rate is too high|NaN"):
+        t = trainer(config(learning_rate=1e30, clip_norm=None, warmup_steps=0, normalize_decoder=False))
+        t.train(verbose=False)
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu", "gated"])
+def test_the_promised_short_call(activation, tmp_path):
+    x, _ = planted(2000, 48, 96, 4)
+    c = SAEConfig(d_in=48, d_sae=192, activation=activation, k=4)
+    sae, t = train_sae_from_activations(x, c, device="cpu", save_dir=tmp_path / "run", verbose=False)
+    assert sae.encode(x[:5]).shape == (5, 192)
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"config.json", "metrics.jsonl", "cfg.json", "sae_weights.safetensors", "best_model.pt"} <= names
+    assert torch.equal(formats.load_sae(tmp_path / "run").W_enc, sae.W_enc)
+    best = formats.read_torch(tmp_path / "run" / "best_model.pt")
+    assert {"step", "epoch", "sae_state_dict", "config", "feature_counts", "best_val_loss"} <= best.keys()
+    before = t.evaluate()
+    assert before == t.evaluate()
+    assert t.best_val_loss <= before["total_loss"] + 1e-9
+
+
+def test_num_epochs_and_bfloat16():
+    x, _ = planted(640, 16, 32, 3)
+    c = config(dtype="bfloat16")
+    t = SAETrainer(create_sae(c), c, x)
+    t.train(num_epochs=3, verbose=False)
+    assert t.step == 30
+    assert t.epoch == 2  # the third pass has just ended
+    assert t.evaluate() == {}
+    assert t.train_losses[-1]["fvu"] < t.train_losses[0]["fvu"]
