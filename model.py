@@ -301,9 +301,7 @@ class GPT(nn.Module):
         return cls.from_weights(config, weights, name).to(device)
 
 
-def sample_token(
-    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
-) -> Tensor:
+def sample_token(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
     """Draw one token (B, 1) from the logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -327,9 +325,7 @@ def config_from_hf(hf, name: str) -> GPTConfig:
     }
     for key, values in expressible.items():
         if getattr(hf, key) not in values:
-            raise ValueError(
-                f"{name}: {key}={getattr(hf, key)!r} cannot be expressed, wanted any of {values}"
-            )
+            raise ValueError(f"{name}: {key}={getattr(hf, key)!r} cannot be expressed, wanted any of {values}")
     approximation = gelu[hf.activation_function]
     return GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd, gelu=approximation)
 

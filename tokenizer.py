@@ -65,9 +65,7 @@ class Tokenizer:
         for message in messages:
             role, content = message.get("role"), message.get("content")
             if role not in ("user", "assistant") or not isinstance(content, str):
-                raise ValueError(
-                    f"{message!r} is no chat message; wanted a role, user or assistant, and content"
-                )
+                raise ValueError(f"{message!r} is no chat message; wanted a role, user or assistant, and content")
         turns = [(message["role"], message["content"]) for message in messages]
         if reply and (not turns or turns[-1][0] != "assistant"):
             turns.append(("assistant", ""))
@@ -171,9 +169,7 @@ class BPETokenizer(Tokenizer):
         return cls(spec["pat_str"], ranks, list(spec["special_tokens"]))
 
     @classmethod
-    def train(
-        cls, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = CHAT_TOKENS
-    ) -> BPETokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = CHAT_TOKENS) -> BPETokenizer:
         """Learn a vocabulary of vocab_size tokens, specials included (fewer if texts run out of pairs)."""
         import regex  # tiktoken depends on it; `re` does not know \p{L}
 

@@ -4,6 +4,7 @@ from sae.activations import ActivationCollector
 from sae.config import VERSION as __version__
 from sae.config import SAEConfig, TrainConfig
 from sae.evaluator import SAEEvaluator
+from sae.feature_viz import FeatureVisualizer
 from sae.formats import load_sae, load_saes, save_sae
 from sae.language_model import load_language_model
 from sae.models import create_sae
@@ -11,6 +12,7 @@ from sae.trainer import SAETrainer, train_sae_from_activations
 
 __all__ = [
     "ActivationCollector",
+    "FeatureVisualizer",
     "SAEConfig",
     "SAEEvaluator",
     "SAETrainer",

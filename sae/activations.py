@@ -65,8 +65,9 @@ class ModelSource:
             keep = kept_positions(self.lm, ids, valid, skip_first=self.skip_first)
             if not keep.any():
                 continue
-            acts = {k: v[keep.to(v.device)].float() for k, v in self.lm.hidden(ids, valid, self.hookpoints).items()}
-            check_finite(acts)
+            at = keep.flatten().nonzero()[:, 0]  # found on the CPU: masks on a GPU make it wait
+            hidden = self.lm.hidden(ids, valid, self.hookpoints)
+            acts = {name: x.flatten(0, 1)[at.to(x.device)].float() for name, x in hidden.items()}
             first = self.rows.n_rows - len(ids)
             return acts, (torch.arange(len(ids)) + first)[:, None].expand_as(keep)[keep]
 
@@ -121,7 +122,7 @@ def check_finite(acts: Acts) -> None:
 
 
 def gather(source: Source, n: int, what: str) -> Acts:
-    """The first n rows of a source, in memory; fewer where it holds fewer. Raises UserError if it holds none."""
+    """The first n rows of a source, in memory; fewer where it holds fewer. Raises UserError for none, or for NaN."""
     blocks: dict[str, list[Tensor]] = {name: [] for name in source.widths}
     have = 0
     while have < n and (acts := source.read(n - have)):
@@ -133,7 +134,9 @@ def gather(source: Source, n: int, what: str) -> Acts:
             f"the data gave {have} tokens for {what}; give a longer text (without a validation split of its own "
             f"every {HOLD_OUT}th sequence is held out), or lower --ctx_len"
         )
-    return {name: torch.cat(xs) for name, xs in blocks.items()}
+    acts = {name: torch.cat(xs) for name, xs in blocks.items()}
+    check_finite(acts)
+    return acts
 
 
 # --------------------------------------------------------------------------------------------------

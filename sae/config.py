@@ -53,7 +53,7 @@ class SAEConfig:
     dead_feature_threshold: int | None = knob(
         None, "tokens without firing until a latent is dead (default: 5% of the run, at most 10M)"
     )
-    batch_size: int = knob(2048, "tokens per step")
+    batch_size: int = knob(1024, "tokens per step")
     num_epochs: int = knob(1, "passes over the activations")
     learning_rate: float | None = knob(
         None, "peak step size of Adam (default: by kind, falls as 1/sqrt(d_sae))", alias=("lr",)
@@ -272,8 +272,8 @@ def n_latents(c: SAEConfig) -> int:
 
 
 def peak_lr(c: SAEConfig) -> float:
-    """Adam's step size, ~ 1/sqrt(F) (Gao et al. 2024, arxiv.org/abs/2406.04093); 2e-3 at F = 1536 (dev/LOG.md)."""
-    return c.learning_rate if c.learning_rate is not None else 2e-3 / math.sqrt(n_latents(c) / 1536)
+    """Adam's step size, ~ 1/sqrt(F) (Gao et al. 2024, arxiv.org/abs/2406.04093); 4e-3 at F = 1536 (dev/LOG.md)."""
+    return c.learning_rate if c.learning_rate is not None else 4e-3 / math.sqrt(n_latents(c) / 1536)
 
 
 def warmup_steps(c: SAEConfig, n_steps: int) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from sae import hooks, log
 from sae.activations import ModelSource, gather
 from sae.config import SAEConfig, UserError
-from sae.kernels import Codes
+from sae.kernels import Codes, count
 from sae.language_model import LanguageModel
 from sae.models import SAE, Output
 from sae.tokens import Dataset, TokenRows, kept_positions
@@ -56,7 +56,7 @@ class Totals:
         self.fired += codes.fired(len(self.fired)).to(device)
         self.l0 += l0.sum()
         self.l0_squared += l0.double().square().sum()
-        self.l0_counts += torch.bincount(l0, minlength=len(self.l0_counts))
+        self.l0_counts += count(l0, len(self.l0_counts))
         x, x_hat = x.to(device).double(), x_hat.to(device).double()
         e2 = (x - x_hat).square().sum(-1)
         x2, x_hat2, dot = x.square().sum(-1), x_hat.square().sum(-1), (x * x_hat).sum(-1)
@@ -267,15 +267,10 @@ def _evaluate_rows(
         log_p = clean[:, :-1][counted].float().log_softmax(-1)
         losses["clean"].add(clean[:, :-1][counted], log_p, next_ids)
         for name, new in stand_ins.items():
-            with hooks.replace(lm.module, {hookpoint: _constant(new)}):
-                logits = lm.logits(ids, valid)
+            logits = lm.logits_replacing(ids, valid, hookpoint, new)
             assert logits is not None
             losses[name].add(logits[:, :-1][counted], log_p, next_ids)
     return n_counted
-
-
-def _constant(value: Tensor) -> Any:
-    return lambda _: value
 
 
 def _report(

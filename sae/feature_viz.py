@@ -86,14 +86,14 @@ class FeatureTables:
     that is 10 kB a latent: 16 MB for 1,536 latents, 330 MB for 32,768.
     """
 
-    def __init__(self, n_latents: int, features: Sequence[int] | None, *, top_k: int, context_tokens: int):
-        for i in features or ():
-            require(0 <= i < n_latents, f"feature {i} was asked for; this SAE has 0 to {n_latents - 1}")
-        self.latents = list(range(n_latents)) if features is None else sorted(set(features))
+    def __init__(self, sae: SAE, features: Sequence[int], *, top_k: int, context_tokens: int):
+        for i in features:
+            require(0 <= i < sae.d_sae, f"feature {i} was asked for; this SAE has 0 to {sae.d_sae - 1}")
+        self.latents = sorted(set(features or range(sae.d_sae)))
         F, R, W = len(self.latents), top_k, 2 * context_tokens + 1
-        self.row = torch.full((n_latents,), -1)  # latent -> its row of the tables
+        self.row = torch.full((sae.d_sae,), -1)  # latent -> its row of the tables
         self.row[self.latents] = torch.arange(F)
-        self.n_tokens = 0
+        self.totals = Totals(sae.d_in, sae.d_sae, device=sae.W_dec.device)  # of all latents, over the same tokens
         self.histogram = torch.zeros(F, len(EDGES) - 1, dtype=torch.int64)
         self.sums = torch.zeros(F, dtype=torch.float64)
         self.peaks = torch.zeros(F, R)
@@ -118,7 +118,6 @@ class FeatureTables:
         bins = (torch.bucketize(v, EDGES, right=True) - 1).clamp(0, n_bins - 1)
         self.histogram += torch.bincount(f * n_bins + bins, minlength=F * n_bins).view(F, n_bins)
         self.sums.index_add_(0, f, v.double())
-        self.n_tokens += int(keep.sum())
 
         # Candidates: each latent's peak in each sequence, at the first of equal tokens.
         group = f * N + p // T
@@ -136,7 +135,7 @@ class FeatureTables:
         for part in changed.split(max(1, (1 << 20) // (N * W))):
             place = at[part][:, :, None]
             window = place + torch.arange(-(W // 2), W // 2 + 1)
-            inside = (window >= 0) & (window // T == place // T)
+            inside = window // T == place // T
             window = window.clamp(0, N * T - 1)
             inside &= valid.flatten()[window]
             wanted = part[:, None, None] * (N * T) + window
@@ -161,7 +160,7 @@ class FeatureTables:
             tables = (self.histogram, self.sums, self.peaks, self.places, self.ids, self.values)
             rows = zip(*(x[self.row[block]].numpy() for x in tables), strict=True)
             for i, (counts, total, peaks, places, ids, values) in enumerate(rows):
-                n, bins = int(counts.sum()), np.flatnonzero(counts)
+                n, n_tokens, bins = int(counts.sum()), self.totals.n, np.flatnonzero(counts)
                 start, stop = (int(bins[0]), int(bins[-1]) + 1) if n else (0, 0)
                 promoted, suppressed = ([(token(j), float(effects[i, j])) for j in o[i].tolist()] for o in order)
                 contexts = []
@@ -170,7 +169,7 @@ class FeatureTables:
                     words, own = [token(j) for j in ids[r][inside].tolist()], values[r][inside].tolist()
                     contexts.append(Context(words, own, int(inside[:middle].sum()), *places[r].tolist()))
                 yield FeatureRecord(
-                    latent=int(block[i]), n_tokens=self.n_tokens, density=n / max(1, self.n_tokens),
+                    latent=int(block[i]), n_tokens=n_tokens, density=n / max(1, n_tokens),
                     max_activation=float(peaks[0]), mean_active=float(total) / max(1, n),
                     counts=counts[start:stop].tolist(), edges=EDGES[start : stop + 1].tolist() if n else [],
                     promoted=promoted, suppressed=suppressed, contexts=contexts,
@@ -182,32 +181,35 @@ class FeatureTables:
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1c1f24;--dim:#666d77;--line:#e3e6ea;--soft:#f4f5f7;--link:#0b57d0;
- --hot:255 150 0;--a:0}@media(prefers-color-scheme:dark){:root{--bg:#15171b;--fg:#e3e5e9;--dim:#979ea8;--line:#2c3037;
- --soft:#20242a;--link:#8ab4f8;--hot:214 104 0}}*{box-sizing:border-box}
-body{margin:auto;max-width:78rem;padding:1rem 1.2rem 4rem;background:var(--bg);color:var(--fg);
- font:15px/1.5 system-ui,sans-serif;font-variant-numeric:tabular-nums}ol{list-style:none;padding:0;margin:.5rem 0}
+ --hot:255 150 0;--a:0}
+@media(prefers-color-scheme:dark){:root{--bg:#15171b;--fg:#e3e5e9;--dim:#979ea8;--line:#2c3037;--soft:#20242a;
+ --link:#8ab4f8;--hot:214 104 0}}
+body{margin:auto;max-width:78rem;padding:1rem;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;
+ font-variant-numeric:tabular-nums}*{box-sizing:border-box}:focus-visible{outline:2px solid var(--link)}
 h1{margin:.6rem 0 .2rem}h2{font-size:1rem;margin:0}a{color:var(--link)}a:not(:hover){text-decoration:none}
-small,dt{font-size:.85rem;color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}nav,dl{display:flex;flex-wrap:wrap;
- gap:.6rem 2.2rem}.t{font:13px/1.75 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
+small,dt{font-size:.85rem;color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
+ol{list-style:none;padding:0;margin:.4rem 0}nav,dl{display:flex;flex-wrap:wrap;gap:.6rem 2.2rem}
+.t{font:13px/1.75 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
 bdi{border-radius:2px;padding:1px 0;background:rgb(var(--hot)/calc(var(--a)*.85))}bdi.p{border-bottom:2px solid}
-bdi:hover{outline:1px solid var(--dim)}u{text-decoration:none;
- background:radial-gradient(circle,var(--dim) .7px,transparent 1px) 0 50%/1ch 1em repeat-x}
-i{color:var(--dim);font-style:normal;white-space:normal}.n,.g{font-size:0}:is(.n,.g):before{font-size:13px}
-.n:before{content:"\\21b5"}.g:before{content:"\\21e5"}.cols li{display:flex;justify-content:space-between;gap:1rem}
+u{text-decoration:none;background:radial-gradient(circle,var(--dim) .7px,#0000 1px) 0 50%/1ch 1em repeat-x}
+i{color:var(--dim);font-style:normal;white-space:normal}.n,.g{font-size:0}
+.n:before,.g:before{font-size:13px;content:"\\21b5"}.g:before{content:"\\21e5"}
 .cols{display:grid;grid-template-columns:5fr 3fr 3fr;gap:1.4rem 3rem;margin:1.4rem 0 2rem}.cols>*{min-width:0}
-.ctx li{display:grid;grid-template-columns:4rem 1fr;border-top:1px solid var(--line);padding:.45rem 0}
-svg{width:100%}rect{fill:rgb(var(--hot))}text{font-size:10px;fill:var(--dim)}line{stroke:var(--line)}
+.cols li{display:flex;justify-content:space-between;gap:1rem}
+.ctx li{display:grid;grid-template-columns:4rem 1fr;padding:.45rem 0;border-top:1px solid var(--line)}
+svg{width:100%}rect{fill:rgb(var(--hot))}line{stroke:var(--line)}text{font-size:10px;fill:var(--dim)}
 table{border-collapse:collapse;width:100%;table-layout:fixed}thead{position:sticky;top:0;background:var(--bg)}
 tr{border-bottom:1px solid var(--line)}tbody tr:hover{background:var(--soft)}[hidden]{display:none!important}
-td,th button{padding:.25rem .6rem;text-align:right;overflow:hidden}th{padding:0;width:6rem}th:nth-child(5){width:9rem}
+td,th button{padding:.25rem .6rem;text-align:right;overflow:hidden}th{padding:0;width:6.5rem}th:nth-child(5){width:9rem}
 th:nth-child(6){width:auto}:is(td,th):nth-child(n+5),th:nth-child(n+5) button{text-align:left}
-.row{white-space:pre;display:flex;align-items:baseline}.row i{white-space:nowrap}.row span{flex:3;overflow:hidden}
-.row .l{flex:2;display:flex;justify-content:flex-end;align-items:baseline}.l bdi{line-height:1.2}
-button,input{font:inherit;color:inherit;background:none;border:0}button{font-weight:600;width:100%;cursor:pointer}
+.row,.l{white-space:pre;display:flex;align-items:baseline}.row i{white-space:nowrap}.row span{flex:3;overflow:hidden}
+.row .l{flex:2;justify-content:flex-end}.l bdi{line-height:1.2}
+button,input{font:inherit;color:inherit;border:0}
+button{background:none;font-weight:600;width:100%;white-space:nowrap;cursor:pointer}
 input{background:var(--soft);border-radius:6px;padding:.4rem .7rem;width:min(22rem,100%);margin:1rem .5rem 1rem 0}
-[aria-sort=ascending] button:after{content:" \\2191"}[aria-sort=descending] button:after{content:" \\2193"}
+[aria-sort=ascending] button:after{content:"\\2191"}[aria-sort=descending] button:after{content:"\\2193"}
 @media(max-width:46rem){.cols,.ctx li{grid-template-columns:1fr}tr{display:grid;grid-template-columns:repeat(5,1fr)}
- th:nth-child(n){width:auto}td,th button{padding-inline:.2rem}:is(td,th):nth-child(6){grid-column:1/-1}}
+ th:nth-child(n){width:auto}td,th button{padding-inline:0;font-size:.8rem}:is(td,th):nth-child(6){grid-column:1/-1}}
 """
 SCRIPT = """
 const rows = [...document.querySelectorAll("tbody tr")], heads = [...document.querySelectorAll("th")];
@@ -257,19 +259,17 @@ def _tokens(context: Context, largest: float, part: slice = slice(None)) -> str:
     return "".join(spans)
 
 
-def page_name(r: FeatureRecord) -> str:
-    return f"feature_{r.latent}.html"
-
-
 def _facts(facts: dict[str, str]) -> str:
     return "<dl>" + "".join(f"<div><dt>{name}<dd>{value}</div>" for name, value in facts.items()) + "</dl>\n"
 
 
 def feature_page(records: Sequence[FeatureRecord], i: int, about: str) -> str:
-    """The page of records[i], linked to those before and after it. about: of which SAE."""
+    """The page of records[i], linked to those before and after it. about: a line on the SAE."""
     r, body = records[i], '<nav><a href="index.html">all features</a>'
-    body += "".join(f'<a rel="prev" href="{page_name(x)}">&larr; {x.latent}</a>' for x in records[max(0, i - 1) : i])
-    body += "".join(f'<a rel="next" href="{page_name(x)}">{x.latent} &rarr;</a>' for x in records[i + 1 : i + 2])
+    for j, rel, label in ((i - 1, "prev", "&larr; {}"), (i + 1, "next", "{} &rarr;")):
+        if 0 <= j < len(records):
+            n = records[j].latent
+            body += f'<a rel="{rel}" href="feature_{n}.html">{label.format(n)}</a>'
     body += f"</nav><h1>Feature {r.latent}</h1><small>{escape(about)}</small>\n"
     if r.contexts:
         body += _facts({
@@ -281,8 +281,9 @@ def feature_page(records: Sequence[FeatureRecord], i: int, about: str) -> str:
     for title, tokens in (("Promoted tokens", r.promoted), ("Suppressed tokens", r.suppressed)):
         items = "".join(f"<li><bdi>{shown(token)}</bdi>{effect:+.3f}" for token, effect in tokens)
         body += f'<div><h2>{title}</h2><ol class="t">{items or "<li>no way to the logits"}</ol></div>\n'
+    body += "</div>"
     if r.contexts:
-        body += "</div><h2>Strongest contexts</h2><small>One per sequence. The stronger the shade, the stronger the "
+        body += "<h2>Strongest contexts</h2><small>One per sequence. The stronger the shade, the stronger the "
         body += 'activation; point at a token for its value.</small><ol class="ctx">\n'
     for c in r.contexts:
         body += f'<li><span title="sequence {c.sequence}, position {c.position}">{c.values[c.peak]:.4g}</span>'
@@ -312,7 +313,7 @@ def index_page(records: Sequence[FeatureRecord], facts: dict[str, str]) -> str:
     heads = "".join(f'<th scope="col"><button type="button">{title}</button>' for title in titles)
     rows = ""
     for r in records:
-        rows += f'<tr><td data-v="{r.latent}"><a href="{page_name(r)}">{r.latent}</a>'
+        rows += f'<tr><td data-v="{r.latent}"><a href="feature_{r.latent}.html">{r.latent}</a>'
         rows += f'<td data-v="{r.density}">{100 * r.density:.3g}%'
         rows += "".join(f'<td data-v="{v}">{v:.4g}' for v in (r.max_activation, r.mean_active))
         rows += '<td><div class="t row">' + "".join(f"<bdi>{shown(token)}</bdi>" for token, _ in r.promoted[:1])
@@ -365,16 +366,14 @@ class FeatureVisualizer:
         self.sae, self.lm, self.config = sae, lm, config or VizConfig()
         self.hookpoint, self.dataset = hookpoint or sae.config.hook_point, dataset or open_dataset()
         self.ctx_len, self.skip_first = self.config.ctx_len or ctx_len, skip_first
-        self.about = f"{self.hookpoint} of {lm.name}"
 
     @cached_property
     @torch.no_grad()
-    def _read(self) -> tuple[FeatureTables, Totals]:
-        """The pass: whole sequences until config.eval_tokens counted tokens are seen or the text ends."""
+    def tables(self) -> FeatureTables:
+        """From one pass: whole sequences until config.eval_tokens counted tokens are seen or the text ends."""
         c, lm, sae, n_sequences = self.config, self.lm, self.sae, 0
-        tables = FeatureTables(sae.d_sae, c.feature or None, top_k=c.top_k, context_tokens=c.context_tokens)
-        totals = Totals(sae.d_in, sae.d_sae, device=sae.W_dec.device)
-        text = TokenRows(lm, self.dataset, "val", self.ctx_len)
+        tables = FeatureTables(sae, c.feature, top_k=c.top_k, context_tokens=c.context_tokens)
+        totals, text = tables.totals, TokenRows(lm, self.dataset, "val", self.ctx_len)
         bar, was_training = log.progress(c.eval_tokens, "reading"), sae.training
         sae.eval()
         while totals.n < c.eval_tokens:
@@ -396,18 +395,13 @@ class FeatureVisualizer:
         bar.close()
         sae.train(was_training)
         require(totals.n > 0, f"'{self.dataset.name}' gave no held-out text; give more of it, or lower --ctx_len")
-        return tables, totals
-
-    @property
-    def totals(self) -> Totals:
-        """Density, L0 and reconstruction over the same tokens."""
-        return self._read[1]
+        return tables
 
     @cached_property
     def records(self) -> list[FeatureRecord]:
         """The features that get a page, in order of their numbers."""
-        tables, c = self._read[0], self.config
-        live = [i for i, n in zip(tables.latents, tables.histogram.sum(1).tolist(), strict=True) if n]
+        tables, c = self.tables, self.config
+        live = torch.tensor(tables.latents)[tables.histogram.any(1)].tolist()
         chosen = tables.latents if c.feature or c.all_features else live[:MAX_PAGES]
         return list(tables.records(self.lm, self.sae, chosen))
 
@@ -415,14 +409,14 @@ class FeatureVisualizer:
         """The page of a feature."""
         found = [i for i, r in enumerate(self.records) if r.latent == latent]
         require(bool(found), f"feature {latent} has no page; ask for it with --feature {latent}")
-        return feature_page(self.records, found[0], self.about)
+        return feature_page(self.records, found[0], self.hookpoint)
 
     def index(self) -> str:
         """The page that lists them."""
-        m, c = self.totals.metrics(), self.sae.config
+        m, c = self.tables.totals.metrics(), self.sae.config
         facts = {
             "model": self.lm.name, "hookpoint": self.hookpoint, "held-out text": self.dataset.name,
-            "tokens": f"{self.totals.n:,}", "SAE": f"{c.activation}, {c.d_in} to {c.d_sae} latents",
+            "tokens": f"{m['n_tokens']:,}", "SAE": f"{c.activation}, {c.d_in} to {c.d_sae} latents",
             "active per token": f"{m['l0']:.1f}", "explained variance": f"{m['explained_variance']:.3f}",
             "never fired": f"{100 * m['dead_fraction']:.3g}%",
         }  # fmt: skip
@@ -433,7 +427,8 @@ class FeatureVisualizer:
 
     def save(self, folder: str | Path) -> Path:
         """Write the index and the pages to a folder of their own, in place of older ones; returns index.html."""
-        pages = ((page_name(r), feature_page(self.records, i, self.about)) for i, r in enumerate(self.records))
+        records = self.records
+        pages = ((f"feature_{r.latent}.html", feature_page(records, i, self.hookpoint)) for i, r in enumerate(records))
         _replace_folder(Path(folder), itertools.chain([("index.html", self.index())], pages))
         return Path(folder) / "index.html"
 
@@ -457,8 +452,6 @@ def collect_features(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # plots
-
-LOOK = {"color": "#21918c", "edgecolor": "white", "linewidth": 0.5}
 
 
 def _axes(n_rows: int = 1, n_columns: int = 1) -> tuple[Any, list[Any]]:
@@ -513,13 +506,14 @@ def plot_evaluation(totals: Totals, folder: Path) -> list[Path]:
     densities, counts, n = totals.densities().cpu().numpy(), totals.l0_counts.cpu().numpy(), max(1, totals.n)
     n_live, n_all = int((densities > 0).sum()), len(densities)
     density, (ax,) = _axes()
-    ax.hist(densities[densities > 0], bins=np.geomspace(0.7 / n, 1, 40), **LOOK)
+    ax.hist(densities[densities > 0], bins=np.geomspace(0.7 / n, 1, 40), color="#21918c", ec="w")
     ax.set_title(f"{n_live:,} of {n_all:,} latents fire on {n:,} tokens, {n_all - n_live:,} are dead")
     ax.set(xlabel="share of tokens that a latent is active on", ylabel="latents", xscale="log")
     l0, (ax,) = _axes()
     used = np.flatnonzero(counts) if counts.any() else np.zeros(1, dtype=int)
     step = (used[-1] - used[0]) // 60 + 1
-    ax.hist(used, bins=np.arange(used[0], used[-1] + step + 1, step) - 0.5, weights=counts[used] / n, **LOOK)
+    bins = np.arange(used[0], used[-1] + step + 1, step) - 0.5
+    ax.hist(used, bins=bins, weights=counts[used] / n, color="#21918c", ec="w")
     ax.set_title(f"mean L0 {counts @ np.arange(len(counts)) / n:.1f}")
     ax.set(xlabel="active latents of a token (L0)", ylabel="share of tokens", xlim=(used[0] - 5, used[-1] + 5))
     return [_save(density, folder / "density.png"), _save(l0, folder / "l0.png")]

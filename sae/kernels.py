@@ -39,10 +39,7 @@ class Codes(NamedTuple):
     def fired(self, n_latents: int) -> Tensor:
         """(F,) int64: how many of the B tokens each latent is active on."""
         active = self.values != 0
-        if self.indices is None:
-            return active.sum(0)
-        counts = torch.zeros(n_latents, dtype=torch.int64, device=self.values.device)
-        return counts.index_add_(0, self.indices.reshape(-1), active.reshape(-1).long())
+        return active.sum(0) if self.indices is None else count(self.indices, n_latents, active)
 
     def sparse(self) -> Codes:
         """The same codes with indices, as wide as the busiest token (reads the device when they were dense)."""
@@ -51,6 +48,13 @@ class Codes(NamedTuple):
         width = max(1, int(self.l0().max()))
         values, indices = self.values.abs().topk(width, dim=-1)
         return Codes(indices, self.values.gather(1, indices))
+
+
+def count(indices: Tensor, n: int, weights: Tensor | None = None) -> Tensor:
+    """(n,) int64: how often each of 0..n-1 occurs in indices (unlike bincount, reads nothing back from a GPU)."""
+    flat = indices.reshape(-1)
+    ones = torch.ones_like(flat) if weights is None else weights.reshape(-1).to(torch.int64)
+    return torch.zeros(n, dtype=torch.int64, device=flat.device).index_add_(0, flat, ones)
 
 
 def top_k(pre: Tensor, k: int) -> Tensor:
@@ -66,7 +70,7 @@ def _sum_by_latent(indices: Tensor, values: Tensor, rows: Tensor, n_latents: int
     """
     k = indices.shape[1]
     order = torch.argsort(indices.reshape(-1), stable=True)
-    counts = torch.bincount(indices.reshape(-1), minlength=n_latents)
+    counts = count(indices, n_latents)
     offsets = counts.cumsum(0) - counts
     return F.embedding_bag(
         order // k, rows, offsets, mode="sum", per_sample_weights=values.reshape(-1)[order].to(rows.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class LanguageModel:
     tokenizer:  encode, encode_document, token_str, special_ids, content_hash as in tokenizer.py
     forward_fn: (module, ids (N, T), valid (N, T) bool) -> logits (N, T, V), or None for a model without a head
     causal:     next-token model (rows packed from documents) or encoder (each row wrapped in `wrap`)
+    resume_fn:  (module, hookpoint, x (N, T, D)) -> logits from there on, or None where it cannot; a shortcut only
     """
 
     module: nn.Module
@@ -82,6 +84,7 @@ class LanguageModel:
     has_head: bool = True
     wrap: tuple[int, int] | None = None
     pad_id: int = 0
+    resume_fn: Callable[[nn.Module, str, Tensor], Tensor | None] | None = None
 
     def __post_init__(self) -> None:
         self.module.eval().requires_grad_(False)
@@ -104,6 +107,15 @@ class LanguageModel:
         """What the hookpoints hold, (N, T, D) each; the forward stops after the last of them."""
         ids, valid = ids.to(self.device), valid.to(self.device)
         return hooks.run(self.module, hookpoints, lambda: self.forward_fn(self.module, ids, valid))
+
+    @torch.no_grad()
+    def logits_replacing(self, ids: Tensor, valid: Tensor, hookpoint: str, x: Tensor) -> Tensor | None:
+        """Logits of a forward in which the hookpoint holds x (N, T, D) instead of what it would."""
+        logits = self.resume_fn(self.module, hookpoint, x) if self.resume_fn is not None else None
+        if logits is None:
+            with hooks.replace(self.module, {hookpoint: lambda _: x}):
+                logits = self.logits(ids, valid)
+        return logits
 
     def width(self, hookpoint: str) -> int:
         """Width of what a hookpoint holds, from one tiny forward."""
@@ -174,6 +186,17 @@ def _nanogpt_forward(module: nn.Module, ids: Tensor, valid: Tensor) -> Tensor:
     return module(ids, ids)[0]  # nanoGPT's own model gives every position's logits only when it has targets
 
 
+def _nanogpt_resume(module: nn.Module, hookpoint: str, x: Tensor) -> Tensor | None:
+    """What follows block i depends on its output alone, so the blocks before it need not run again."""
+    block = re.fullmatch(r"transformer\.h\.(\d+)", hookpoint)
+    if block is None:
+        return None
+    parts: Any = module.transformer
+    for layer in parts.h[int(block[1]) + 1 :]:
+        x = layer(x)
+    return module.get_submodule("lm_head")(parts.ln_f(x))
+
+
 def _nanogpt(path: Path, name: str, device: torch.device, dataset: str | None) -> LanguageModel:
     model_py = beside("model.py")
     try:
@@ -190,7 +213,7 @@ def _nanogpt(path: Path, name: str, device: torch.device, dataset: str | None) -
         )
     return LanguageModel(
         module=module, tokenizer=tokenizer, forward_fn=_nanogpt_forward, name=name,
-        d_model=config.n_embd, max_len=config.block_size,
+        d_model=config.n_embd, max_len=config.block_size, resume_fn=_nanogpt_resume,
     )  # fmt: skip
 
 

@@ -121,30 +121,39 @@ class SAE(nn.Module):
     # the loss, shared by all kinds
 
     def loss(
-        self, x: Tensor, out: Output, *, variance: float, sparsity: float = 0.0, dead: Tensor | None = None
+        self,
+        x: Tensor,
+        out: Output,
+        *,
+        variance: float,
+        sparsity: float = 0.0,
+        dead: Tensor | None = None,
+        n_dead: int | None = None,
     ) -> Losses:
         """Means over the tokens of x (B, D), so that averaging micro-batches gives the whole batch's gradient.
 
         variance: mean ||x - mean x||^2 of the data, which makes the reconstruction loss a fraction of variance
-        unexplained and keeps one sparsity weight good at every scale. dead (F,) bool switches AuxK on.
+        unexplained and keeps one sparsity weight good at every scale. dead (F,) bool switches AuxK on; n_dead, if
+        known, is about how many those are, and saves work where they are few.
         """
         reconstruction = (x - out.x_hat).square().sum(-1).mean() / variance
         penalty = self.penalty(out) / math.sqrt(variance)
         aux = self.extra(x, out) / variance
         total = reconstruction + aux + (sparsity * penalty if sparsity else 0.0)
         if dead is not None and self.config.auxk_alpha > 0:
-            aux = self.dead_loss(x, out, dead)
+            aux = self.dead_loss(x, out, dead, n_dead=n_dead)
             total = total + self.config.auxk_alpha * aux
         return Losses(total, reconstruction, penalty, aux)
 
-    def dead_loss(self, x: Tensor, out: Output, dead: Tensor) -> Tensor:
+    def dead_loss(self, x: Tensor, out: Output, dead: Tensor, *, n_dead: int | None = None) -> Tensor:
         """AuxK: let dead latents explain the residual (Gao et al. 2024, A.2, arxiv.org/abs/2406.04093).
 
         dead (F,) bool. The D/2 largest dead pre-activations of each token rebuild e = x - x_hat, which is held
         constant; b_dec is in x_hat already and is not added again. Returns error over residual energy, 0 when
         nothing is dead or nothing is left to explain; never NaN.
         """
-        k_aux = min(max(1, self.d_in // 2), self.d_sae)
+        half = max(1, self.d_in // 2)
+        k_aux = min(half, self.d_sae, half if n_dead is None else max(1, n_dead))
         masked = out.pre.detach().masked_fill(~dead, -torch.inf)
         indices = kernels.top_k(masked, k_aux)
         alive = masked.gather(1, indices).isfinite()
@@ -152,10 +161,9 @@ class SAE(nn.Module):
         values = pre.relu() * alive
         residual = (x - out.x_hat).detach()
         error = (kernels.decode(indices, values, self.W_dec) - residual).square().sum()
-        n_dead = dead.sum()
-        share = (n_dead / k_aux).clamp(max=1.0)
+        share = (dead.sum() / half).clamp(max=1.0)
         energy = (residual - residual.mean(0)).square().sum()
-        return torch.where((n_dead > 0) & (energy > 0), share * error / energy.clamp(min=1e-30), 0.0)
+        return torch.where((share > 0) & (energy > 0), share * error / energy.clamp(min=1e-30), 0.0)
 
     def _encoder_bias(self) -> Tensor:
         return self.b_enc

@@ -64,6 +64,7 @@ class Learner:
     @torch.no_grad()
     def start_from(self, x: Tensor) -> None:
         """Before the first step: b_dec at the mean of x (M, D), and the scale that makes its variance D."""
+        check_finite({self.config.hook_point or "the hookpoint": x})
         mean = x.double().mean(0)
         variance = float((x.double() - mean).square().sum(-1).mean())
         if not variance > 0:
@@ -79,7 +80,7 @@ class Learner:
         sparsity = cfg.l1_at(step, c, self.n_steps)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"):
             out = sae(x)
-            losses = sae.loss(x, out, variance=sae.d_in, sparsity=sparsity, dead=dead)
+            losses = sae.loss(x, out, variance=sae.d_in, sparsity=sparsity, dead=dead, n_dead=self.n_dead)
         losses.total.backward()
         sae.project_gradient_()
         norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), c.clip_norm if c.clip_norm is not None else math.inf)
@@ -402,7 +403,7 @@ RUN_FILES = (
     formats.WEIGHTS,
 )
 # What may differ between the two halves of a resumed run.
-FREE_SETTINGS = {"resume", "overwrite", "device", "save_dir", "log_every", "save_every"}
+FREE_SETTINGS = {"resume", "overwrite", "device", "save_dir", "save_every"}
 
 
 def checkpoints(save_dir: Path) -> list[Path]:

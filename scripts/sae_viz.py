@@ -19,10 +19,11 @@ def main(argv: list[str]) -> None:
         ctx_len=trained_on.get("context_size", 256), skip_first=trained_on.get("skip_first", False),
     )  # fmt: skip
     index = viz.save(out / "features")
-    plots = plot_evaluation(viz.totals, out / "plots")
+    totals = viz.tables.totals
+    plot_evaluation(totals, out / "plots")
     if (folder / "metrics.jsonl").is_file():
-        plots += plot_training(folder / "metrics.jsonl", out / "plots")
-    log.say(f"{len(viz.records)} features of {sae.d_sae}, from {viz.totals.n:,} tokens; plots in {out / 'plots'}")
+        plot_training(folder / "metrics.jsonl", out / "plots")
+    log.say(f"{len(viz.records)} of {sae.d_sae} features, from {totals.n:,} tokens; plots in {out / 'plots'}")
     log.say(f"open {index}")
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sae import hooks
 from sae.config import UserError
 from sae.language_model import ROOT, HFTokenizer, LanguageModel, beside, best_device, load_language_model
 
@@ -54,6 +55,15 @@ def test_logit_effects_are_what_the_last_layers_do(lm):
     numeric = (head(norm(x + step * d)) - head(norm(x - step * d))) / (2 * step)
     torch.testing.assert_close(lm.logit_effects(d[None])[0], numeric, rtol=1e-2, atol=1e-3)
     assert lm.logit_effects(torch.zeros(1, 7)) is None
+
+
+@pytest.mark.parametrize("hookpoint", ["transformer.h.0", "transformer.h.2", "transformer.h.1.mlp"])
+def test_going_on_from_a_hookpoint_is_the_whole_forward(lm, hookpoint):
+    ids, valid = batch(lm)
+    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(3))
+    shortcut = lm.logits_replacing(ids, valid, hookpoint, x)
+    with hooks.replace(lm.module, {hookpoint: lambda _: x}):
+        assert torch.equal(shortcut, lm.logits(ids, valid))
 
 
 def test_pygpt_is_embedded():

@@ -238,6 +238,6 @@ def test_a_planted_dictionary_is_found(activation):
         eval_every=10_000, **RECOVERY[activation],
     )  # fmt: skip
     sae, _ = train_sae_from_activations(x, config, verbose=False)
-    rows = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
+    rows = sae.W_dec.detach() / sae.W_dec.detach().norm(dim=1, keepdim=True)
     best = (directions @ rows.t()).max(1).values.mean()
     assert float(best) >= 0.95

@@ -293,6 +293,21 @@ def test_checkpoint_round_trip_is_bit_equal(data_dir, tmp_path):
     torch.testing.assert_close(other, trained_logits, atol=1e-5, rtol=1e-5)
 
 
+def test_best_weights_outlive_worse_ones(data_dir, tmp_path):
+    config = train.parse_config(flags(data_dir, tmp_path))
+    data = open_data(config, CPU)
+    run = Run(config, CPU, data)
+    for loss in (2.0, 3.0):
+        run.train_step()
+        run.save(Validation(loss, loss))
+    resumed = Run(train.parse_config(["--resume", "--out_dir", str(tmp_path)]), CPU, data)
+    assert (resumed.step, resumed.best) == (2, 2.0)
+    resumed.save(Validation(2.5, 2.5))
+    best, latest = read_checkpoint(tmp_path / "best.pt"), read_checkpoint(tmp_path)
+    assert (best["iter_num"], latest["iter_num"], latest["best_val_loss"]) == (1, 2, 2.0)
+    assert best["optimizer"] is None
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_logits_are_nanogpts_with_large_weights(bias):
     config = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=3, n_embd=24, bias=bias)
@@ -847,9 +862,11 @@ def test_dialogues():
     assert plain["What does geo.shapes.load do?"] == "Load a shape from a file."
     assert "`geo.shapes.Shape.scale(self, factor=2, *, copy=True)`" in asked.values()
     assert not any("inner" in text or "area(" in text for pair in asked.items() for text in pair)
-    kinds = {a for a in asked.values() if " is a " in a}
-    assert kinds <= {
-        "`geo.shapes.Shape` is a class.", "`geo.shapes.Shape.scale` is a method.", "`geo.shapes.load` is a function.",
+    kinds = set()
+    for i in range(20):  # who is asked for a kind depends on a hash of the name
+        kinds |= {chat[1]["content"] for chat in corpus.dialogues(MODULE, f"m{i}") if " is a " in chat[1]["content"]}
+    assert {kind.split("`")[1].split(".", 1)[1] + kind.split("`")[2] for kind in kinds} == {
+        "Shape is a class.", "Shape.scale is a method.", "load is a function.",
     }  # fmt: skip
     assert corpus.dialogues("def (", "x") == []
     assert corpus.module_name("posixpath.py") == "os.path" and corpus.module_name("json/__init__.py") == "json"
@@ -895,7 +912,16 @@ def test_sample_end_to_end(trained, data_dir, tmp_path, capsys, monkeypatch):
     assert out == run("--start", "def f7(") != run("--start", "def f7(", "--seed", "3")
     greedy = run("--start", "def f7(", "--temperature", "0", "--num_samples", "2").split("-" * 20)
     assert greedy[0].strip() == greedy[1].strip()
+    prompts, generate = [], GPT.generate
+
+    def watched(model, idx, *args, **kwargs):
+        prompts.append(idx)
+        return generate(model, idx, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "generate", watched)
     assert "<|" not in run("--ask", "What does f7 do?")
+    question = {"role": "user", "content": "What does f7 do?"}
+    assert prompts[0].tolist() == [load_tokenizer(folder).render_chat([question], reply=True)]
 
 
 def test_streamed_text_is_whole_characters(bpe):

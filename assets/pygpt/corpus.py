@@ -193,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make the pygpt corpus from Python's standard library.")
     parser.add_argument("--out_dir", default="data/pygpt", help="folder for the three files")
     parser.add_argument("--vocab_size", type=int, default=4096, help="tokens, special ones included")
+    parser.add_argument("--tests", action="store_true", help="train on the library's test suite too")
     args = parser.parse_args(argv)
     if not 261 <= args.vocab_size <= 2**16:
         parser.error(f"--vocab_size {args.vocab_size} is outside 261 (bytes and specials) to 65536 (uint16)")
@@ -205,8 +206,8 @@ def main(argv: list[str] | None = None) -> None:
     special = np.array(sorted(tokenizer.special_ids))
     sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     sizes[special] = 0
-    # The test suite is code too: the model sees more with it. Validation stays with the library itself.
-    for split, tests in (("train", True), ("val", False)):
+    # The test suite is code too, for a run long enough to want more. Validation stays with the library itself.
+    for split, tests in (("train", args.tests), ("val", False)):
         docs = list(documents(split, tests=tests))
         n_files = sum(isinstance(doc, str) for doc in docs)
         tokens = np.concatenate([np.array(tokenizer.encode_document(doc), dtype=np.uint16) for doc in docs])

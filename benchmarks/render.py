@@ -1,0 +1,112 @@
+"""Put the figures of benchmarks/results/ into the documents, so that no number in them is typed by hand.
+
+    python -m benchmarks.render            rewrite the documents
+    python -m benchmarks.render --check    fail if that would change one (a test runs this)
+
+A block between `<!-- results: NAME -->` and `<!-- end -->` holds what table NAME renders to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+from sae.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ("README.md", "SAE_README.md", "assets/pygpt/README.md")
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def flags(config: type) -> str:
+    """Every field of a config as a flag."""
+    lines = ["| flag | default | meaning |", "|---|---|---|"]
+    for f in dataclasses.fields(config):
+        names = " ".join(f"`--{name}`" for name in (f.name, *f.metadata["alias"]))
+        default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        shown = "" if default is None else default
+        lines.append(f"| {names} | {shown} | {f.metadata['help'].replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
+def quality() -> str:
+    """The table of trained SAEs."""
+    lines = [
+        "| command | explained variance | L0 | dead | CE score vs zero | vs mean | tokens | training |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    score = lambda v: "no head" if v is None else f"{v:.3f}"
+    for name in ("quality_pygpt", "quality_minilm"):
+        for r in load(name)["rows"]:
+            lines.append(
+                f"| `{r['command'].removeprefix('python -m scripts.')}` | {r['explained_variance']:.3f} | {r['l0']:.1f} "
+                f"| {100 * r['dead_fraction']:.2f}% | {score(r['ce_score_zero'])} | {score(r['ce_score_mean'])} "
+                f"| {r['train_tokens'] / 1e6:.1f}M | {r['train_seconds']:.0f} s |"
+            )
+    about = load("quality_pygpt")["about"]
+    lines += ["", f"(nanoSAE {about['nanosae']}, torch {about['torch']}, {about['cores']} cores, {about['date']}; "
+              "`python -m benchmarks.quality`)"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def demo() -> str:
+    """The demo's own figures, one line."""
+    r = load("demo")
+    e = r["eval"]
+    return (
+        f"`bash runs/demo.sh` on {r['about']['cores']} cores: {r['seconds']:.0f} s after installation "
+        f"(limit {r['limit_s']} s); explained variance {e['explained_variance']:.3f}, L0 {e['l0']:.1f}, "
+        f"dead {100 * e['dead_fraction']:.2f}% over {e['n_tokens']:,} tokens, CE score {e['ce_score_zero']:.3f} "
+        f"against zero and {e['ce_score_mean']:.3f} against mean ablation."
+    )
+
+
+def pygpt() -> str:
+    """How the embedded model was trained and how good it is."""
+    r = load("pygpt")
+    rows = [f"| {name} | {value} |" for name, value in r["facts"].items()]
+    point = "| {step} | {tokens:,} | {val_loss:.3f} | {val_bits_per_byte:.3f} |"
+    head = ["| step | tokens | validation loss (nats) | bits per byte |", "|---|---|---|---|"]
+    return "\n".join(["| | |", "|---|---|", *rows, "", *head, *(point.format(**p) for p in r["curve"])])
+
+
+TABLES = {"quality": quality, "demo": demo, "pygpt": pygpt, "flags": lambda: flags(TrainConfig)}
+
+
+def table(name: str) -> str:
+    """A table, or a word that its figures are not there."""
+    try:
+        return TABLES[name]()
+    except FileNotFoundError:
+        return "(not measured yet)"
+
+
+def rendered(text: str) -> str:
+    """The document with its blocks made anew."""
+    block = re.compile(r"(<!-- results: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    return block.sub(lambda m: m[1] + table(m[2]) + m[3], text)
+
+
+def main() -> None:
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        old = path.read_text(encoding="utf-8")
+        new = rendered(old)
+        if new != old:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(new, encoding="utf-8")
+    if stale and "--check" in sys.argv:
+        sys.exit(f"{', '.join(stale)} differ from benchmarks/results; run python -m benchmarks.render")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""The commands as a person types them: they run, and meet bad input with one sentence, exit code 2 and no debris.
+
+Run: python -m pytest tests/test_scripts.py
+"""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sae import formats, log
+from scripts import sae_collect, sae_eval, sae_train, sae_viz
+from tests.conftest import ROOT
+
+SCRIPTS = {"sae_train": sae_train, "sae_eval": sae_eval, "sae_viz": sae_viz, "sae_collect": sae_collect}
+SMALL = ["--k", "4", "--batch_size", "64", "--buffer_tokens", "256", "--max_tokens", "640", "--val_tokens", "200"]
+
+
+def call(module, *flags) -> int:
+    """Run a script in this process; its exit code."""
+    try:
+        log.run_script(module.main, [str(f) for f in flags])
+    except SystemExit as e:
+        return int(e.code or 0)
+    return 0
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current directory, so that the defaults (sae_models, ...) land there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def base(gpt_path, text_file):
+    return ["--model", gpt_path, "--dataset", text_file]
+
+
+def test_train_eval_viz_as_they_stand(here, base, capsys):
+    assert call(sae_train, "--layer", 1, *base, *SMALL) == 0
+    run = here / "sae_models" / "layer_1"
+    assert {p.name for p in run.iterdir()} >= {
+        "config.json", "metrics.jsonl", "cfg.json", "sae_weights.safetensors", "best_model.pt", "checkpoint_step10.pt",
+    }  # fmt: skip
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["config"]["k"] == 4
+    assert settings["resolved"]["d_sae"] == [256]
+    assert settings["git_commit"] is None or len(settings["git_commit"]) == 40
+    # from here on no flag is needed: the newest run, its model, its text
+    assert call(sae_eval, "--eval_tokens", 300) == 0
+    out = capsys.readouterr().out
+    report = json.loads((run / "eval.json").read_text())
+    assert report["n_tokens"] >= 300
+    assert report["hookpoint"] == "transformer.h.1"
+    assert f"explained variance {report['explained_variance']:.4f}" in out
+    assert {p.name for p in (run / "plots").iterdir()} >= {"density.png", "l0.png", "training.png"}
+    assert call(sae_viz, "--eval_tokens", 300, "--top_k", 3) == 0
+    assert (run / "features" / "index.html").is_file()
+    # the run's own config.json starts the same run again
+    again = ["--config", run / "config.json", "--run_name", "again"]
+    assert call(sae_train, *again) == 0
+    a, b = (formats.read_safetensors(p / formats.WEIGHTS) for p in (run, here / "sae_models" / "again"))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu", "gated"])
+def test_every_kind_and_hook_type_trains(here, base, activation):
+    for hook_type in ("resid_pre", "mlp_post_act"):
+        flags = ["--layer", 1, "--hook_type", hook_type, "--activation", activation, *base, *SMALL]
+        assert call(sae_train, *flags) == 0
+        assert call(sae_eval, "--eval_tokens", 200, "--sae_path", f"sae_models/layer_1_{hook_type}") == 0
+
+
+def test_several_hookpoints_in_one_run(here, base):
+    assert call(sae_train, "--hookpoints", "transformer.h.*.mlp", *base, *SMALL, "--run_name", "mlps") == 0
+    assert len(formats.load_saes(here / "sae_models" / "mlps")) == 3
+    assert call(sae_train, "--layers", 0, 2, *base, *SMALL) == 0
+    assert list(formats.load_saes(here / "sae_models" / "layers_0_2")) == ["transformer.h.0", "transformer.h.2"]
+    assert call(sae_eval, "--sae_path", "sae_models/layers_0_2/transformer.h.2", "--eval_tokens", 200) == 0
+
+
+def test_collect_then_train(here, base, capsys):
+    assert call(sae_collect, *base, "--layer", 1, "--max_tokens", 1500, "--output_dir", "acts") == 0
+    assert call(sae_train, "--activations", "acts", *SMALL, "--run_name", "cached") == 0
+    assert call(sae_eval, "--eval_tokens", 200) == 0
+    assert call(sae_collect, *base, "--layer", 1, "--output_dir", "acts") == 2
+    assert "exists" in capsys.readouterr().err
+    assert call(sae_collect, *base, "--layer", 0, "--max_tokens", 600, "--output_dir", "acts", "--overwrite") == 0
+    manifest = json.loads((here / "acts" / "manifest.json").read_text())
+    (here / "acts" / "manifest.json").write_text(json.dumps({**manifest, "model_hash": "0" * 64}))
+    assert call(sae_train, "--activations", "acts", *SMALL, "--run_name", "stale") == 2
+    assert "stale or foreign: its model_hash" in capsys.readouterr().err
+    assert not (here / "sae_models" / "stale").exists()
+
+
+def test_resume_and_overwrite(here, base, capsys):
+    flags = ["--layer", 1, *base, *SMALL]
+    assert call(sae_train, *flags) == 0
+    assert call(sae_train, *flags) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert call(sae_train, *flags, "--resume") == 0  # nothing left to do
+    assert call(sae_train, *flags, "--resume", "--k", 5) == 2
+    assert "trained with k=4 and 5 is asked" in capsys.readouterr().err
+    assert call(sae_train, *flags, "--overwrite", "--k", 5) == 0
+    assert call(sae_train, *flags, "--resume", "--run_name", "other") == 2
+    assert "no checkpoint to resume from" in capsys.readouterr().err
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("ran", "w"))
+
+
+def bad_model(folder, gpt_path, how):
+    """A broken copy of the tiny checkpoint beside its tokenizer."""
+    data = (folder.parent / "ckpt.pt") if how == "missing" else None
+    path = folder / "ckpt.pt"
+    (folder / "tokenizer.json").write_bytes((gpt_path.parent / "tokenizer.json").read_bytes())
+    if how == "truncated":
+        path.write_bytes(gpt_path.read_bytes()[:10_000])
+    elif how == "hostile":
+        path.write_bytes(pickle.dumps({"model": Evil(), "model_args": {}}))
+    elif how == "nan":
+        checkpoint = torch.load(gpt_path, weights_only=True)
+        checkpoint["model"]["transformer.h.0.ln_1.weight"][:] = torch.nan
+        torch.save(checkpoint, path)
+    return data or path
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "out/ckpt.pt"], "'out/ckpt.pt' does not exist"),
+        (["--layer", "3"], "layer 3 was asked for and the model has 3; choose 0 to 2"),
+        (["--hookpoints", "transformer.h.1.mlpp"], "did you mean 'transformer.h.1.mlp'"),
+        (["--k", "300"], "k=300 exceeds d_sae=256"),
+        (["--dataset", "nowhere.txt"], "dataset 'nowhere.txt' does not exist"),
+        (["--dataset", "empty.txt"], "gave 0 tokens"),
+        (["--dataset", "one.txt"], "gave 0 tokens"),
+        (["--save_dir", "empty.txt"], "choose another --save_dir"),
+        (["--d_in", "7"], "--d_in 7 was given and 'transformer.h.1' is 32 wide"),
+        (["--activations", "nowhere"], "is not a cache of activations"),
+        (["--device", "cuda:7"], "try --device cpu"),
+        (["--layr", "1"], "did you mean '--layer'"),
+        (["--batch_size", "2000"], "holds less than two batches"),
+        (["--max_tokens", "10"], "do not fill one batch"),
+        (["--model", "TRUNCATED"], ""),
+        (["--model", "HOSTILE"], ""),
+        (["--model", "NAN"], "contain NaN or infinity"),
+        (["--config", "broken.json"], "not valid json"),
+    ],
+    ids=lambda v: "-".join(v)[:40] if isinstance(v, list) else "",
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(here, base, gpt_path, capsys, flags, words):
+    from pathlib import Path
+
+    (here / "empty.txt").touch()
+    (here / "one.txt").write_text("a")
+    (here / "broken.json").write_text("{")
+    flags = [
+        str(bad_model(here, Path(gpt_path), f.lower())) if f in ("TRUNCATED", "HOSTILE", "NAN") else f for f in flags
+    ]
+    before = {p for p in here.rglob("*") if p.is_file()}
+    layer = [] if "--hookpoints" in flags or "--layer" in flags else ["--layer", "1"]
+    assert call(sae_train, *base, *SMALL, *layer, *flags) == 2
+    err = capsys.readouterr().err
+    message = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(message) == 1, err
+    assert words in message[0]
+    assert "Traceback" not in err
+    assert {p for p in here.rglob("*") if p.is_file()} == before
+    assert not (here / "ran").exists()
+
+
+def test_eval_and_viz_refuse_too(here, base, capsys):
+    assert call(sae_eval) == 2
+    assert "run sae_train first" in capsys.readouterr().err
+    assert call(sae_train, "--layer", 1, *base, *SMALL) == 0
+    assert call(sae_viz, "--feature", 256, "--eval_tokens", 200) == 2
+    assert "256" in capsys.readouterr().err
+    assert call(sae_eval, "--sae_path", "nowhere") == 2
+    assert call(sae_eval, "--model", "out/ckpt.pt") == 2
+    weights = here / "sae_models" / "layer_1" / formats.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert call(sae_eval) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_help_and_typos_as_real_processes(name, tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = lambda *flags: subprocess.run(
+        [sys.executable, "-m", f"scripts.{name}", *flags], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    if name == "sae_train":  # one is enough: they share the code, and starting torch takes seconds
+        typo = run("--modell", "x")
+        assert (typo.returncode, typo.stdout) == (2, "")
+        assert typo.stderr == "error: unknown argument '--modell'; did you mean '--model'?\n"
+    helped = run("--help")
+    assert helped.returncode == 0, helped.stderr
+    assert "--model" in helped.stdout
+    assert list(tmp_path.iterdir()) == []
