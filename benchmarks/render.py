@@ -45,14 +45,16 @@ def quality() -> str:
     score = lambda v: "no head" if v is None else f"{v:.3f}"
     for name in ("quality_pygpt", "quality_minilm"):
         for r in load(name)["rows"]:
-            lines.append(
-                f"| `{r['command'].removeprefix('python -m scripts.')}` | {r['explained_variance']:.3f} | {r['l0']:.1f} "
-                f"| {100 * r['dead_fraction']:.2f}% | {score(r['ce_score_zero'])} | {score(r['ce_score_mean'])} "
-                f"| {r['train_tokens'] / 1e6:.1f}M | {r['train_seconds']:.0f} s |"
-            )
+            cells = (
+                f"`{r['command'].removeprefix('python -m scripts.')}`", f"{r['explained_variance']:.3f}",
+                f"{r['l0']:.1f}",
+                f"{100 * r['dead_fraction']:.2f}%", score(r["ce_score_zero"]), score(r["ce_score_mean"]),
+                f"{r['train_tokens'] / 1e6:.1f}M", f"{r['train_seconds']:.0f} s",
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
     about = load("quality_pygpt")["about"]
-    lines += ["", f"(nanoSAE {about['nanosae']}, torch {about['torch']}, {about['cores']} cores, {about['date']}; "
-              "`python -m benchmarks.quality`)"]  # fmt: skip
+    machine = f"nanoSAE {about['nanosae']}, torch {about['torch']}, {about['cores']} cores, {about['date']}"
+    lines += ["", f"({machine}; `python -m benchmarks.quality`)"]
     return "\n".join(lines)
 
 
@@ -90,8 +92,8 @@ def table(name: str) -> str:
 
 def rendered(text: str) -> str:
     """The document with its blocks made anew."""
-    block = re.compile(r"(<!-- results: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
-    return block.sub(lambda m: m[1] + table(m[2]) + m[3], text)
+    block = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return block.sub(lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -317,8 +318,9 @@ class SAETrainer:
             return
         if not self.overwrite:
             refuse_existing(self.save_dir)
-        for old in [p for pattern in RUN_FILES for p in self.save_dir.rglob(pattern)]:
-            old.unlink(missing_ok=True)
+        else:
+            for folder in {self.save_dir, *(self.folder(name) for name in self.learners)}:
+                remove_run(folder)
         formats.write_json(self.describe(), self.save_dir / "config.json")
 
     def describe(self) -> dict[str, Any]:
@@ -416,6 +418,14 @@ def refuse_existing(save_dir: Path) -> None:
     """Raise UserError if the folder holds a run."""
     if (save_dir / "config.json").exists() or checkpoints(save_dir) or (save_dir / formats.CFG).exists():
         raise UserError(f"'{save_dir}' holds a run already; give --resume, --overwrite or another --run_name")
+
+
+def remove_run(folder: Path) -> None:
+    """Delete a run's own files from its folder, and nothing else there."""
+    for old in [p for pattern in RUN_FILES for p in folder.glob(pattern)]:
+        old.unlink(missing_ok=True)
+    for made in ("features", "plots"):
+        shutil.rmtree(folder / made, ignore_errors=True)
 
 
 def _refuse_other_settings(then: dict[str, Any], now: dict[str, Any], path: str | Path) -> None:

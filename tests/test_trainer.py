@@ -200,8 +200,13 @@ def test_a_run_is_not_overwritten(tmp_path):
     first.train(verbose=False)
     with pytest.raises(UserError, match="holds a run already; give --resume, --overwrite"):
         trainer(config(), tmp_path / "run").train(verbose=False)
+    for bystander in (tmp_path / "run" / "other" / "config.json", tmp_path / "run" / "notes.txt"):
+        bystander.parent.mkdir(exist_ok=True)
+        bystander.write_text("{}")
     other = trainer(config(seed=3), tmp_path / "run", overwrite=True)
     other.train(verbose=False)
+    assert bystander.exists()
+    assert (tmp_path / "run" / "other" / "config.json").exists()  # not ours to delete
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["seed"] == 3
 
 
