@@ -293,7 +293,7 @@ def lr_at(step: int, c: SAEConfig, n_steps: int) -> float:
 
 # Found on pygpt layer 10 and MiniLM layer 3 for an L0 near 32 (dev/LOG.md). The penalty is counted in units of
 # the activations' own spread (models.py), so that one value serves models of different scale.
-L1_DEFAULT = {"topk": 0.0, "relu": 0.02, "gated": 0.02}
+L1_DEFAULT = {"topk": 0.0, "relu": 0.1, "gated": 0.3}
 
 
 def l1_at(step: int, c: SAEConfig, n_steps: int) -> float:

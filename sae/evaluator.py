@@ -221,16 +221,20 @@ def evaluate(
     n_counted = 0
     bar = log.progress(n_tokens, "evaluating")
     rows = TokenRows(lm, dataset, "val", ctx_len)
+    was_training = sae.training
     sae.eval()
-    while totals.n < n_tokens:
-        ids, valid = rows.take(model_batch_size)
-        if len(ids) == 0:
-            break
-        keep = kept_positions(lm, ids, valid, skip_first=skip_first)
-        before = totals.n
-        n_counted += _evaluate_rows(lm, sae, hookpoint, (ids, valid, keep), mean.float(), totals, losses)
-        bar.update(totals.n - before)
-    bar.close()
+    try:
+        while totals.n < n_tokens:
+            ids, valid = rows.take(model_batch_size)
+            if len(ids) == 0:
+                break
+            keep = kept_positions(lm, ids, valid, skip_first=skip_first)
+            before = totals.n
+            n_counted += _evaluate_rows(lm, sae, hookpoint, (ids, valid, keep), mean.float(), totals, losses)
+            bar.update(totals.n - before)
+    finally:
+        sae.train(was_training)
+        bar.close()
     return _report(lm, sae, hookpoint, dataset, totals, losses, n_counted, len(head)), totals
 
 

@@ -151,7 +151,9 @@ def test_report_does_not_depend_on_the_batch(lm, text_file):
 
 
 def test_report_keys_and_summary(lm, text_file):
-    r = run(lm, create_sae(SAEConfig(d_in=32, d_sae=64, k=4)), text_file)
+    sae = create_sae(SAEConfig(d_in=32, d_sae=64, k=4)).train()
+    r = run(lm, sae, text_file)
+    assert sae.training
     wanted = """n_tokens l0 l0_std mse fvu explained_variance explained_variance_legacy cosine l2_ratio
         relative_reconstruction_bias dead_fraction ce_clean ce_sae ce_zero ce_mean ce_score_zero ce_score_mean kl_sae
         kl_zero kl_score_zero hookpoint model dataset architecture k d_in d_sae"""
