@@ -79,7 +79,12 @@ def pygpt() -> str:
     return "\n".join(["| | |", "|---|---|", *rows, "", *head, *(point.format(**p) for p in r["curve"])])
 
 
-TABLES = {"quality": quality, "demo": demo, "pygpt": pygpt, "flags": lambda: flags(TrainConfig)}
+def samples() -> str:
+    """What the embedded model writes."""
+    return "\n\n".join(f"`{r['command']}`:\n\n~~~\n{r['text']}\n~~~" for r in load("pygpt")["samples"])
+
+
+TABLES = {"samples": samples, "quality": quality, "demo": demo, "pygpt": pygpt, "flags": lambda: flags(TrainConfig)}
 
 
 def table(name: str) -> str:
