@@ -96,6 +96,10 @@ def check_folder(c: TrainConfig, folder: Path) -> None:
 
 def main(argv: list[str]) -> None:
     c = from_cli(TrainConfig, argv, prog="python -m scripts.sae_train", description=__doc__ or "")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"{os.environ['WORLD_SIZE']} processes were started and this trains in one; run it without torchrun"
+        )
     device = best_device(c.device)
     if c.activations is not None:
         data = cached_data(c)

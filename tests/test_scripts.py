@@ -177,6 +177,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(here, base, gpt_path, caps
     assert not (here / "ran").exists()
 
 
+def test_several_processes_are_refused(here, base, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert call(sae_train, *base, *SMALL) == 2
+    assert "run it without torchrun" in capsys.readouterr().err
+    assert list(here.iterdir()) == []
+
+
 def test_eval_and_viz_refuse_too(here, base, capsys):
     assert call(sae_eval) == 2
     assert "run sae_train first" in capsys.readouterr().err
