@@ -160,7 +160,7 @@ class Stream:
         if self.n_batches < 1:
             raise UserError(f"{n_tokens} tokens do not fill one batch of {batch_size}; lower --batch_size")
         self.n_tokens = self.n_batches * batch_size
-        size = min(buffer_tokens // batch_size * batch_size, self.n_tokens)
+        size = min(max(2, buffer_tokens // batch_size) * batch_size, self.n_tokens)
         self.buffer = {name: torch.empty(size, d, device=device) for name, d in source.widths.items()}
         self.size = size
         self.generator = torch.Generator().manual_seed(seed)
@@ -217,8 +217,6 @@ class Stream:
     def _read(self, n: int) -> Acts:
         acts = self.source.read(n)
         if not acts:
-            if self.n_drawn == 0 and self.n_passes > 0:
-                raise UserError("the dataset holds no usable token; give a longer text")
             self.source.rewind()
             self.n_passes += 1
             acts = self.source.read(n)
@@ -228,7 +226,8 @@ class Stream:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "source": self.source.state_dict(), "buffer": self.buffer, "order": self.order, "cursor": self.cursor,
+            "source": self.source.state_dict(), "buffer": {k: v.clone() for k, v in self.buffer.items()},
+            "order": self.order, "cursor": self.cursor,
             "n_drawn": self.n_drawn, "n_given": self.n_given, "n_passes": self.n_passes,
             "spill": {k: v.clone() for k, v in self.spill.items()}, "generator": self.generator.get_state(),
         }  # fmt: skip
@@ -263,7 +262,10 @@ class ActivationCollector:
     ):  # fmt: skip
         self.model, self.max_activations, self.device = model, max_activations, device
         self.save_path = Path(save_path) if save_path is not None else None
-        self.hookpoints = {given: hooks.resolve(model, hookpoints=[given])[0] for given in hook_points}
+        self.hookpoints: dict[str, str] = {}
+        for given in hook_points:
+            found = hooks.resolve(model, hookpoints=[given])
+            self.hookpoints |= {given: found[0]} if len(found) == 1 else {name: name for name in found}
         self.clear()
 
     def clear(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from sae.language_model import LanguageModel
 from sae.tokens import Dataset
 
 CACHE_VERSION = 1
+CACHE_FILE = re.compile(r"manifest\.json|\d{5}_(\d\d|seq)\.bin")
+HOOKPOINT = re.compile(r"[\w.-]*\w(@in)?")  # names become folders: nothing in one may lead elsewhere
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -32,7 +35,7 @@ def provenance(lm: LanguageModel, dataset: Dataset, *, ctx_len: int, skip_first:
     """What decides activations, as a cache's manifest records it."""
     return {
         "model": lm.name, "model_hash": lm.weights_hash, "tokenizer_hash": lm.tokenizer.content_hash(),
-        "dataset": dataset.name, "dataset_hash": dataset.fingerprint(),
+        "dataset": dataset.name, "dataset_hash": dataset.fingerprint(), "text_column": dataset.text_column,
         "ctx_len": min(ctx_len, lm.max_len), "skip_first": skip_first,
     }  # fmt: skip
 
@@ -46,11 +49,10 @@ def write_cache(
     Layout: manifest.json, and per shard one raw file for each hookpoint (rows of D values of `dtype`) and one with
     each row's sequence number (int64), by which validation is split off.
     """
-    if folder.exists() and not overwrite:
-        raise UserError(f"'{folder}' exists; choose another --output_dir or give --overwrite")
-    tmp = folder.with_name(folder.name + ".tmp")
+    folder = folder.resolve()
+    check_target(folder, overwrite)
+    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         shards: list[int] = []
         bar = log.progress(n_tokens, "collecting")
@@ -82,13 +84,27 @@ def write_cache(
             "hookpoints": {name: {"d_in": d, "file": f"{i:02d}"} for i, (name, d) in enumerate(source.widths.items())},
         }  # fmt: skip
         (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)
         tmp.replace(folder)
     except OSError as e:
         raise UserError(f"cannot write '{folder}': {e.strerror}; choose another --output_dir") from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return manifest
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Raise UserError unless `folder` is free, or holds a cache and nothing else and may be overwritten."""
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise UserError(f"'{folder}' exists; choose another --output_dir or give --overwrite")
+    strange = (
+        [p.name for p in folder.iterdir() if not CACHE_FILE.fullmatch(p.name)] if folder.is_dir() else [folder.name]
+    )
+    if strange:
+        raise UserError(f"'{folder}' holds '{strange[0]}', which no cache does; choose another --output_dir")
 
 
 class _shard_files:
@@ -210,13 +226,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"'{folder}' was written by another version; collect it again with --overwrite")
     try:
         sizes = {h["file"]: h["d_in"] * DTYPES[manifest["dtype"]].itemsize for h in manifest["hookpoints"].values()}
+        odd = [name for name in manifest["hookpoints"] if not HOOKPOINT.fullmatch(name) or ".." in name]
+        odd += [file for file in sizes if not re.fullmatch(r"\d\d", file)]
+        missing = [key for key in ("model", "dataset", "ctx_len", "skip_first", "text_column") if key not in manifest]
+        if odd or missing or sum(manifest["shards"]) != manifest["n_tokens"]:
+            raise KeyError((odd + missing + ["n_tokens"])[0])
         for shard, n in enumerate(manifest["shards"]):
             for file, row_bytes in {**sizes, "seq": 8}.items():
                 path = folder / f"{shard:05d}_{file}.bin"
                 got = path.stat().st_size if path.is_file() else 0
                 if got != n * row_bytes:
                     raise UserError(f"'{path}' has {got} bytes and should have {n * row_bytes}; collect it again")
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"'{folder}/manifest.json' is damaged ({e}); collect it again with --overwrite") from e
     return manifest
 

@@ -73,6 +73,8 @@ class SAEConfig:
     log_every: int = knob(10, "steps between lines of metrics.jsonl")
 
     def __post_init__(self) -> None:
+        check_types(self)
+        require(0 <= self.seed < 2**31, f"seed={self.seed}; it must lie in 0..{2**31 - 1}")
         for name in (
             "expansion_factor",
             "k",
@@ -157,12 +159,17 @@ HookType = Literal["resid_post", "resid_pre", "resid_mid", "attn", "mlp", "mlp_p
 class HookConfig:
     """Which activations: layers and a kind of place in them, or module names."""
 
-    layer: int | None = knob(None, "one layer (default: five sixths of the way up)")
+    layer: int | None = knob(None, "one layer (default: five sixths of the way up; not with --layers)")
     layers: tuple[int, ...] = knob((), "several layers")
     hook_type: HookType = knob("resid_post", "the place in each layer")
     hookpoints: tuple[str, ...] = knob(
         (), "module names or globs ('transformer.h.*.mlp'), or blocks.3.hook_mlp_out; instead of layers"
     )
+
+    def check_hooks(self) -> None:
+        """Raise UserError if the place is said twice."""
+        given = [f"--{n}" for n in ("layer", "layers", "hookpoints") if getattr(self, n) not in (None, ())]
+        require(len(given) <= 1, f"{' and '.join(given)} were given; choose one of them")
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,7 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_data()
+        self.check_hooks()
         require(self.max_tokens >= 1, f"max_tokens={self.max_tokens}; it must be at least 1")
         require(
             self.buffer_tokens >= 2 * self.batch_size,
@@ -255,6 +263,7 @@ class CollectConfig(DataConfig, HookConfig):
 
     def __post_init__(self) -> None:
         self.check_data()
+        self.check_hooks()
         require(self.max_tokens >= 1, f"max_tokens={self.max_tokens}; it must be at least 1")
         require(self.shard_tokens >= 1, f"shard_tokens={self.shard_tokens}; it must be at least 1")
 
@@ -328,13 +337,20 @@ def build(cls: type[C], fields: dict[str, Any]) -> C:
     return cls(**values)
 
 
+def check_types(config: Any) -> None:
+    """Raise UserError for a field whose value is not of its type (a config made in Python, not from flags)."""
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        _check(f.name, hints[f.name], getattr(config, f.name))
+
+
 def read_json(path: str | Path) -> Any:
     """The content of a json file; a missing or broken one is a UserError."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"cannot read '{path}': {e.strerror}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"'{path}' is not valid json ({e}); give another file or write it anew") from e
 
 
@@ -448,6 +464,9 @@ def from_cli(cls: type[C], argv: list[str], *, prog: str = "", description: str 
     fields = vars(given)
     path = fields.pop("config", None)
     start = read_json(path) if path else {}
+    if isinstance(start, dict):
+        start = start.get("config", start)  # a run's config.json keeps the settings under "config"
     require(isinstance(start, dict), f"'{path}' does not hold a json object of settings")
-    start = start.get("config", start)  # a run's config.json keeps the settings under "config"
+    # whether to resume or overwrite is a matter of this call, not of the run whose settings are taken over
+    start = {name: value for name, value in start.items() if name not in ("resume", "overwrite")}
     return build(cls, {**start, **fields})

@@ -48,6 +48,14 @@ class Totals:
         self.fired = torch.zeros(n_latents, dtype=torch.int64, device=device)
         self.l0_counts = torch.zeros(n_latents + 1, dtype=torch.int64, device=device)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            old = getattr(self, name)
+            setattr(self, name, value.to(old.device) if isinstance(old, Tensor) else value)
+
     @torch.no_grad()
     def add(self, x: Tensor, x_hat: Tensor, codes: Codes) -> None:
         """Add a batch: x and x_hat (B, D), and the codes between them."""
@@ -159,7 +167,7 @@ def reconstruct(sae: SAE, x: Tensor, *, scale: float = 1.0, batch_size: int = 40
     sae.eval()
     try:
         for rows in x.split(batch_size):
-            rows = rows.to(sae.W_dec.device) * scale
+            rows = rows.to(sae.W_dec.device, sae.W_dec.dtype) * scale
             yield rows, sae(rows)
     finally:
         sae.train(was_training)
@@ -230,7 +238,10 @@ def evaluate(
                 break
             keep = kept_positions(lm, ids, valid, skip_first=skip_first)
             before = totals.n
-            n_counted += _evaluate_rows(lm, sae, hookpoint, (ids, valid, keep), mean.float(), totals, losses)
+            # up to the sequence in which n_tokens is reached, so that batches of any size see the same sequences
+            n = int((keep.sum(1).cumsum(0) < n_tokens - before).sum()) + 1
+            part = (ids[:n], valid[:n], keep[:n])
+            n_counted += _evaluate_rows(lm, sae, hookpoint, part, mean.float(), totals, losses)
             bar.update(totals.n - before)
     finally:
         sae.train(was_training)

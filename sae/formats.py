@@ -39,8 +39,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         with tmp.open("rb+") as f:
             os.fsync(f.fileno())
         tmp.replace(path)
-    except OSError as e:
-        raise UserError(f"cannot write '{path}': {e.strerror or e}; choose another folder or free some space") from e
+    except (OSError, safetensors.SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"cannot write '{path}': {reason}; choose another folder or free some space") from e
     finally:
         if tmp.parent.is_dir():
             tmp.unlink(missing_ok=True)
@@ -61,7 +62,13 @@ def _without_nan(value: Any) -> Any:
 
 
 def write_torch(value: Any, path: Path) -> None:
-    write_atomic(path, lambda tmp: torch.save(value, tmp))
+    def write(tmp: Path) -> None:
+        try:
+            torch.save(value, tmp)
+        except RuntimeError as e:  # what its own writer raises when the disk is full
+            raise OSError(str(e).splitlines()[0]) from e
+
+    write_atomic(path, write)
 
 
 def read_torch(path: str | Path, device: torch.device | str = "cpu") -> Any:
@@ -74,7 +81,7 @@ def read_torch(path: str | Path, device: torch.device | str = "cpu") -> Any:
         raise UserError(f"'{path}' does not exist; give a checkpoint or a weights file") from e
     except pickle.UnpicklingError as e:
         raise UserError(f"'{path}' is refused: it wants to run code, or is no checkpoint; give another file") from e
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         reason = (str(e).splitlines() or ["it ends too early"])[0]
         raise UserError(f"'{path}' is damaged or cut short ({reason}); use an older checkpoint") from e
 
@@ -124,16 +131,20 @@ def load_sae(path: str | Path, *, device: torch.device | str = "cpu") -> SAE:
     found = find_sae(path)
     if found.suffix == ".pt":
         return _from_nanochat(read_torch(found), found).to(device)
-    cfg = read_json(found.parent / CFG)
-    if not isinstance(cfg, dict):
-        raise UserError(f"'{found.parent / CFG}' does not hold a json object; fetch or write it again")
-    return _from_saelens(cfg, read_safetensors(found), found).to(device)
+    return _from_saelens(_read_cfg(found.parent / CFG), read_safetensors(found), found).to(device)
+
+
+def _read_cfg(path: Path) -> dict[str, Any]:
+    cfg = read_json(path)
+    if not isinstance(cfg, dict) or not isinstance(cfg.setdefault("metadata", {}), dict):
+        raise UserError(f"'{path}' does not hold a json object with metadata; fetch or write it again")
+    return cfg
 
 
 def load_cfg(path: str | Path) -> dict[str, Any]:
     """The metadata that belongs to load_sae(path): what the SAE was trained on."""
     cfg = find_sae(path).parent / CFG
-    return read_json(cfg).get("metadata", {}) if cfg.is_file() else {}
+    return _read_cfg(cfg)["metadata"] if cfg.is_file() else {}
 
 
 def load_saes(
@@ -216,17 +227,28 @@ def _from_nanochat(checkpoint: Any, where: Path) -> SAE:
 
 
 def _from_saelens(cfg: dict[str, Any], weights: dict[str, Tensor], where: Path) -> SAE:
-    ours = cfg.get("metadata", {}).get("nanosae")
-    if ours is not None:
+    ours = cfg["metadata"].get("nanosae")
+    if isinstance(ours, dict):
         return _load_strict(create_sae(SAEConfig.from_dict(ours)), weights, where)
     kinds = {v: k for k, v in ARCHITECTURES.items()}
     for key, fine in (("normalize_activations", "none"), ("reshape_activations", "none")):
         if cfg.get(key, fine) != fine:
             raise UserError(f"'{where}': {key}={cfg[key]} is not read yet; only '{fine}'")
-    if cfg.get("architecture") not in kinds:
+    if str(cfg.get("architecture")) not in kinds:
         raise UserError(f"'{where}': architecture {cfg.get('architecture')} is not read yet; only {', '.join(kinds)}")
+    sizes = {name: cfg.get(name, 32) for name in ("d_in", "d_sae", "k")}
+    if not all(isinstance(n, int) for n in sizes.values()) or not {"d_in", "d_sae"} <= cfg.keys():
+        raise UserError(f"'{where.parent / CFG}' has d_in, d_sae, k = {sizes}; whole numbers were wanted")
+    needed = {
+        "W_enc",
+        "W_dec",
+        "b_dec",
+        *(("b_gate", "b_mag", "r_mag") if cfg["architecture"] == "gated" else ("b_enc",)),
+    }
+    if needed - weights.keys():
+        raise UserError(f"'{where}': tensor {min(needed - weights.keys())} is missing; fetch the file again")
     weights = {name: w.float() for name, w in weights.items()}
-    norms = weights["W_dec"].norm(dim=1) if "W_dec" in weights else torch.ones(1)
+    norms = weights["W_dec"].norm(dim=1)
     if cfg["architecture"] == "topk" and cfg.get("rescale_acts_by_decoder_norm"):
         # latents are chosen by pre * norm there: fold the norms in and choose by pre
         weights |= {"W_enc": weights["W_enc"] * norms, "b_enc": weights["b_enc"] * norms}

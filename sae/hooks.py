@@ -37,7 +37,7 @@ PARTS = {
     "attn": ("attn", "self_attn", "attention.output.dense", "attention", "self_attention"),
     "mlp": ("mlp", "output.dense", "feed_forward"),
     # GPT-2, Llama, NeoX; in BERT the stream between the halves is what the attention half returns
-    "resid_mid": ("ln_2@in", "post_attention_layernorm@in", "attention"),
+    "resid_mid": ("ln_2@in", "pre_feedforward_layernorm@in", "post_attention_layernorm@in", "attention"),
     # the input of the last linear map is the post-activation, whether or not the activation is a module
     "mlp_post_act": (
         "mlp.c_proj@in",
@@ -90,6 +90,9 @@ def at_layer(model: nn.Module, layer: int, hook_type: str = "resid_post") -> str
     if hook_type not in PARTS:
         known = ("resid_post", "resid_pre", *PARTS)
         raise UserError(f"hook type '{hook_type}' is not one of {', '.join(known)}")
+    parallel = getattr(getattr(model, "config", None), "use_parallel_residual", False)
+    if hook_type == "resid_mid" and parallel:
+        raise UserError("this model's attention and MLP read the same stream, so nothing lies between; use resid_pre")
     block = model.get_submodule(path)
     here = {name for name, _ in block.named_modules()}
     for part in PARTS[hook_type]:

@@ -120,7 +120,17 @@ class LanguageModel:
     def width(self, hookpoint: str) -> int:
         """Width of what a hookpoint holds, from one tiny forward."""
         ids = torch.full((1, 2), max(0, self.pad_id), dtype=torch.int64)
-        return self.hidden(ids, torch.ones_like(ids, dtype=torch.bool), [hookpoint])[hookpoint].shape[-1]
+        x = self.hidden(ids, torch.ones_like(ids, dtype=torch.bool), [hookpoint])[hookpoint]
+        if x.ndim != 3 or x.shape[:2] != ids.shape or not x.is_floating_point():
+            raise UserError(
+                f"'{hookpoint}' holds {x.dtype} of shape {tuple(x.shape)}, not one vector a token; choose another"
+            )
+        return x.shape[-1]
+
+    @cached_property
+    def _final_norm(self) -> nn.Module | None:
+        names = dict(self.module.named_modules())
+        return next((names[n] for n in FINAL_NORMS if n in names), None)
 
     @cached_property
     def unembedding(self) -> Tensor | None:
@@ -129,22 +139,26 @@ class LanguageModel:
         weight = getattr(head, "weight", None)
         if weight is None or weight.shape[1] != self.d_model:
             return None
-        names = dict(self.module.named_modules())
-        norm = next((names[n] for n in FINAL_NORMS if n in names), None)
-        gain = getattr(norm, "weight", None)
+        gain = getattr(self._final_norm, "weight", None)
         weight = weight.detach().float()
-        return weight if gain is None else weight * gain.detach().float()
+        if gain is None:
+            return weight
+        # Gemma's norms store their gain as a difference from 1
+        shift = 1.0 if "Gemma" in type(self._final_norm).__name__ else 0.0
+        return weight * (gain.detach().float() + shift)
 
     @torch.no_grad()
     def logit_effects(self, directions: Tensor) -> Tensor | None:
         """(n, V): how directions (n, D) added to the last residual stream move the logits, up to the norm's scale.
 
-        Through the final norm's gain; the mean over D, which a LayerNorm removes, is left out.
+        Through the final norm's gain; a LayerNorm also removes the mean over D, an RMSNorm does not.
         """
         if self.unembedding is None or directions.shape[-1] != self.d_model:
             return None
-        centred = directions.float() - directions.float().mean(-1, keepdim=True)
-        return centred @ self.unembedding.to(directions.device).t()
+        directions = directions.float()
+        if self._final_norm is not None and "RMS" not in type(self._final_norm).__name__:
+            directions = directions - directions.mean(-1, keepdim=True)
+        return directions @ self.unembedding.to(directions.device).t()
 
     @cached_property
     def weights_hash(self) -> str:

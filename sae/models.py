@@ -32,7 +32,10 @@ class Output(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Scalars, graph attached to `total`: total = reconstruction + sparsity weight * sparsity + auxk_alpha * aux."""
+    """Scalars, graph attached to `total` = reconstruction + sparsity weight * sparsity + w * aux.
+
+    aux is AuxK, weighted by auxk_alpha, for topk, and Gated's auxiliary reconstruction, with weight 1, for gated.
+    """
 
     total: Tensor
     reconstruction: Tensor
@@ -46,6 +49,8 @@ class SAE(nn.Module):
     Parameters keep the community's names and shapes: W_enc (D, F), b_enc (F,), W_dec (F, D), b_dec (D,).
     W_enc lies transposed in memory, which is the layout that both the product and the sparse backward want.
     """
+
+    uses_auxk = False  # kinds with a sparsity penalty revive latents by lowering it
 
     def __init__(self, config: SAEConfig, *, generator: torch.Generator | None = None):
         super().__init__()
@@ -140,7 +145,7 @@ class SAE(nn.Module):
         penalty = self.penalty(out) / math.sqrt(variance)
         aux = self.extra(x, out) / variance
         total = reconstruction + aux + (sparsity * penalty if sparsity else 0.0)
-        if dead is not None and self.config.auxk_alpha > 0:
+        if dead is not None and self.uses_auxk and self.config.auxk_alpha > 0:
             aux = self.dead_loss(x, out, dead, n_dead=n_dead)
             total = total + self.config.auxk_alpha * aux
         return Losses(total, reconstruction, penalty, aux)
@@ -204,7 +209,7 @@ class SAE(nn.Module):
                 f"activations are {x.shape[-1]} wide and this SAE reads {self.d_in}; "
                 "use the model and hookpoint it was trained on"
             )
-        return x.reshape(-1, self.d_in)
+        return x.reshape(-1, self.d_in).to(self.W_dec.dtype)
 
     def _decode(self, codes: Codes) -> Tensor:
         if codes.indices is None:
@@ -214,6 +219,8 @@ class SAE(nn.Module):
 
 class TopK(SAE):
     """The k largest pre-activations of a token, then ReLU, so fewer than k may be active (Gao et al. 2024, 2.3)."""
+
+    uses_auxk = True
 
     def codes(self, x: Tensor) -> tuple[Codes, Tensor]:
         centred = x - self.b_dec

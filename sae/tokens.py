@@ -42,29 +42,39 @@ class Dataset:
     has_split: bool
     documents: Callable[[str], Iterator[Any]]
     fingerprint: Callable[[], str]
+    text_column: str = "text"
 
 
 def open_dataset(name: str | None = None, *, text_column: str = "text") -> Dataset:
     """The dataset `name` means: None for the embedded corpus, else a file or folder (see DataConfig.dataset)."""
     if name is None:
         corpus = beside("assets/pygpt/corpus.py")
-        return Dataset("embedded", True, corpus.documents, lambda: _hash_documents(corpus.documents("all")))
+        sources = lambda: [Path(str(corpus.__file__)), *(file for file, _ in corpus.library_files())]
+        return Dataset("embedded", True, corpus.documents, lambda: _hash_files(sources()))
     path = Path(name)
-    if not path.exists():
+    if not name or not _exists(path):
         raise UserError(f"dataset '{name}' does not exist; give a text, jsonl or .bin file, or a folder of them")
     if path.is_dir() and (path / "train.bin").is_file():
         files = {split: path / f"{split}.bin" for split in ("train", "val")}
         has_val = files["val"].is_file()
         read = lambda split: _token_pieces(files[split] if has_val else files["train"])
         return Dataset(name, has_val, read, lambda: _hash_files([f for f in files.values() if f.is_file()]))
-    files_ = sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".") if path.is_dir() else [path]
+    hidden = lambda p: any(part.startswith(".") for part in p.relative_to(path).parts)
+    files_ = sorted(p for p in path.rglob("*") if p.is_file() and not hidden(p)) if path.is_dir() else [path]
     require(bool(files_), f"folder '{name}' holds no files; give text, jsonl or .bin files")
 
     def documents(_split: str) -> Iterator[Any]:
         for file in files_:
             yield from _file_documents(file, text_column)
 
-    return Dataset(name, False, documents, lambda: _hash_files(files_))
+    return Dataset(name, False, documents, lambda: _hash_files(files_), text_column)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long to be one
+        return False
 
 
 def _file_documents(file: Path, text_column: str) -> Iterator[Any]:
@@ -119,13 +129,6 @@ def _hash_files(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _hash_documents(documents: Iterator[Any]) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update((document if isinstance(document, str) else json.dumps(document)).encode())
-    return digest.hexdigest()
-
-
 # --------------------------------------------------------------------------------------------------
 # token rows
 
@@ -141,6 +144,8 @@ class TokenRows:
     def __init__(self, lm: LanguageModel, dataset: Dataset, split: str, ctx_len: int):
         self.lm, self.dataset, self.split = lm, dataset, split
         self.ctx_len = min(ctx_len, lm.max_len)
+        if lm.wrap is not None and self.ctx_len < 3:
+            raise UserError(f"ctx_len={self.ctx_len} has no room between an encoder's [CLS] and [SEP]; raise --ctx_len")
         self.rewind()
 
     def rewind(self) -> None:

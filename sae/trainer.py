@@ -52,8 +52,12 @@ class Learner:
         self.scale = 1.0
         self.n_dead = 0  # as last read by the log: AuxK is computed only where something was dead
         self.best_val_loss = math.inf
-        self.dead_after = cfg.dead_after_tokens(config, n_steps * config.batch_size)
         self.new_window()
+
+    @property
+    def dead_after(self) -> int:
+        """Tokens without firing until a latent is dead."""
+        return cfg.dead_after_tokens(self.config, self.n_steps * self.config.batch_size)
 
     def new_window(self) -> None:
         """Start the sums that the next line of the log averages over."""
@@ -77,7 +81,7 @@ class Learner:
         """One optimiser step on raw activations x (B, D). Reads nothing back from the device."""
         c, sae = self.config, self.sae
         x = x * self.scale
-        dead = self.tokens_since_fired > self.dead_after if self.n_dead else None
+        dead = self.tokens_since_fired > self.dead_after if self.n_dead and sae.uses_auxk else None
         sparsity = cfg.l1_at(step, c, self.n_steps)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"):
             out = sae(x)
@@ -144,6 +148,7 @@ class Learner:
             "sae_state_dict": self.sae.state_dict(), "optimizer_state_dict": self.optimizer.state_dict(),
             "tokens_since_fired": self.tokens_since_fired, "feature_counts": self.feature_counts,
             "scale": self.scale, "n_dead": self.n_dead, "best_val_loss": self.best_val_loss,
+            "window": {"totals": self.totals.state_dict(), "sums": self.sums, "n_sums": self.n_sums},
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -152,7 +157,8 @@ class Learner:
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.feature_counts.copy_(state["feature_counts"])
         self.scale, self.n_dead, self.best_val_loss = state["scale"], state["n_dead"], state["best_val_loss"]
-        self.new_window()
+        self.totals.load_state_dict(state["window"]["totals"])
+        self.sums, self.n_sums = state["window"]["sums"], state["window"]["n_sums"]
 
 
 class SAETrainer:
@@ -238,10 +244,12 @@ class SAETrainer:
             for learner in self.learners.values():
                 learner.n_steps = self.stream.n_batches
         c, n_steps = self.config, self.stream.n_batches
-        self._claim_save_dir()
         if self.step == 0:
+            if self.save_dir is not None and not self.overwrite:
+                refuse_existing(self.save_dir)
             for name, x in self.stream.sample().items():
                 self.learners[name].start_from(x)
+            self._begin_run()
         metric_log = log.MetricLog(self.save_dir and self.save_dir / "metrics.jsonl", resume_step=self.step)
         bar = log.progress(self.stream.n_tokens, "training", initial=self.stream.n_given, quiet=not verbose)
         last: dict[str, float] = {}
@@ -312,15 +320,12 @@ class SAETrainer:
         assert self.save_dir is not None
         return self.save_dir if len(self.learners) == 1 else self.save_dir / name
 
-    def _claim_save_dir(self) -> None:
-        """Refuse to mix two runs in one folder; write what this one is."""
-        if self.save_dir is None or self.step > 0:
+    def _begin_run(self) -> None:
+        """Write what this run is, in the place of an old one if that is wanted."""
+        if self.save_dir is None:
             return
-        if not self.overwrite:
-            refuse_existing(self.save_dir)
-        else:
-            for folder in {self.save_dir, *(self.folder(name) for name in self.learners)}:
-                remove_run(folder)
+        if self.overwrite:
+            remove_run(self.save_dir)
         formats.write_json(self.describe(), self.save_dir / "config.json")
 
     def describe(self) -> dict[str, Any]:
@@ -353,6 +358,7 @@ class SAETrainer:
         path = self.save_dir / f"checkpoint_step{self.step}.pt"
         state = {
             "step": self.step, "epoch": self.epoch, "config": self.config.to_dict(), "stream": self.stream.state_dict(),
+            "metadata": self.metadata,
             "saes": {name: learner.state_dict() for name, learner in self.learners.items()},
         }  # fmt: skip
         for name, learner in self.learners.items():
@@ -382,11 +388,16 @@ class SAETrainer:
             found = checkpoints(self.save_dir) if self.save_dir else []
             if not found:
                 raise UserError(f"'{self.save_dir}' holds no checkpoint to resume from; start without --resume")
-            path = found[-1]
-        state = formats.read_torch(path)
+            path, state = _newest_whole(found)
+        else:
+            state = formats.read_torch(path)
         if not isinstance(state, dict) or not {"step", "saes", "stream", "config"} <= state.keys():
             raise UserError(f"'{path}' is no training checkpoint; give a checkpoint_step*.pt")
         _refuse_other_settings(state["config"], self.config.to_dict(), path)
+        then, now = (m.get("provenance") or {} for m in (state.get("metadata", {}), self.metadata))
+        for key in then.keys() & now.keys():
+            if then[key] != now[key]:
+                raise UserError(f"'{path}' was trained on other data: {key} has changed since; start a new run")
         if state["saes"].keys() != self.learners.keys():
             raise UserError(f"'{path}' holds {', '.join(state['saes'])}; this run trains {', '.join(self.learners)}")
         for name, learner in self.learners.items():
@@ -414,18 +425,37 @@ def checkpoints(save_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.stem[len("checkpoint_step") :]))
 
 
+def _newest_whole(found: list[Path]) -> tuple[Path, Any]:
+    """The newest checkpoint that can be read, and what it holds."""
+    for path in reversed(found):
+        try:
+            return path, formats.read_torch(path)
+        except UserError as e:
+            if path == found[0]:
+                raise
+            log.say(f"{e}; going back to the one before")
+    raise AssertionError("checkpoints() gave none")
+
+
 def refuse_existing(save_dir: Path) -> None:
     """Raise UserError if the folder holds a run."""
     if (save_dir / "config.json").exists() or checkpoints(save_dir) or (save_dir / formats.CFG).exists():
         raise UserError(f"'{save_dir}' holds a run already; give --resume, --overwrite or another --run_name")
 
 
-def remove_run(folder: Path) -> None:
-    """Delete a run's own files from its folder, and nothing else there."""
-    for old in [p for pattern in RUN_FILES for p in folder.glob(pattern)]:
-        old.unlink(missing_ok=True)
-    for made in ("features", "plots"):
-        shutil.rmtree(folder / made, ignore_errors=True)
+def remove_run(save_dir: Path) -> None:
+    """Delete a run's own files from its folder and its hookpoints' folders, and nothing else there."""
+    names: list[Any] = []
+    if (save_dir / "config.json").is_file():
+        settings = cfg.read_json(save_dir / "config.json")
+        resolved = settings.get("resolved", {}) if isinstance(settings, dict) else {}
+        names = resolved.get("hookpoints", []) if isinstance(resolved, dict) else []
+    inside = [save_dir / str(name) for name in names if name and "/" not in str(name) and ".." not in str(name)]
+    for folder in (save_dir, *inside):
+        for old in [p for pattern in RUN_FILES for p in folder.glob(pattern)]:
+            old.unlink(missing_ok=True)
+        for made in ("features", "plots"):
+            shutil.rmtree(folder / made, ignore_errors=True)
 
 
 def _refuse_other_settings(then: dict[str, Any], now: dict[str, Any], path: str | Path) -> None:

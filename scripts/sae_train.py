@@ -39,6 +39,7 @@ def live_data(c: TrainConfig, lm: LanguageModel, hookpoints: list[str]) -> Data:
 
     val = gather(source("val"), c.val_tokens, "validation")
     origin = {
+        "provenance": cache.provenance(lm, dataset, ctx_len=c.ctx_len, skip_first=c.skip_first),
         "model_name": c.model, "dataset_path": dataset.name, "text_column": c.text_column,
         "context_size": min(c.ctx_len, lm.max_len), "skip_first": c.skip_first,
     }  # fmt: skip
@@ -48,13 +49,15 @@ def live_data(c: TrainConfig, lm: LanguageModel, hookpoints: list[str]) -> Data:
 def cached_data(c: TrainConfig) -> Data:
     """The same from collected activations, once they are shown to be what they say."""
     assert c.activations is not None
+    if c.layer is not None or c.layers:
+        raise UserError("--activations has its own hookpoints; choose among them with --hookpoints, not by layer")
     source = cache.CacheSource(c.activations, hookpoints=c.hookpoints, val_split=c.val_split)
     manifest = source.manifest
     model = manifest["model"] if c.model == TrainConfig.model else c.model
     dataset = c.dataset or (None if manifest["dataset"] == "embedded" else manifest["dataset"])
     try:
         lm = load_language_model(model, device="cpu", dataset=dataset)
-        opened = open_dataset(dataset, text_column=c.text_column)
+        opened = open_dataset(dataset, text_column=manifest["text_column"])
     except UserError as e:
         log.say(f"the cache's own model and text are not here to compare with ({e})")
     else:
@@ -63,7 +66,8 @@ def cached_data(c: TrainConfig) -> Data:
     held_out = cache.CacheSource(c.activations, part="val", hookpoints=c.hookpoints, val_split=c.val_split)
     val = gather(held_out, c.val_tokens, "validation") if len(held_out) else {}
     origin = {
-        "model_name": manifest["model"], "dataset_path": manifest["dataset"], "text_column": c.text_column,
+        "provenance": {key: manifest[key] for key in ("model_hash", "dataset_hash", "n_tokens")},
+        "model_name": manifest["model"], "dataset_path": manifest["dataset"], "text_column": manifest["text_column"],
         "context_size": manifest["ctx_len"], "skip_first": manifest["skip_first"],
     }  # fmt: skip
     return Data(source, val, min(c.max_tokens, len(source)) * c.num_epochs, origin)
@@ -134,8 +138,9 @@ def main(argv: list[str]) -> None:
     metrics = trainer.train()
     if stream.n_passes:
         log.say(f"the text was read again from its start {stream.n_passes} times")
+    where = "held out" if data.val else "on the last steps"
     score = f"explained variance {metrics['explained_variance']:.4f}, L0 {metrics['l0']:.1f}" if metrics else "done"
-    log.say(f"held out: {score}; saved to {folder}; next: python -m scripts.sae_eval")
+    log.say(f"{where}: {score}; saved to {folder}; next: python -m scripts.sae_eval --sae_path {folder}")
 
 
 if __name__ == "__main__":

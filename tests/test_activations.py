@@ -242,3 +242,44 @@ def test_activation_collector(lm, tmp_path):
     collector.clear()
     assert collector.counts[HOOK] == 0
     assert json.dumps(collector.counts)
+
+
+def test_data_much_shorter_than_the_buffer_is_repeated():
+    stream = Stream(TensorSource(numbered(30)), n_tokens=400, batch_size=10, buffer_tokens=200)
+    got = rows_of(stream)
+    assert len(got) == 400
+    assert all(13 <= got.count(i) <= 14 for i in range(30))
+
+
+def test_collecting_never_deletes_what_is_no_cache(lm, text_file, tmp_path):
+    precious = tmp_path / "precious"
+    (precious / "sub").mkdir(parents=True)
+    (precious / "sub" / "thesis.tex").write_text("x")
+    (tmp_path / "c.tmp").mkdir()
+    for folder in (precious, precious / "sub" / "thesis.tex"):
+        with pytest.raises(UserError, match="which no cache does"):
+            write_cache(folder, model_source(lm, text_file), {}, n_tokens=10, overwrite=True)
+    write_cache(tmp_path / "c", model_source(lm, text_file), {}, n_tokens=10)
+    assert (precious / "sub" / "thesis.tex").read_text() == "x"
+    assert (tmp_path / "c.tmp").is_dir()
+
+
+def test_a_manifest_leads_nowhere_else(collected, tmp_path):
+    folder = tmp_path / "evil"
+    shutil.copytree(collected[0], folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("../../escaped", "/etc/x", "a/../b", "..", ""):
+        changed = {**manifest, "hookpoints": {name: manifest["hookpoints"][HOOK]}}
+        (folder / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match="damaged"):
+            read_manifest(folder)
+    for change in ({"n_tokens": 5}, {"hookpoints": []}, {"shards": [3000, None]}):
+        (folder / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(UserError, match="damaged"):
+            read_manifest(folder)
+
+
+@pytest.mark.parametrize("hookpoint", ["transformer.wpe", "transformer.wte@in"])
+def test_hookpoints_without_one_vector_a_token_are_refused(lm, text_file, hookpoint):
+    with pytest.raises(UserError, match="not one vector a token"):
+        model_source(lm, text_file, [hookpoint])

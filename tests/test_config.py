@@ -153,3 +153,21 @@ def test_schedules():
     with pytest.raises(UserError, match="neither"):
         cfg.n_latents(SAEConfig())
     assert math.isclose(SAEConfig().auxk_alpha, 1 / 32)
+
+
+def test_a_place_is_said_once_and_resume_is_not_inherited(tmp_path):
+    for flags in (["--layer", "1", "--layers", "2"], ["--layer", "1", "--hookpoints", "h.1"]):
+        with pytest.raises(UserError, match="choose one of them"):
+            from_cli(TrainConfig, flags)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"config": TrainConfig(overwrite=True, k=7).to_dict()}))
+    assert from_cli(TrainConfig, ["--config", str(path)]) == TrainConfig(k=7)
+    path.write_text('{"config": 5}')
+    with pytest.raises(UserError, match="json object"):
+        from_cli(TrainConfig, ["--config", str(path)])
+
+
+@pytest.mark.parametrize("fields", [{"activation": "jump"}, {"dtype": "float16"}, {"k": "4"}, {"seed": 10**15}])
+def test_configs_made_in_python_are_checked_too(fields):
+    with pytest.raises(UserError):
+        SAEConfig(d_in=8, **fields)

@@ -104,6 +104,11 @@ def corrupt(path, name, change):
         (lambda p: (p / "cfg.json").write_text("[]"), "json object"),
         (lambda p: (p / "cfg.json").unlink(), "cannot read"),
         (lambda p: (p / "cfg.json").write_text('{"architecture": "temporal"}'), "not read yet"),
+        (lambda p: (p / "cfg.json").write_text('{"architecture": ["topk"]}'), "not read yet"),
+        (lambda p: (p / "cfg.json").write_text('{"architecture": "topk"}'), "whole numbers were wanted"),
+        (lambda p: (p / "cfg.json").write_text('{"architecture": "topk", "d_in": "6", "d_sae": 20}'), "whole numbers"),
+        (lambda p: (p / "cfg.json").write_text('{"metadata": []}'), "json object with metadata"),
+        (lambda p: (p / "cfg.json").write_text("[" * 100_000), "not valid json"),
         (lambda p: (p / "cfg.json").write_text('{"normalize_activations": "layer_norm"}'), "not read yet"),
         (lambda p: (p / formats.WEIGHTS).unlink(), "holds no sae_weights.safetensors"),
     ],
@@ -186,3 +191,13 @@ def test_finding_saes(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(UserError, match="the hub did not give it"):
         formats.load_sae("org/repo")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="free some space"):
+        formats.write_torch({}, tmp_path / "x.pt")
+    assert list(tmp_path.iterdir()) == []

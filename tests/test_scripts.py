@@ -98,6 +98,25 @@ def test_collect_then_train(here, base, capsys):
     assert not (here / "sae_models" / "stale").exists()
 
 
+def test_a_text_column_goes_through_a_cache(here, gpt_path, text_file):
+    rows = [json.dumps({"body": line}) for line in text_file.read_text().splitlines()]
+    (here / "t.jsonl").write_text("\n".join(rows))
+    flags = ["--model", gpt_path, "--dataset", "t.jsonl", "--text_column", "body", "--layer", 1]
+    assert call(sae_collect, *flags, "--max_tokens", 1500, "--output_dir", "acts") == 0
+    assert call(sae_train, "--activations", "acts", *SMALL, "--run_name", "c") == 0
+    assert call(sae_eval, "--eval_tokens", 100) == 0
+    assert call(sae_train, "--activations", "acts", *SMALL, "--layer", 2) == 2
+
+
+def test_resume_refuses_a_changed_text(here, gpt_path, text_file, capsys):
+    (here / "t.txt").write_text(text_file.read_text())
+    flags = ["--model", gpt_path, "--dataset", "t.txt", "--layer", 1, *SMALL]
+    assert call(sae_train, *flags) == 0
+    (here / "t.txt").write_text("other " + text_file.read_text())
+    assert call(sae_train, *flags, "--resume") == 2
+    assert "dataset_hash has changed since" in capsys.readouterr().err
+
+
 def test_resume_and_overwrite(here, base, capsys):
     flags = ["--layer", 1, *base, *SMALL]
     assert call(sae_train, *flags) == 0

@@ -190,7 +190,10 @@ def test_checkpoints_of_other_settings_and_broken_ones_are_refused(tmp_path):
     newest = checkpoints(tmp_path / "run")[-1]
     newest.write_bytes(newest.read_bytes()[:3000])
     with pytest.raises(UserError, match="damaged or cut short|refused"):
-        trainer(config(), tmp_path / "run").load_checkpoint()
+        trainer(config(), tmp_path / "run").load_checkpoint(newest)
+    older = trainer(config(), tmp_path / "run")
+    older.load_checkpoint()  # the newest whole one
+    assert older.step == 15
     with pytest.raises(UserError, match="is no training checkpoint"):
         trainer(config()).load_checkpoint(tmp_path / "run" / "best_model.pt")
 
@@ -254,3 +257,42 @@ def test_num_epochs_and_bfloat16():
     assert t.epoch == 2  # the third pass has just ended
     assert t.evaluate() == {}
     assert t.train_losses[-1]["fvu"] < t.train_losses[0]["fvu"]
+
+
+def test_overwriting_takes_the_old_runs_hookpoints_away(lm, text_file, tmp_path):
+    def run(names, **kwargs):
+        c = TrainConfig(k=4, batch_size=64, buffer_tokens=256, max_tokens=640)
+        source = ModelSource(lm, TokenRows(lm, open_dataset(str(text_file)), "train", 32), names)
+        stream = Stream(source, n_tokens=640, batch_size=64, buffer_tokens=256)
+        saes = {n: create_sae(replace(c, d_in=32)) for n in names}
+        SAETrainer(saes, c, stream, save_dir=tmp_path / "m", **kwargs).train(verbose=False)
+
+    run(HOOKS)
+    run(HOOKS[:1], overwrite=True)
+    assert list(formats.load_saes(tmp_path / "m")) == HOOKS[:1]
+
+
+def test_resume_refuses_other_data(tmp_path):
+    origin = {"provenance": {"model_hash": "a", "dataset_hash": "b"}}
+    trainer(config(), tmp_path / "run", metadata=origin).train(verbose=False)
+    trainer(config(), tmp_path / "run", metadata=origin).load_checkpoint()
+    changed = {"provenance": {"model_hash": "a", "dataset_hash": "c"}}
+    with pytest.raises(UserError, match="dataset_hash has changed"):
+        trainer(config(), tmp_path / "run", metadata=changed).load_checkpoint()
+
+
+def test_float64_and_float16_activations():
+    x, _ = planted(640, 16, 32, 3)
+    for dtype in (torch.float64, torch.float16):
+        sae, t = train_sae_from_activations(x.to(dtype), config(), verbose=False)
+        assert sae.encode(x[:2].to(dtype)).dtype == torch.float32
+        assert t.val_losses[-1]["fvu"] < 1
+
+
+def test_auxk_is_topks_alone():
+    dead = torch.ones(48, dtype=torch.bool)
+    x, _ = planted(64, 16, 32, 3)
+    for activation in ALL:
+        sae = create_sae(config(activation=activation))
+        with_it, without = (sae.loss(x, sae(x), variance=1.0, dead=d).total.item() for d in (dead, None))
+        assert (with_it != without) == (activation == "topk")

@@ -86,7 +86,7 @@ def documents(split: str, *, tests: bool = False) -> Iterator[str | Chat]:
     if split not in ("train", "val", "all"):
         raise ValueError(f"split={split!r} is unknown; choose 'train', 'val' or 'all'")
     keyed: list[tuple[int, str | Chat]] = []
-    for file, path in _files(tests):
+    for file, path in library_files(tests):
         if split != "all" and split != ("val" if _hash(path) % 20 == 0 else "train"):
             continue
         text = _read(file)
@@ -101,7 +101,7 @@ def documents(split: str, *, tests: bool = False) -> Iterator[str | Chat]:
     yield from (doc for _, doc in keyed)
 
 
-def _files(tests: bool) -> list[tuple[Path, str]]:
+def library_files(tests: bool = False) -> list[tuple[Path, str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for folder, names, files in os.walk(root):  # prunes, where rglob would walk through all of site-packages
