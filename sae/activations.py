@@ -144,27 +144,29 @@ def gather(source: Source, n: int, what: str) -> Acts:
 
 
 class Stream:
-    """Batches of B mixed activations per hookpoint: {hookpoint: (B, D)}, n_batches of them, each token drawn once.
+    """Batches of B mixed activations per hookpoint: {hookpoint: (B, D)}, n_batches of them.
 
-    A buffer of M tokens is emptied by half in random order and filled up again, so that a batch mixes tokens from many
-    sequences. A source that ends is read again; `n_passes` counts. `state_dict` holds all that the next batch
-    depends on, the buffer included, so a resumed stream goes on to the bit.
+    n_tokens are drawn from the source, and each is given `uses` times: a model is slow and an SAE is quick, so one
+    forward can serve several steps. They wait in a buffer of M tokens that is given out in random order and filled up
+    when half of it is due, so that a batch mixes tokens from many sequences. A source that ends is read again;
+    `n_passes` counts. `state_dict` holds all that the next batch depends on, the buffer included, so a resumed stream
+    goes on to the bit.
     """
 
     def __init__(
-        self, source: Source, *, n_tokens: int, batch_size: int, buffer_tokens: int, seed: int = 0,
+        self, source: Source, *, n_tokens: int, batch_size: int, buffer_tokens: int, uses: int = 1, seed: int = 0,
         device: torch.device | str = "cpu",
     ):  # fmt: skip
-        self.source, self.batch_size = source, batch_size
-        self.n_batches = n_tokens // batch_size
+        self.source, self.batch_size, self.uses = source, batch_size, uses
+        self.n_batches = n_tokens * uses // batch_size
         if self.n_batches < 1:
             raise UserError(f"{n_tokens} tokens do not fill one batch of {batch_size}; lower --batch_size")
-        self.n_tokens = self.n_batches * batch_size
+        self.n_tokens = -(-self.n_batches * batch_size // uses)
         size = min(max(2, buffer_tokens // batch_size) * batch_size, self.n_tokens)
         self.buffer = {name: torch.empty(size, d, device=device) for name, d in source.widths.items()}
         self.size = size
         self.generator = torch.Generator().manual_seed(seed)
-        self.order = torch.arange(0)  # slots in the order they will be given out; those before `cursor` are free
+        self.order = torch.arange(0)  # slots in the order they are given out, each as often as it is still due
         self.cursor = 0
         self.n_drawn = 0
         self.n_given = 0
@@ -178,7 +180,7 @@ class Stream:
         return self
 
     def __next__(self) -> Acts:
-        if self.n_given == self.n_tokens:
+        if self.n_given == self.n_batches * self.batch_size:
             raise StopIteration
         self._fill()
         slots = self.order[self.cursor : self.cursor + self.batch_size]
@@ -189,28 +191,28 @@ class Stream:
     def sample(self) -> Acts:
         """The full buffer, without drawing from it: a fair look at the data before training."""
         self._fill()
-        return {name: x[: len(self.order)] for name, x in self.buffer.items()}
+        return {name: x[: min(self.size, self.n_drawn)] for name, x in self.buffer.items()}
 
     def _fill(self) -> None:
-        """Fill the free slots once half of the buffer is empty, and mix."""
-        left = len(self.order) - self.cursor
-        if self.n_drawn == self.n_tokens or (left > self.size // 2 and self.n_drawn > 0):
+        """Once half of what the buffer has to give is given: fill the slots that are done, and mix."""
+        due = self.order[self.cursor :]
+        if self.n_drawn == self.n_tokens or (len(due) > self.size * self.uses // 2 and self.n_drawn > 0):
             return
-        n_new = min(self.size - left, self.n_tokens - self.n_drawn)
-        free = self.order[: self.cursor] if len(self.order) else torch.arange(self.size)
-        slots, done = free[:n_new], 0
-        while done < n_new:
-            acts = self.spill or self._read(n_new - done)
-            n = min(n_new - done, len(next(iter(acts.values()))))
+        occupied = torch.zeros(self.size, dtype=torch.bool)
+        occupied[due] = True
+        slots = (~occupied).nonzero()[:, 0][: self.n_tokens - self.n_drawn]
+        done = 0
+        while done < len(slots):
+            acts = self.spill or self._read(len(slots) - done)
+            n = min(len(slots) - done, len(next(iter(acts.values()))))
             for name, x in acts.items():
-                self.buffer[name][slots[done : done + n].to(self.buffer[name].device)] = x[:n].to(
-                    self.buffer[name].device
-                )
+                buffer = self.buffer[name]
+                buffer[slots[done : done + n].to(buffer.device)] = x[:n].to(buffer.device)
             rest = {name: x[n:] for name, x in acts.items()}
             self.spill = rest if len(next(iter(rest.values()))) else {}
             done += n
-        self.n_drawn += n_new
-        order = torch.cat((slots, self.order[self.cursor :]))
+        self.n_drawn += len(slots)
+        order = torch.cat((slots.repeat(self.uses), due))
         self.order = order[torch.randperm(len(order), generator=self.generator)]
         self.cursor = 0
 

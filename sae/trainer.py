@@ -251,7 +251,8 @@ class SAETrainer:
                 self.learners[name].start_from(x)
             self._begin_run()
         metric_log = log.MetricLog(self.save_dir and self.save_dir / "metrics.jsonl", resume_step=self.step)
-        bar = log.progress(self.stream.n_tokens, "training", initial=self.stream.n_given, quiet=not verbose)
+        total = n_steps * self.stream.batch_size
+        bar = log.progress(total, "training", initial=self.stream.n_given, quiet=not verbose)
         last: dict[str, float] = {}
         clock, clock_step = time.perf_counter(), self.step
 

@@ -20,11 +20,12 @@ from sae.trainer import SAETrainer, refuse_existing
 
 
 class Data(NamedTuple):
-    """What a run trains on: a source, held-out activations, a number of tokens, and where all that comes from."""
+    """What a run trains on: a source, held-out activations, how many tokens how often, and where they come from."""
 
     source: Source
     val: Acts
     n_tokens: int
+    uses: int
     metadata: dict[str, Any]
 
 
@@ -43,7 +44,7 @@ def live_data(c: TrainConfig, lm: LanguageModel, hookpoints: list[str]) -> Data:
         "model_name": c.model, "dataset_path": dataset.name, "text_column": c.text_column,
         "context_size": min(c.ctx_len, lm.max_len), "skip_first": c.skip_first,
     }  # fmt: skip
-    return Data(source("train"), val, c.max_tokens * c.num_epochs, origin)
+    return Data(source("train"), val, c.max_tokens, c.num_epochs, origin)
 
 
 def cached_data(c: TrainConfig) -> Data:
@@ -70,7 +71,7 @@ def cached_data(c: TrainConfig) -> Data:
         "model_name": manifest["model"], "dataset_path": manifest["dataset"], "text_column": manifest["text_column"],
         "context_size": manifest["ctx_len"], "skip_first": manifest["skip_first"],
     }  # fmt: skip
-    return Data(source, val, min(c.max_tokens, len(source)) * c.num_epochs, origin)
+    return Data(source, val, min(c.max_tokens, len(source)), c.num_epochs, origin)
 
 
 def run_folder(c: TrainConfig, hookpoints: list[str]) -> Path:
@@ -124,7 +125,7 @@ def main(argv: list[str]) -> None:
         generator = torch.Generator().manual_seed(c.seed)
         saes[name] = create_sae(replace(c, d_in=width, hook_point=name), generator=generator)
     stream = Stream(
-        data.source, n_tokens=data.n_tokens, batch_size=c.batch_size, buffer_tokens=c.buffer_tokens,
+        data.source, n_tokens=data.n_tokens, uses=data.uses, batch_size=c.batch_size, buffer_tokens=c.buffer_tokens,
         seed=c.seed, device=device,
     )  # fmt: skip
     metadata = {**data.metadata, "exclude_special_tokens": True, "training_tokens": stream.n_tokens}

@@ -283,3 +283,14 @@ def test_a_manifest_leads_nowhere_else(collected, tmp_path):
 def test_hookpoints_without_one_vector_a_token_are_refused(lm, text_file, hookpoint):
     with pytest.raises(UserError, match="not one vector a token"):
         model_source(lm, text_file, [hookpoint])
+
+
+@pytest.mark.parametrize(("uses", "batch"), [(2, 100), (3, 64), (3, 7)])
+def test_each_token_is_given_as_often_as_asked(uses, batch):
+    stream = Stream(TensorSource(numbered(1000)), n_tokens=1000, uses=uses, batch_size=batch, buffer_tokens=300)
+    got = rows_of(stream)
+    assert len(got) == 1000 * uses // batch * batch
+    counts = [got.count(i) for i in range(1000)]
+    assert max(counts) == uses
+    assert sum(c < uses for c in counts) <= batch  # only what the last, unfilled batch would have held
+    assert stream.n_passes == 0  # the source was read once
