@@ -223,7 +223,7 @@ def evaluate(
     if width != sae.d_in:
         raise UserError(f"'{hookpoint}' is {width} wide and the SAE reads {sae.d_in}; give the SAE's own model")
     head = gather(source(), min(mean_tokens, n_tokens), "the mean activation")[hookpoint]
-    mean = head.double().mean(0)
+    mean = head.cpu().double().mean(0)
     totals = Totals(sae.d_in, sae.d_sae, device=sae.W_dec.device, mean=mean)
     losses = {name: _Loss() for name in ("clean", "sae", "zero", "mean")}
     n_counted = 0
@@ -241,7 +241,7 @@ def evaluate(
             # up to the sequence in which n_tokens is reached, so that batches of any size see the same sequences
             n = int((keep.sum(1).cumsum(0) < n_tokens - before).sum()) + 1
             part = (ids[:n], valid[:n], keep[:n])
-            n_counted += _evaluate_rows(lm, sae, hookpoint, part, mean.float(), totals, losses)
+            n_counted += _evaluate_rows(lm, sae, hookpoint, part, mean.float().to(lm.device), totals, losses)
             bar.update(totals.n - before)
     finally:
         sae.train(was_training)

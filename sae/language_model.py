@@ -52,9 +52,9 @@ def beside(path: str) -> ModuleType:
 
 
 def best_device(name: str | None = None) -> torch.device:
-    """The device asked for, else cuda, mps or cpu, whichever is there."""
+    """The device asked for, else cuda where there is one, else cpu (mps only by name: it was never run there)."""
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

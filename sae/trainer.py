@@ -70,8 +70,9 @@ class Learner:
     def start_from(self, x: Tensor) -> None:
         """Before the first step: b_dec at the mean of x (M, D), and the scale that makes its variance D."""
         check_finite({self.config.hook_point or "the hookpoint": x})
-        mean = x.double().mean(0)
-        variance = float((x.double() - mean).square().sum(-1).mean())
+        wide = (x.cpu() if x.device.type == "mps" else x).double()  # no float64 on mps
+        mean = wide.mean(0)
+        variance = float((wide - mean).square().sum(-1).mean())
         if not variance > 0:
             raise UserError("the activations are all equal, so there is nothing to learn; choose another hookpoint")
         self.scale = math.sqrt(self.sae.d_in / variance)
