@@ -54,7 +54,7 @@ class SAEConfig:
         None, "tokens without firing until a latent is dead (default: 5% of the run, at most 10M)"
     )
     batch_size: int = knob(1024, "tokens per step")
-    num_epochs: int = knob(3, "how often each activation is trained on (the model computes it once)")
+    num_epochs: int = knob(1, "how often each activation is trained on (the model computes it once)")
     learning_rate: float | None = knob(
         None, "peak step size of Adam (default: by kind, falls as 1/sqrt(d_sae))", alias=("lr",)
     )
@@ -281,8 +281,8 @@ def n_latents(c: SAEConfig) -> int:
 
 
 def peak_lr(c: SAEConfig) -> float:
-    """Adam's step size, ~ 1/sqrt(F) (Gao et al. 2024, arxiv.org/abs/2406.04093); 6e-3 at F = 1536 (dev/LOG.md)."""
-    return c.learning_rate if c.learning_rate is not None else 6e-3 / math.sqrt(n_latents(c) / 1536)
+    """Adam's step size, ~ 1/sqrt(F) (Gao et al. 2024, arxiv.org/abs/2406.04093); 4e-3 at F = 1536 (dev/LOG.md)."""
+    return c.learning_rate if c.learning_rate is not None else 4e-3 / math.sqrt(n_latents(c) / 1536)
 
 
 def warmup_steps(c: SAEConfig, n_steps: int) -> int:
