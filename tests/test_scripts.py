@@ -185,7 +185,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(here, base, gpt_path, caps
         str(bad_model(here, Path(gpt_path), f.lower())) if f in ("TRUNCATED", "HOSTILE", "NAN") else f for f in flags
     ]
     before = {p for p in here.rglob("*") if p.is_file()}
-    layer = [] if "--hookpoints" in flags or "--layer" in flags else ["--layer", "1"]
+    layer = [] if {"--hookpoints", "--layer", "--activations"} & set(flags) else ["--layer", "1"]
     assert call(sae_train, *base, *SMALL, *layer, *flags) == 2
     err = capsys.readouterr().err
     message = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
