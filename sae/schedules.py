@@ -1,0 +1,104 @@
+"""Derived settings and schedules: pure functions of a config and a step, so that resume and plots need nothing else.
+
+Steps are optimiser steps, counted from 0. Letters: D width, F latents.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+
+from sae.config import PENALISED, SAEConfig, require
+
+
+def n_latents(c: SAEConfig) -> int:
+    """F: d_sae, or d_in * expansion_factor."""
+    if c.d_sae is not None:
+        return c.d_sae
+    require(c.d_in is not None, "neither d_sae nor d_in is known; give one of them")
+    return typing.cast(int, c.d_in) * c.expansion_factor
+
+
+def tokens_per_step(c: SAEConfig) -> int:
+    """Tokens an optimiser step learns from."""
+    return c.batch_size * c.grad_acc_steps
+
+
+# Step sizes at F = 1536; they fall as 1/sqrt(F) (Gao et al. 2024, arxiv.org/abs/2406.04093). How found: dev/LOG.md.
+PEAK_LR = {"adam": 4e-3, "adam8bit": 4e-3, "muon": 4e-3, "signum": 4e-3, "sgd": 1.0}
+
+
+def peak_lr(c: SAEConfig) -> float:
+    """The optimiser's step size, as given or by its rule."""
+    if c.learning_rate is not None:
+        return c.learning_rate
+    return PEAK_LR[c.optimizer] / math.sqrt(n_latents(c) / 1536)
+
+
+def warmup_steps(c: SAEConfig, n_steps: int) -> int:
+    """Steps of warm-up in a run of n_steps."""
+    return c.warmup_steps if c.warmup_steps is not None else min(1000, n_steps // 20)
+
+
+def lr_at(step: int, c: SAEConfig, n_steps: int) -> float:
+    """Step size: linear warm-up (never 0), flat, then a linear or cosine fall over the last decay_fraction."""
+    factor = min(1.0, (step + 1) / (warmup_steps(c, n_steps) + 1))
+    decay = c.decay_fraction * n_steps
+    if decay > 0 and c.lr_schedule != "constant":
+        left = min(1.0, max(0.0, (n_steps - step) / decay))
+        factor = min(factor, left if c.lr_schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+    return peak_lr(c) * factor
+
+
+def k_at(step: int, c: SAEConfig) -> int:
+    """Latents kept at a step: from min(D, F) to k in a straight line over k_decay_steps (sparsify falls from 10 D)."""
+    if step >= c.k_decay_steps:
+        return c.k
+    start = max(c.k, min(c.d_in or c.k, n_latents(c)))
+    k = round(start + (c.k - start) * step / c.k_decay_steps)
+    return k if c.activation != "groupmax" else c.k
+
+
+def target_l0(c: SAEConfig) -> float | None:
+    """The L0 that the penalty's weight is steered to: as given, k where no weight is given, None where one is."""
+    if c.activation not in PENALISED or c.l1_coefficient is not None:
+        return None
+    return c.target_l0 if c.target_l0 is not None else float(c.k)
+
+
+# The penalty is counted in units of the activations' own spread (models.py), so that one value serves models of
+# different scale; a controller starts from these.
+L1_START = {"relu": 0.1, "gated": 0.3, "jumprelu": 0.003}
+
+
+def sparsity_at(step: int, c: SAEConfig, n_steps: int) -> float:
+    """Ramp of the penalty's weight, 0..1: rises linearly over the first part of the run."""
+    ramp = c.sparsity_warmup * n_steps
+    return min(1.0, (step + 1) / ramp) if ramp >= 1 else 1.0
+
+
+def p_at(step: int, c: SAEConfig, n_steps: int) -> float:
+    """Exponent of the penalty f^p: 1, then falling linearly to p_anneal over the second half (Karvonen et al. 2024)."""
+    if c.p_anneal is None:
+        return 1.0
+    done = min(1.0, max(0.0, 2 * (step + 1) / n_steps - 1))
+    return 1.0 + (c.p_anneal - 1.0) * done
+
+
+def dead_after_tokens(c: SAEConfig, n_tokens: int) -> int:
+    """Tokens without firing until a latent counts as dead in a run of n_tokens."""
+    if c.dead_feature_threshold is not None:
+        return c.dead_feature_threshold
+    return max(1, min(10_000_000, n_tokens // 20))
+
+
+def dead_below(c: SAEConfig) -> float | None:
+    """Share of tokens below which a latent counts as dead, where that was asked for instead of a token count."""
+    if c.dead_percentage_threshold is not None:
+        return c.dead_percentage_threshold * c.k / n_latents(c)
+    return c.dead_latent_threshold
+
+
+def resamples_at(step: int, c: SAEConfig, n_steps: int) -> bool:
+    """Whether dead latents are resampled after this step: every resample_every steps, in the first half of the run."""
+    return c.resample_every is not None and (step + 1) % c.resample_every == 0 and 2 * (step + 1) <= n_steps
