@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sae import kernels
-from sae.config import SAEConfig, UserError, n_latents, require
+from sae.config import SAEConfig, UserError, require
 from sae.kernels import Codes
+from sae.schedules import n_latents
 
 
 class Output(NamedTuple):
@@ -179,14 +180,14 @@ class SAE(nn.Module):
     @torch.no_grad()
     def renormalize_(self) -> None:
         """Set every decoder row to unit norm, in place (after the step, when asked for by the config)."""
-        if self.config.normalize_decoder:
+        if self.config.normalize_decoder is not False:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
 
     @torch.no_grad()
     def project_gradient_(self) -> None:
         """Drop the part of the decoder's gradient along each row, which renormalising would undo anyway."""
         grad = self.W_dec.grad
-        if self.config.normalize_decoder and grad is not None:
+        if self.config.normalize_decoder is not False and grad is not None:
             along = (grad * self.W_dec).sum(1, keepdim=True)
             along = along / self.W_dec.square().sum(1, keepdim=True).clamp(min=1e-24)
             grad.addcmul_(along, self.W_dec, value=-1)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sae import config as cfg
 from sae import formats, log
+from sae import schedules as sched
 from sae.activations import Acts, Stream, TensorSource, check_finite
 from sae.config import VERSION, SAEConfig, UserError
 from sae.evaluator import Totals, reconstruct
@@ -46,7 +47,7 @@ class Learner:
         self.n_steps = n_steps
         # the implementation with one pass over memory, where torch has it
         fused = device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=cfg.peak_lr(self.config), fused=fused)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=sched.peak_lr(self.config), fused=fused)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.feature_counts = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.scale = 1.0
@@ -57,7 +58,7 @@ class Learner:
     @property
     def dead_after(self) -> int:
         """Tokens without firing until a latent is dead."""
-        return cfg.dead_after_tokens(self.config, self.n_steps * self.config.batch_size)
+        return sched.dead_after_tokens(self.config, self.n_steps * self.config.batch_size)
 
     def new_window(self) -> None:
         """Start the sums that the next line of the log averages over."""
@@ -83,7 +84,7 @@ class Learner:
         c, sae = self.config, self.sae
         x = x * self.scale
         dead = self.tokens_since_fired > self.dead_after if self.n_dead and sae.uses_auxk else None
-        sparsity = cfg.l1_at(step, c, self.n_steps)
+        sparsity = (c.l1_coefficient or 0.1) * sched.sparsity_at(step, c, self.n_steps)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"):
             out = sae(x)
             losses = sae.loss(x, out, variance=sae.d_in, sparsity=sparsity, dead=dead, n_dead=self.n_dead)
@@ -91,7 +92,7 @@ class Learner:
         sae.project_gradient_()
         norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), c.clip_norm if c.clip_norm is not None else math.inf)
         for group in self.optimizer.param_groups:
-            group["lr"] = cfg.lr_at(step, c, self.n_steps)
+            group["lr"] = sched.lr_at(step, c, self.n_steps)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         sae.renormalize_()
@@ -113,7 +114,7 @@ class Learner:
         if not math.isfinite(metrics["loss"]):
             raise UserError(
                 "the loss became NaN or infinite; the activations may hold NaN, or --learning_rate is too high "
-                f"(it was {cfg.peak_lr(self.config):g})"
+                f"(it was {sched.peak_lr(self.config):g})"
             )
         self.n_dead = int((self.tokens_since_fired > self.dead_after).sum())
         window = self.totals.metrics()
@@ -128,7 +129,7 @@ class Learner:
         """Metrics on held-out raw activations x (n, D); changes nothing."""
         totals = Totals(self.sae.d_in, self.sae.d_sae, device=self.tokens_since_fired.device)
         loss = 0.0
-        sparsity = cfg.l1_at(self.n_steps, self.config, self.n_steps)
+        sparsity = (self.config.l1_coefficient or 0.1) * sched.sparsity_at(self.n_steps, self.config, self.n_steps)
         for rows, out in reconstruct(self.sae, x, scale=self.scale):
             totals.add(rows, out.x_hat, out.codes)
             loss += float(self.sae.loss(rows, out, variance=self.sae.d_in, sparsity=sparsity).total) * len(rows)
@@ -287,8 +288,8 @@ class SAETrainer:
             metrics = learner.read_window()
             record = {
                 "step": self.step, "tokens": self.stream.n_given, **({"hookpoint": name} if name else {}),
-                "lr": cfg.lr_at(self.step - 1, learner.config, learner.n_steps),
-                "l1": cfg.l1_at(self.step - 1, learner.config, learner.n_steps),
+                "lr": sched.lr_at(self.step - 1, learner.config, learner.n_steps),
+                "l1": (learner.config.l1_coefficient or 0.1) * sched.sparsity_at(self.step - 1, learner.config, learner.n_steps),
                 **metrics, "n_passes": self.stream.n_passes, "tokens_per_s": rate,
             }  # fmt: skip
             metric_log.write(record)
@@ -338,10 +339,10 @@ class SAETrainer:
             "resolved": {
                 "n_steps": self.stream.n_batches,
                 "n_tokens": self.stream.n_tokens,
-                "learning_rate": [cfg.peak_lr(x.config) for x in learners],
-                "warmup_steps": cfg.warmup_steps(self.config, self.stream.n_batches),
+                "learning_rate": [sched.peak_lr(x.config) for x in learners],
+                "warmup_steps": sched.warmup_steps(self.config, self.stream.n_batches),
                 "dead_after_tokens": [x.dead_after for x in learners],
-                "l1_coefficient": cfg.l1_at(self.stream.n_batches, self.config, self.stream.n_batches),
+                "l1_coefficient": (self.config.l1_coefficient or 0.1) * sched.sparsity_at(self.stream.n_batches, self.config, self.stream.n_batches),
                 "d_in": [x.sae.d_in for x in learners],
                 "d_sae": [x.sae.d_sae for x in learners],
                 "hookpoints": list(self.learners),

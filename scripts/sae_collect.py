@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     lm = load_language_model(c.model, device=best_device(c.device), dataset=c.dataset)
     layers = (c.layer,) if c.layer is not None else c.layers
     hookpoints = hooks.resolve(lm.module, hookpoints=c.hookpoints, layers=layers, hook_type=c.hook_type)
-    dataset = open_dataset(c.dataset, text_column=c.text_column)
+    dataset = open_dataset(c.dataset, text_column=c.text_column or "text")
     rows = TokenRows(lm, dataset, "train", c.ctx_len)
     source = ModelSource(lm, rows, hookpoints, model_batch_size=c.model_batch_size, skip_first=c.skip_first)
     made_from = cache.provenance(lm, dataset, ctx_len=c.ctx_len, skip_first=c.skip_first)

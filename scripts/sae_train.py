@@ -30,7 +30,7 @@ class Data(NamedTuple):
 
 
 def live_data(c: TrainConfig, lm: LanguageModel, hookpoints: list[str]) -> Data:
-    dataset = open_dataset(c.dataset, text_column=c.text_column)
+    dataset = open_dataset(c.dataset, text_column=c.text_column or "text")
 
     def source(split: str) -> ModelSource:
         rows = TokenRows(lm, dataset, split, c.ctx_len)
@@ -41,7 +41,7 @@ def live_data(c: TrainConfig, lm: LanguageModel, hookpoints: list[str]) -> Data:
     val = gather(source("val"), c.val_tokens, "validation")
     origin = {
         "provenance": cache.provenance(lm, dataset, ctx_len=c.ctx_len, skip_first=c.skip_first),
-        "model_name": c.model, "dataset_path": dataset.name, "text_column": c.text_column,
+        "model_name": c.model, "dataset_path": dataset.name, "text_column": c.text_column or "text",
         "context_size": min(c.ctx_len, lm.max_len), "skip_first": c.skip_first,
     }  # fmt: skip
     return Data(source("train"), val, c.max_tokens, c.num_epochs, origin)

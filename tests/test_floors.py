@@ -10,15 +10,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    "config": 0,
-    "log": 1, "kernels": 1,
-    "distributed": 2, "hooks": 2, "models": 2,
-    "language_model": 3, "formats": 3,
-    "tokens": 4,
-    "activations": 5,
-    "cache": 6, "evaluator": 6, "runtime": 6,
-    "trainer": 7, "feature_viz": 7,
-    "neuronpedia": 8,
+    "flags": 0, "kernels": 0,
+    "config": 1,
+    "log": 2, "schedules": 2,
+    "distributed": 3, "hooks": 3, "models": 3,
+    "language_model": 4, "formats": 4,
+    "datasets": 5,
+    "tokens": 6,
+    "activations": 7,
+    "cache": 8, "evaluator": 8, "runtime": 8,
+    "trainer": 9, "feature_viz": 9,
+    "neuronpedia": 10,
 }  # fmt: skip
 FILES = sorted(p for p in (ROOT / "sae").glob("*.py") if p.stem != "__init__")
 
