@@ -73,13 +73,17 @@ class SAEConfig:
     )
     fvu_coefficient: float = knob(0.0, "weight of the reconstruction error beside ce or kl")
     l1_coefficient: float | None = knob(
-        None, "weight of the sparsity penalty (relu, gated, jumprelu; default: found by aiming at --target_l0)", sweep=True
+        None,
+        "weight of the sparsity penalty (relu, gated, jumprelu; default: found by aiming at --target_l0)",
+        sweep=True,
     )
     target_l0: float | None = knob(
         None, "active latents per token that the penalty's weight is steered to (default: k, unless l1_coefficient)",
         sweep=True,
     )  # fmt: skip
-    l1_weighting: Literal["decoder", "plain"] = knob("decoder", "L1 of latents times decoder norms, or of latents (relu)")
+    l1_weighting: Literal["decoder", "plain"] = knob(
+        "decoder", "L1 of latents times decoder norms, or of latents (relu)"
+    )
     p_anneal: float | None = knob(None, "exponent the penalty f^p ends at, from 1, over the last half (relu)")
     jumprelu_penalty: Literal["step", "tanh", "quadratic"] = knob(
         "step", "L0 through the threshold's gradient, tanh of latents, or (L0 / target - 1)^2 (jumprelu)"
@@ -87,7 +91,9 @@ class SAEConfig:
     bandwidth: float = knob(0.1, "width of the window in which the threshold has a gradient (jumprelu, scaled units)")
     multi_topk: bool = knob(False, "also reconstruct from 4k latents, with weight 1/8 (topk)")
     k_decay_steps: int = knob(0, "steps over which k falls to --k from min(d_in, d_sae) (topk family)")
-    auxk_alpha: float = knob(1 / 32, "weight of the AuxK loss that revives dead latents", alias=("auxk_coef",), sweep=True)
+    auxk_alpha: float = knob(
+        1 / 32, "weight of the AuxK loss that revives dead latents", alias=("auxk_coef",), sweep=True
+    )
     dead_feature_threshold: int | None = knob(
         None, "tokens without firing until a latent is dead (default: 5% of the run, at most 10M)",
         alias=("dead_toks_threshold",),
@@ -117,7 +123,9 @@ class SAEConfig:
     sparsity_warmup: float = knob(0.2, "first part of the run over which the penalty rises from 0")
     clip_norm: float | None = knob(1.0, "largest gradient norm, or none", alias=("clip_grad",))
     ema: float | None = knob(
-        None, "decay per step of averaged weights, which are then the ones evaluated and saved", alias=("ema_multiplier",)
+        None,
+        "decay per step of averaged weights, which are then the ones evaluated and saved",
+        alias=("ema_multiplier",),
     )
     dtype: Literal["float32", "bfloat16", "float16"] = knob(
         "float32", "dtype of the matrix products (weights stay float32; float16 with a gradient scaler)"
@@ -142,14 +150,18 @@ class SAEConfig:
             self, 1, "expansion_factor", "k", "batch_size", "num_epochs", "eval_every", "save_every", "log_every",
             "d_in", "d_out", "d_sae", "dead_feature_threshold", "grad_acc_steps", "micro_acc_steps", "resample_every",
         )  # fmt: skip
-        _at_least(self, 0, "auxk_alpha", "warmup_steps", "k_decay_steps", "fvu_coefficient", "weight_decay", "shuffle_seed")
+        _at_least(
+            self, 0, "auxk_alpha", "warmup_steps", "k_decay_steps", "fvu_coefficient", "weight_decay", "shuffle_seed"
+        )
         _share(
             self, "decay_fraction", "sparsity_warmup", "dead_percentage_threshold", "dead_latent_threshold", "p_anneal"
         )
         require(0 <= self.val_split < 1, f"val_split={self.val_split}; it must lie in 0..1, below 1")
         for name in ("learning_rate", "l1_coefficient", "clip_norm", "target_l0", "weight_decay", "fvu_coefficient"):
             value = getattr(self, name)
-            require(value is None or (math.isfinite(value) and value >= 0), f"{name}={value}; it must be finite and >= 0")
+            require(
+                value is None or (math.isfinite(value) and value >= 0), f"{name}={value}; it must be finite and >= 0"
+            )
         require(self.bandwidth > 0, f"bandwidth={self.bandwidth}; it must be above 0")
         require(self.ema is None or 0 < self.ema < 1, f"ema={self.ema}; it must lie between 0 and 1, such as 0.999")
         self._check_shape()
@@ -159,9 +171,7 @@ class SAEConfig:
         known = self.d_sae is not None or self.d_in is not None
         n = (self.d_sae or (self.d_in or 0) * self.expansion_factor) if known else self.k
         selects = self.activation not in PENALISED
-        require(
-            not selects or self.k <= n, f"k={self.k} exceeds d_sae={n}; lower --k or raise --expansion_factor"
-        )
+        require(not selects or self.k <= n, f"k={self.k} exceeds d_sae={n}; lower --k or raise --expansion_factor")
         if self.activation == "groupmax":
             require(n % self.k == 0, f"groupmax needs k groups of equal size; d_sae={n} is no multiple of k={self.k}")
         if self.activation == "matryoshka":
@@ -175,7 +185,9 @@ class SAEConfig:
 
     def _check_combinations(self) -> None:
         forbid = lambda bad, message: require(not bad, message)
-        forbid(self.tied and self.transcode, "--tied shares one matrix between spaces that differ; drop it or --transcode")
+        forbid(
+            self.tied and self.transcode, "--tied shares one matrix between spaces that differ; drop it or --transcode"
+        )
         forbid(
             self.tied and self.normalize_decoder is False,
             "--tied wants unit decoder rows; drop --no-normalize_decoder",
@@ -194,8 +206,9 @@ class SAEConfig:
         )
         forbid(self.multi_topk and self.activation != "topk", "--multi_topk is for --activation topk")
         forbid(self.p_anneal is not None and self.activation != "relu", "--p_anneal is for --activation relu")
+        thresholds = (self.dead_feature_threshold, self.dead_percentage_threshold, self.dead_latent_threshold)
         forbid(
-            sum(v is not None for v in (self.dead_feature_threshold, self.dead_percentage_threshold, self.dead_latent_threshold)) > 1,
+            sum(v is not None for v in thresholds) > 1,
             "several dead-latent thresholds were given; choose one of --dead_feature_threshold, "
             "--dead_percentage_threshold and --dead_latent_threshold",
         )  # fmt: skip
@@ -317,7 +330,8 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
         least = 2 * self.batch_size * self.grad_acc_steps
         require(
             self.buffer_tokens >= least,
-            f"buffer_tokens={self.buffer_tokens} holds less than two batches; raise it to {least} or lower --batch_size",
+            f"buffer_tokens={self.buffer_tokens} holds less than two batches; "
+            f"raise it to {least} or lower --batch_size",
         )
         require(
             self.batch_size >= 16,
@@ -328,10 +342,12 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
         require(not (self.resume and self.overwrite), "--resume and --overwrite were both given; choose one")
         end_to_end = self.loss_fn in ("ce", "kl")
         require(
-            not (end_to_end and self.activations), f"--loss_fn {self.loss_fn} runs the model; it goes not with --activations"
+            not (end_to_end and self.activations),
+            f"--loss_fn {self.loss_fn} runs the model; it goes not with --activations",
         )
         require(
-            not (end_to_end and self.sweep), f"--loss_fn {self.loss_fn} trains one SAE per hookpoint; give one value to each flag"
+            not (end_to_end and self.sweep),
+            f"--loss_fn {self.loss_fn} trains one SAE per hookpoint; give one value to each flag",
         )
         known = {f.name for f in dataclasses.fields(self) if f.metadata.get("sweep")}
         for name, values in self.sweep.items():

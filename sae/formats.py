@@ -24,7 +24,11 @@ from sae.models import SAE, create_sae
 WEIGHTS, CFG = "sae_weights.safetensors", "cfg.json"
 # The SAELens whose layout this is; its loader takes the old flat layout for anything below 6.0.
 SAELENS_VERSION = "6.54.12"
-ARCHITECTURES = {"topk": "topk", "relu": "standard", "gated": "gated"}
+ARCHITECTURES = {
+    "topk": "topk", "abstopk": "abstopk", "relu": "standard", "gated": "gated", "jumprelu": "jumprelu",
+    "batchtopk": "jumprelu", "matryoshka": "jumprelu",
+}  # fmt: skip
+READS = {"topk": "topk", "abstopk": "abstopk", "standard": "relu", "gated": "gated", "jumprelu": "jumprelu"}
 
 # --------------------------------------------------------------------------------------------------
 # atomic writes, safe reads
@@ -104,22 +108,39 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 # SAEs
 
 
+def architecture(c: SAEConfig) -> str:
+    """SAELens's name for an SAE; kinds that it does not have go by our own."""
+    kind = "topk" if c.activation == "matryoshka" and c.matryoshka_base == "topk" else c.activation
+    if not c.transcode:
+        return ARCHITECTURES.get(kind, kind)
+    prefix = {"standard": "", "jumprelu": "jumprelu_"}.get(ARCHITECTURES.get(kind, kind), f"{kind}_")
+    return f"{prefix}{'skip_' if c.skip_connection else ''}transcoder"
+
+
 def save_sae(sae: SAE, folder: str | Path, **metadata: Any) -> None:
     """Write cfg.json and sae_weights.safetensors, which SAELens, SAEBench and SAEDashboard open as they are.
 
-    metadata: free entries (model_name, hook_name, context_size, dataset_path, ...) for cfg.json's "metadata".
+    A batch-top-k SAE is written as the JumpReLU SAE that it is at inference. metadata: free entries (model_name,
+    hook_name, context_size, dataset_path, ...) for cfg.json's "metadata".
     """
     c, folder = sae.config, Path(folder)
+    if "hookpoint" in metadata:
+        at = metadata["hookpoint"]
+        names = {"hook_name": f"{at}@in", "hook_name_out": at} if c.transcode else {"hook_name": at}
+        metadata = {**names, **metadata}
     about = {"sae_lens_version": SAELENS_VERSION, "nanosae_version": VERSION, **metadata, "nanosae": c.to_dict()}
     cfg = {
-        "architecture": ARCHITECTURES[c.activation], "d_in": sae.d_in, "d_sae": sae.d_sae,
-        "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
-        "normalize_activations": "none", "reshape_activations": "none",
+        "architecture": architecture(c), "d_in": sae.d_in, "d_sae": sae.d_sae,
+        "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": not c.transcode,
+        "normalize_activations": "layer_norm" if sae.layer_norm else "none", "reshape_activations": "none",
         "metadata": about,
     }  # fmt: skip
-    if c.activation == "topk":
+    if cfg["architecture"] in ("topk", "abstopk"):
         cfg |= {"k": c.k, "rescale_acts_by_decoder_norm": False}
-    write_safetensors(dict(sae.named_parameters()), folder / WEIGHTS)
+    if c.transcode:
+        cfg["d_out"] = sae.d_out
+    weights = sae.state_dict()
+    write_safetensors({"W_enc": sae.W_enc, **weights} if c.tied else weights, folder / WEIGHTS)
     write_json(cfg, folder / CFG)
 
 
@@ -206,7 +227,9 @@ def _from_hub(name: str) -> Path:
 
 
 def _load_strict(sae: SAE, weights: dict[str, Tensor], where: Path) -> SAE:
-    wanted = {name: tuple(p.shape) for name, p in sae.named_parameters()}
+    """Copy weights in, all of them and no others; the SAE comes back ready for use."""
+    wanted = {name: tuple(p.shape) for name, p in sae.state_dict().items()}
+    weights = {name: w for name, w in weights.items() if not (sae.config.tied and name == "W_enc")}
     got = {name: tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__ for name, w in weights.items()}
     for name in {*wanted, *got}:
         if wanted.get(name) != got.get(name):
@@ -214,9 +237,9 @@ def _load_strict(sae: SAE, weights: dict[str, Tensor], where: Path) -> SAE:
                 f"'{where}': tensor {name} is {got.get(name, 'missing')} and should be {wanted.get(name, 'absent')}"
             )
     with torch.no_grad():
-        for name, p in sae.named_parameters():
+        for name, p in sae.state_dict().items():
             p.copy_(weights[name])
-    return sae
+    return sae.eval()
 
 
 def _from_nanochat(checkpoint: Any, where: Path) -> SAE:
@@ -230,38 +253,40 @@ def _from_saelens(cfg: dict[str, Any], weights: dict[str, Tensor], where: Path) 
     ours = cfg["metadata"].get("nanosae")
     if isinstance(ours, dict):
         return _load_strict(create_sae(SAEConfig.from_dict(ours)), weights, where)
-    kinds = {v: k for k, v in ARCHITECTURES.items()}
-    for key, fine in (("normalize_activations", "none"), ("reshape_activations", "none")):
-        if cfg.get(key, fine) != fine:
-            raise UserError(f"'{where}': {key}={cfg[key]} is not read yet; only '{fine}'")
-    if str(cfg.get("architecture")) not in kinds:
-        raise UserError(f"'{where}': architecture {cfg.get('architecture')} is not read yet; only {', '.join(kinds)}")
-    sizes = {name: cfg.get(name, 32) for name in ("d_in", "d_sae", "k")}
+    named = str(cfg.get("architecture"))
+    transcode, skip = named.endswith("transcoder"), named.endswith("skip_transcoder")
+    base = (
+        (named.removesuffix("transcoder").removesuffix("skip_").removesuffix("_") or "standard") if transcode else named
+    )
+    if base not in READS:
+        raise UserError(f"'{where}': architecture {named} is not read yet; only {', '.join(READS)} and transcoders")
+    norms_read = {"normalize_activations": ("none", "layer_norm"), "reshape_activations": ("none",)}
+    for key, fine in norms_read.items():
+        if cfg.get(key, fine[0]) not in fine:
+            raise UserError(f"'{where}': {key}={cfg[key]} is not read yet; only {' or '.join(fine)}")
+    sizes = {name: cfg.get(name, 32) for name in ("d_in", "d_sae", "k")} | {"d_out": cfg.get("d_out", cfg.get("d_in"))}
     if not all(isinstance(n, int) for n in sizes.values()) or not {"d_in", "d_sae"} <= cfg.keys():
         raise UserError(f"'{where.parent / CFG}' has d_in, d_sae, k = {sizes}; whole numbers were wanted")
-    needed = {
-        "W_enc",
-        "W_dec",
-        "b_dec",
-        *(("b_gate", "b_mag", "r_mag") if cfg["architecture"] == "gated" else ("b_enc",)),
-    }
+    biases = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}.get(base, ("b_enc",))
+    needed = {"W_enc", "W_dec", "b_dec", *biases, *(("W_skip",) if skip else ())}
     if needed - weights.keys():
         raise UserError(f"'{where}': tensor {min(needed - weights.keys())} is missing; fetch the file again")
     weights = {name: w.float() for name, w in weights.items()}
     norms = weights["W_dec"].norm(dim=1)
-    if cfg["architecture"] == "topk" and cfg.get("rescale_acts_by_decoder_norm"):
+    if base in ("topk", "abstopk") and cfg.get("rescale_acts_by_decoder_norm"):
         # latents are chosen by pre * norm there: fold the norms in and choose by pre
         weights |= {"W_enc": weights["W_enc"] * norms, "b_enc": weights["b_enc"] * norms}
         weights["W_dec"] = weights["W_dec"] / norms[:, None]
         norms = torch.ones(1)
-    if not cfg.get("apply_b_dec_to_input", True):
-        bias = "b_gate" if cfg["architecture"] == "gated" else "b_enc"
+    if not transcode and not cfg.get("apply_b_dec_to_input", True):
+        bias = "b_gate" if base == "gated" else "b_enc"
         shift = weights["b_dec"] @ weights["W_enc"]
         weights[bias] = weights[bias] + shift
         if bias == "b_gate":
             weights["b_mag"] = weights["b_mag"] + shift * weights["r_mag"].exp()
     config = SAEConfig(
-        d_in=cfg["d_in"], d_sae=cfg["d_sae"], activation=kinds[cfg["architecture"]], k=cfg.get("k", 32),  # type: ignore[arg-type]
-        normalize_decoder=bool(((norms - 1).abs() < 1e-3).all()),
+        d_in=cfg["d_in"], d_out=sizes["d_out"], d_sae=cfg["d_sae"], activation=READS[base], k=cfg.get("k", 32),  # type: ignore[arg-type]
+        normalize_decoder=bool(((norms - 1).abs() < 1e-3).all()), transcode=transcode, skip_connection=skip,
+        normalize_activations="layer_norm" if cfg.get("normalize_activations") == "layer_norm" else "unit",
     )  # fmt: skip
     return _load_strict(create_sae(config), weights, where)

@@ -19,35 +19,50 @@ class Codes(NamedTuple):
     """Latent activations, sparse where `indices` is given.
 
     indices (B, K) int64 and values (B, K): latent `indices[b, j]` of token b has activation `values[b, j]`; a value of
-    0 means "not active" and its index is meaningless. With indices None, values is the dense (B, F) matrix.
+    0 means "not active" and its index is meaningless. With offsets (B,), tokens have latents of their own number:
+    indices and values are flat (n,), and token b's begin at offsets[b]. With indices None, values is the dense (B, F).
     """
 
     indices: Tensor | None
     values: Tensor
+    offsets: Tensor | None = None
 
     def dense(self, n_latents: int) -> Tensor:
         """(B, F)."""
         if self.indices is None:
             return self.values
-        zeros = self.values.new_zeros(len(self.values), n_latents)
-        return zeros.scatter_add(1, self.indices, self.values)
+        if self.offsets is None:
+            zeros = self.values.new_zeros(len(self.values), n_latents)
+            return zeros.scatter_add(1, self.indices, self.values)
+        zeros = self.values.new_zeros(len(self.offsets), n_latents)
+        return zeros.index_put((rows_of(self.indices, self.offsets), self.indices), self.values, accumulate=True)
 
     def l0(self) -> Tensor:
         """(B,) active latents per token, counted after the selection and the ReLU."""
-        return (self.values != 0).sum(-1)
+        active = self.values != 0
+        if self.offsets is None or self.indices is None:
+            return active.sum(-1)
+        return count(rows_of(self.indices, self.offsets), len(self.offsets), active)
 
     def fired(self, n_latents: int) -> Tensor:
         """(F,) int64: how many of the B tokens each latent is active on."""
         active = self.values != 0
         return active.sum(0) if self.indices is None else count(self.indices, n_latents, active)
 
-    def sparse(self) -> Codes:
-        """The same codes with indices, as wide as the busiest token (reads the device when they were dense)."""
-        if self.indices is not None:
+    def sparse(self, n_latents: int = 0) -> Codes:
+        """The same codes as (B, K), K that of the busiest token (reads the device unless they are so already)."""
+        if self.indices is not None and self.offsets is None:
             return self
-        width = max(1, int(self.l0().max()))
-        values, indices = self.values.abs().topk(width, dim=-1)
-        return Codes(indices, self.values.gather(1, indices))
+        dense = self.dense(n_latents) if self.indices is not None else self.values
+        width = max(1, int((dense != 0).sum(-1).max())) if len(dense) else 1
+        indices = dense.abs().topk(width, dim=-1).indices
+        return Codes(indices, dense.gather(1, indices))
+
+
+def rows_of(indices: Tensor, offsets: Tensor) -> Tensor:
+    """(n,) int64: the token that each of the flat places belongs to."""
+    places = torch.arange(len(indices), device=offsets.device)
+    return torch.searchsorted(offsets, places, right=True) - 1
 
 
 def count(indices: Tensor, n: int, weights: Tensor | None = None) -> Tensor:
@@ -62,101 +77,130 @@ def top_k(pre: Tensor, k: int) -> Tensor:
     return pre.topk(k, dim=-1, sorted=False).indices
 
 
-def _sum_by_latent(indices: Tensor, values: Tensor, rows: Tensor, n_latents: int) -> Tensor:
-    """(F, D): for each latent the sum of values[b, j] * rows[b] over the places (b, j) where indices is that latent.
+def batch_top_k(pre: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest of all of pre (B, F): flat indices (n,) in the order of tokens, and offsets (B,)."""
+    n_latents = pre.shape[1]
+    flat = pre.flatten().topk(min(n, pre.numel()), sorted=False).indices.sort().values
+    return flat % n_latents, _offsets(flat // n_latents, len(pre))
+
+
+def above(pre: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """The places where pre (B, F) exceeds threshold (F,): flat indices and offsets (reads the device)."""
+    rows, indices = (pre > threshold).nonzero(as_tuple=True)
+    return indices, _offsets(rows, len(pre))
+
+
+def _offsets(rows: Tensor, n: int) -> Tensor:
+    return torch.searchsorted(rows, torch.arange(n, device=rows.device))
+
+
+def _sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: Tensor, n_latents: int) -> Tensor:
+    """(F, D): for each latent the sum of values[place] * x[token] over the places whose index is that latent.
 
     Sorting the places by latent turns the sum into an embedding bag whose bags are latents: deterministic, and the
-    (B*K, D) products are never stored.
+    (places, D) products are never stored.
     """
-    k = indices.shape[1]
     order = torch.argsort(indices.reshape(-1), stable=True)
+    tokens = order // indices.shape[1] if offsets is None else rows_of(indices, offsets)[order]
     counts = count(indices, n_latents)
-    offsets = counts.cumsum(0) - counts
-    return F.embedding_bag(
-        order // k, rows, offsets, mode="sum", per_sample_weights=values.reshape(-1)[order].to(rows.dtype)
-    )
+    starts = counts.cumsum(0) - counts
+    return F.embedding_bag(tokens, x, starts, mode="sum", per_sample_weights=values.reshape(-1)[order].to(x.dtype))
 
 
-def _dot_at(indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """(B, K): left[b] . right[indices[b, j]], for left (B, D) and right (F, D), without a (B, K, D) tensor."""
-    n, k = indices.shape
-    offsets = torch.arange(0, n * k, k, device=indices.device)
+def _dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Like indices: left[token] . right[indices[place]], for left (B, D) and right (F, D), (places, D) never stored."""
     flat = indices.reshape(-1).contiguous()
+    if offsets is None:
+        starts = torch.arange(0, len(flat), indices.shape[1], device=flat.device)
+        tokens = torch.arange(len(left), device=flat.device).repeat_interleave(indices.shape[1])
+    else:
+        starts, tokens = offsets, rows_of(indices, offsets)
     if left.device.type in ("cpu", "cuda"):
-        bag = torch.arange(n, device=indices.device).repeat_interleave(k)
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            left.contiguous(), right.contiguous(), flat, offsets, bag, 0
-        ).view(n, k)
-    return torch.stack([(left * right[indices[:, j]]).sum(-1) for j in range(k)], dim=1)
+        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            left.contiguous(), right.contiguous(), flat, starts, tokens, 0
+        )
+        return dots.view(indices.shape)
+    blocks = zip(tokens.split(4096), flat.split(4096), strict=True)
+    return torch.cat([(left[t] * right[i]).sum(-1) for t, i in blocks]).view(indices.shape)
 
 
-def _bag(indices: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-    """(B, D): sum over j of values[b, j] * rows[indices[b, j]]."""
-    return F.embedding_bag(indices.contiguous(), rows, mode="sum", per_sample_weights=values.to(rows.dtype))
+def _bag(indices: Tensor, offsets: Tensor | None, values: Tensor, rows: Tensor) -> Tensor:
+    """(B, D): for each token the sum of values[place] * rows[indices[place]] over its places."""
+    return F.embedding_bag(
+        indices.contiguous(), rows, offsets, mode="sum", per_sample_weights=values.to(rows.dtype).contiguous()
+    )
 
 
 class _Gather(torch.autograd.Function):
     """Pre-activations at chosen latents, with a backward that touches those latents only."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, pre, indices):
+    def forward(ctx, x, W_enc, b_enc, pre, indices, offsets):
         del b_enc  # it is in pre already; an argument so that its gradient comes back
-        ctx.save_for_backward(x, W_enc, indices)
-        return pre.gather(1, indices).to(x.dtype)
+        ctx.save_for_backward(x, W_enc, indices, offsets)
+        if offsets is None:
+            return pre.gather(1, indices).to(x.dtype)
+        return pre[rows_of(indices, offsets), indices].to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        x, W_enc, indices = ctx.saved_tensors
+        x, W_enc, indices, offsets = ctx.saved_tensors
         n_latents = W_enc.shape[1]
         grad = grad.contiguous()
         grad_x = grad_W = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = _bag(indices, grad, W_enc.t().contiguous())
+            grad_x = _bag(indices, offsets, grad, W_enc.t().contiguous())
         if ctx.needs_input_grad[1]:
-            grad_W = _sum_by_latent(indices, grad, x, n_latents).t()
+            grad_W = _sum_by_latent(indices, offsets, grad, x, n_latents).t()
         if ctx.needs_input_grad[2]:
             grad_b = grad.new_zeros(n_latents).index_add_(0, indices.reshape(-1), grad.reshape(-1))
-        return grad_x, grad_W, grad_b, None, None
+        return grad_x, grad_W, grad_b, None, None, None
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, indices, values, W_dec):
-        ctx.save_for_backward(indices, values, W_dec)
-        return _bag(indices, values, W_dec)
+    def forward(ctx, indices, values, W_dec, offsets):
+        ctx.save_for_backward(indices, values, W_dec, offsets)
+        return _bag(indices, offsets, values, W_dec)
 
     @staticmethod
     def backward(ctx, grad):
-        indices, values, W_dec = ctx.saved_tensors
+        indices, values, W_dec, offsets = ctx.saved_tensors
         grad = grad.contiguous()
         grad_values = grad_W = None
         if ctx.needs_input_grad[1]:
-            grad_values = _dot_at(indices, grad, W_dec).to(values.dtype)
+            grad_values = _dot_at(indices, offsets, grad, W_dec).to(values.dtype)
         if ctx.needs_input_grad[2]:
-            grad_W = _sum_by_latent(indices, values, grad, len(W_dec))
-        return None, grad_values, grad_W
+            grad_W = _sum_by_latent(indices, offsets, values, grad, len(W_dec))
+        return None, grad_values, grad_W, None
 
 
-def gather_pre(x: Tensor, W_enc: Tensor, b_enc: Tensor, pre: Tensor, indices: Tensor) -> Tensor:
+def gather_pre(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, pre: Tensor, indices: Tensor, offsets: Tensor | None = None
+) -> Tensor:
     """Pre-activations of the chosen latents, differentiable in x, W_enc and b_enc.
 
-    x (B, D), W_enc (D, F), b_enc (F,), pre (B, F) = x @ W_enc + b_enc computed without a graph, indices (B, K).
-    Returns (B, K). Every use of pre (main code, AuxK) comes through here, so each one trains the encoder.
+    x (B, D), W_enc (D, F), b_enc (F,), pre (B, F) = x @ W_enc + b_enc computed without a graph, indices (B, K), or
+    (n,) with offsets (B,). Returns the shape of indices. Every use of pre (main code, AuxK, multi-TopK) comes through
+    here, so each one trains the encoder.
     """
-    return _Gather.apply(x, W_enc, b_enc, pre, indices)
+    return _Gather.apply(x, W_enc, b_enc, pre, indices, offsets)
 
 
-def gather_pre_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, pre: Tensor, indices: Tensor) -> Tensor:
+def gather_pre_reference(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, pre: Tensor, indices: Tensor, offsets: Tensor | None = None
+) -> Tensor:
     """Twin of gather_pre: the dense product, then a gather (pre is ignored)."""
     del pre
-    return (x @ W_enc + b_enc).gather(1, indices)
+    dense = x @ W_enc + b_enc
+    return dense.gather(1, indices) if offsets is None else dense[rows_of(indices, offsets), indices]
 
 
-def decode(indices: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
-    """(B, D): the kept latents' decoder rows, weighted and summed. indices, values (B, K); W_dec (F, D)."""
-    return _Decode.apply(indices, values, W_dec)
+def decode(indices: Tensor, values: Tensor, W_dec: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """(B, D): the kept latents' decoder rows, weighted and summed. indices, values (B, K), or (n,) and offsets (B,)."""
+    return _Decode.apply(indices, values, W_dec, offsets)
 
 
-def decode_reference(indices: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
+def decode_reference(indices: Tensor, values: Tensor, W_dec: Tensor, offsets: Tensor | None = None) -> Tensor:
     """Twin of decode: a dense (B, F) code times W_dec."""
-    return Codes(indices, values).dense(len(W_dec)) @ W_dec
+    return Codes(indices, values, offsets).dense(len(W_dec)) @ W_dec

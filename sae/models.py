@@ -1,7 +1,6 @@
-"""The SAE architectures and their losses. Pure: forward and loss count nothing, log nothing, move no state.
+"""The SAE architectures: how each chooses latents, and the terms it adds to the shared loss (base.py).
 
-Kinds differ in how latents are chosen (`encode`) and in one extra loss term; everything else is shared.
-To add one: a subclass with `codes` and, if need be, `penalty`, and a line in KINDS.
+To add one: a subclass with `codes` and, if need be, `penalty` or `extra`, and a line in KINDS.
 
 Letters: B tokens in a batch, D width, F latents, K kept latents.
 """
@@ -9,238 +8,158 @@ Letters: B tokens in a batch, D width, F latents, K kept latents.
 from __future__ import annotations
 
 import math
-from dataclasses import fields
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sae import kernels
-from sae.config import SAEConfig, UserError, require
+from sae.base import SAE as SAE
+from sae.base import Output as Output
+from sae.config import SAEConfig
 from sae.kernels import Codes
-from sae.schedules import n_latents
 
+K_MULTI = 4  # multi-TopK: the second reconstruction keeps 4k latents (Gao et al. 2024, 5.1), with weight 1/8
 
-class Output(NamedTuple):
-    """What one forward gives: the reconstruction (B, D), the codes, and the pre-activations (B, F) behind them.
-
-    The sparse kinds compute `pre` without a graph; whoever needs its gradient goes through kernels.gather_pre.
-    """
-
-    x_hat: Tensor
-    codes: Codes
-    pre: Tensor
-
-
-class Losses(NamedTuple):
-    """Scalars, graph attached to `total` = reconstruction + sparsity weight * sparsity + w * aux.
-
-    aux is AuxK, weighted by auxk_alpha, for topk, and Gated's auxiliary reconstruction, with weight 1, for gated.
-    """
-
-    total: Tensor
-    reconstruction: Tensor
-    sparsity: Tensor
-    aux: Tensor
-
-
-class SAE(nn.Module):
-    """A sparse autoencoder: x_hat = f(x) @ W_dec + b_dec, with f sparse and computed from x - b_dec.
-
-    Parameters keep the community's names and shapes: W_enc (D, F), b_enc (F,), W_dec (F, D), b_dec (D,).
-    W_enc lies transposed in memory, which is the layout that both the product and the sparse backward want.
-    """
-
-    uses_auxk = False  # kinds with a sparsity penalty revive latents by lowering it
-
-    def __init__(self, config: SAEConfig, *, generator: torch.Generator | None = None):
-        super().__init__()
-        require(config.d_in is not None, "d_in is not known; give SAEConfig(d_in=width of the activations)")
-        # only what an SAE is: a TrainConfig's model, folders and so on stay with the run
-        own = {f.name: getattr(config, f.name) for f in fields(SAEConfig)}
-        self.config = SAEConfig(**{**own, "d_sae": n_latents(config)})
-        D, F = self.d_in, self.d_sae
-        rows = torch.randn(F, D, generator=generator)
-        rows.div_(rows.norm(dim=1, keepdim=True))
-        self.W_dec = nn.Parameter(rows)
-        # Encoder = decoder transposed at the start: the cheapest cure for dead latents (Gao et al. 2024, A.1).
-        self.W_enc = nn.Parameter(rows.clone().t())
-        self.b_dec = nn.Parameter(torch.zeros(D))
-        self._make_biases(F)
-
-    def _make_biases(self, F: int) -> None:
-        self.b_enc = nn.Parameter(torch.zeros(F))
-
-    @property
-    def d_in(self) -> int:
-        return self.config.d_in or 0
-
-    @property
-    def d_sae(self) -> int:
-        return n_latents(self.config)
-
-    # ----------------------------------------------------------------------------------------------
-    # what a user calls
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Latent activations: (..., D) -> (..., F), zero where a latent is not active."""
-        flat = self._flat(x)
-        return self.codes(flat)[0].dense(self.d_sae).view(*x.shape[:-1], self.d_sae)
-
-    def encode_sparse(self, x: Tensor) -> Codes:
-        """The same as `encode` without the zeros: (B, D) -> Codes of (B, K)."""
-        return self.codes(self._flat(x))[0].sparse()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Reconstruction of dense latents: (..., F) -> (..., D)."""
-        return latents @ self.W_dec + self.b_dec
-
-    def decode_codes(self, codes: Codes) -> Tensor:
-        """Reconstruction of codes: (B, D)."""
-        return self._decode(codes) + self.b_dec
-
-    def pre_activations(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, F): the linear part of the encoder, before selection."""
-        return torch.addmm(self.b_enc, x - self.b_dec, self.W_enc)
-
-    def forward(self, x: Tensor) -> Output:
-        """Reconstruct x (B, D)."""
-        codes, pre = self.codes(self._flat(x))
-        return Output(self.decode_codes(codes), codes, pre)
-
-    # ----------------------------------------------------------------------------------------------
-    # what a kind defines
-
-    def codes(self, x: Tensor) -> tuple[Codes, Tensor]:
-        """Codes of x (B, D), and the pre-activations (B, F) they were chosen from."""
-        raise NotImplementedError
-
-    def penalty(self, out: Output) -> Tensor:
-        """The kind's own loss term, before its weight; a scalar."""
-        return out.x_hat.new_zeros(())
-
-    def extra(self, x: Tensor, out: Output) -> Tensor:  # noqa: ARG002
-        """A further reconstruction term, a scalar in the units of the first (Gated's auxiliary loss)."""
-        return out.x_hat.new_zeros(())
-
-    # ----------------------------------------------------------------------------------------------
-    # the loss, shared by all kinds
-
-    def loss(
-        self,
-        x: Tensor,
-        out: Output,
-        *,
-        variance: float,
-        sparsity: float = 0.0,
-        dead: Tensor | None = None,
-        n_dead: int | None = None,
-    ) -> Losses:
-        """Means over the tokens of x (B, D), so that averaging micro-batches gives the whole batch's gradient.
-
-        variance: mean ||x - mean x||^2 of the data, which makes the reconstruction loss a fraction of variance
-        unexplained and keeps one sparsity weight good at every scale. dead (F,) bool switches AuxK on; n_dead, if
-        known, is about how many those are, and saves work where they are few.
-        """
-        reconstruction = (x - out.x_hat).square().sum(-1).mean() / variance
-        penalty = self.penalty(out) / math.sqrt(variance)
-        aux = self.extra(x, out) / variance
-        total = reconstruction + aux + (sparsity * penalty if sparsity else 0.0)
-        if dead is not None and self.uses_auxk and self.config.auxk_alpha > 0:
-            aux = self.dead_loss(x, out, dead, n_dead=n_dead)
-            total = total + self.config.auxk_alpha * aux
-        return Losses(total, reconstruction, penalty, aux)
-
-    def dead_loss(self, x: Tensor, out: Output, dead: Tensor, *, n_dead: int | None = None) -> Tensor:
-        """AuxK: let dead latents explain the residual (Gao et al. 2024, A.2, arxiv.org/abs/2406.04093).
-
-        dead (F,) bool. The D/2 largest dead pre-activations of each token rebuild e = x - x_hat, which is held
-        constant; b_dec is in x_hat already and is not added again. Returns error over residual energy, 0 when
-        nothing is dead or nothing is left to explain; never NaN.
-        """
-        half = max(1, self.d_in // 2)
-        k_aux = min(half, self.d_sae, half if n_dead is None else max(1, n_dead))
-        masked = out.pre.detach().masked_fill(~dead, -torch.inf)
-        indices = kernels.top_k(masked, k_aux)
-        alive = masked.gather(1, indices).isfinite()
-        pre = kernels.gather_pre(x - self.b_dec.detach(), self.W_enc, self._encoder_bias(), out.pre, indices)
-        values = pre.relu() * alive
-        residual = (x - out.x_hat).detach()
-        error = (kernels.decode(indices, values, self.W_dec) - residual).square().sum()
-        share = (dead.sum() / half).clamp(max=1.0)
-        energy = (residual - residual.mean(0)).square().sum()
-        return torch.where((share > 0) & (energy > 0), share * error / energy.clamp(min=1e-30), 0.0)
-
-    def _encoder_bias(self) -> Tensor:
-        return self.b_enc
-
-    # ----------------------------------------------------------------------------------------------
-    # the decoder's unit norm
-
-    @torch.no_grad()
-    def renormalize_(self) -> None:
-        """Set every decoder row to unit norm, in place (after the step, when asked for by the config)."""
-        if self.config.normalize_decoder is not False:
-            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
-
-    @torch.no_grad()
-    def project_gradient_(self) -> None:
-        """Drop the part of the decoder's gradient along each row, which renormalising would undo anyway."""
-        grad = self.W_dec.grad
-        if self.config.normalize_decoder is not False and grad is not None:
-            along = (grad * self.W_dec).sum(1, keepdim=True)
-            along = along / self.W_dec.square().sum(1, keepdim=True).clamp(min=1e-24)
-            grad.addcmul_(along, self.W_dec, value=-1)
-
-    @torch.no_grad()
-    def scaled(self, scale: float) -> SAE:
-        """A copy for raw activations of an SAE that was trained on `scale * x`: same latents times 1/scale."""
-        copy = create_sae(self.config)
-        copy.load_state_dict(self.state_dict())
-        for name in ("b_dec", *self._scaled_biases()):
-            getattr(copy, name).div_(scale)
-        return copy.to(self.W_dec.device)
-
-    def _scaled_biases(self) -> tuple[str, ...]:
-        return ("b_enc",)
-
-    def _flat(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.d_in:
-            raise UserError(
-                f"activations are {x.shape[-1]} wide and this SAE reads {self.d_in}; "
-                "use the model and hookpoint it was trained on"
-            )
-        return x.reshape(-1, self.d_in).to(self.W_dec.dtype)
-
-    def _decode(self, codes: Codes) -> Tensor:
-        if codes.indices is None:
-            return codes.values @ self.W_dec
-        return kernels.decode(codes.indices, codes.values, self.W_dec)
+# --------------------------------------------------------------------------------------------------
+# kinds that select
 
 
 class TopK(SAE):
     """The k largest pre-activations of a token, then ReLU, so fewer than k may be active (Gao et al. 2024, 2.3)."""
 
-    uses_auxk = True
-
-    def codes(self, x: Tensor) -> tuple[Codes, Tensor]:
-        centred = x - self.b_dec
+    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor]:
+        centred = self._centre(x)
         with torch.no_grad():
             pre = torch.addmm(self.b_enc, centred, self.W_enc)
-            indices = kernels.top_k(pre, self.config.k)
-        values = kernels.gather_pre(centred, self.W_enc, self.b_enc, pre, indices).relu()
-        return Codes(indices, values), pre
+            indices, offsets = self._choose(self._strength(pre), k or self.config.k, whole)
+        values = self._value(kernels.gather_pre(centred, self.W_enc, self.b_enc, pre, indices, offsets))
+        return Codes(indices, values, offsets), pre
+
+    def _choose(self, strength: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+        return kernels.top_k(strength, k), None
+
+    def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
+        if not self.config.multi_topk:
+            return out.x_hat.new_zeros(())
+        indices = kernels.top_k(out.pre, min(K_MULTI * self.config.k, self.d_sae))
+        values = kernels.gather_pre(self._centre(x), self.W_enc, self.b_enc, out.pre, indices).relu()
+        x_hat = self.decode_codes(Codes(indices, values))
+        if self.config.skip_connection:
+            x_hat = x_hat + x @ self.W_skip.t()
+        return (y - x_hat).square().sum(-1).mean() / 8
+
+
+class AbsTopK(TopK):
+    """The k pre-activations of largest size, with their sign: a direction and its opposite share a latent."""
+
+    def _strength(self, pre: Tensor) -> Tensor:
+        return pre.abs()
+
+    def _value(self, pre: Tensor) -> Tensor:
+        return pre
+
+
+class GroupMax(TopK):
+    """Latents in k groups; the largest of each group, then ReLU (sparsify). Much cheaper to select than TopK."""
+
+    def _choose(self, strength: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+        size = self.d_sae // self.config.k
+        best = strength.view(len(strength), -1, size).argmax(-1)
+        return best + torch.arange(0, self.d_sae, size, device=best.device), None
+
+
+class BatchTopK(TopK):
+    """The k * B largest pre-activations of a batch; a learned threshold at inference (Bussmann et al. 2024,
+    arxiv.org/abs/2412.06410).
+
+    threshold (F,): running mean of the smallest activation that was kept, the same for all latents, so that a saved
+    SAE is a JumpReLU one.
+    """
+
+    def _make_biases(self, F: int) -> None:
+        super()._make_biases(F)
+        self.register_buffer("threshold", torch.zeros(F))
+
+    def _choose(self, strength: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if not self.training:
+            return kernels.above(strength, self.threshold)
+        if whole is not None:  # a part of a batch may hold any number of those that the whole keeps
+            return kernels.above(strength, whole.nextafter(whole.new_tensor(-torch.inf)))
+        return kernels.batch_top_k(strength, k * len(strength))
+
+    @torch.no_grad()
+    def survey(self, parts: list[Tensor], k: int | None = None) -> Tensor | None:
+        """The smallest activation that the whole batch keeps, found part by part."""
+        n = (k or self.config.k) * sum(len(x) for x in parts)
+        best = parts[0].new_empty(0)
+        for x in parts:
+            best = torch.cat((best, self.pre_activations(x).flatten()))
+            best = best.topk(min(n, len(best)), sorted=False).values
+        return best.min().clamp(min=0)
+
+    @torch.no_grad()
+    def observe_(self, out: Output, step: int, whole: Tensor | None = None) -> None:
+        values = out.codes.values
+        least = torch.where(values > 0, values, torch.inf).min() if whole is None else whole
+        weight = max(1 / (step + 1), 0.01)
+        self.threshold.copy_(torch.where(least.isfinite(), torch.lerp(self.threshold, least, weight), self.threshold))
+
+    def _scaled_biases(self) -> tuple[str, ...]:
+        return ("b_enc", "threshold")
+
+
+class Matryoshka(BatchTopK):
+    """Nested dictionaries: each prefix of the latents must reconstruct alone, so that the first ones learn the
+    general features (Bussmann et al. 2025, arxiv.org/abs/2503.17547). The loss is the mean over prefixes and the whole.
+    """
+
+    def _choose(self, strength: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.config.matryoshka_base == "topk":
+            return TopK._choose(self, strength, k, whole)
+        return super()._choose(strength, k, whole)
+
+    def prefixes(self) -> list[int]:
+        """Numbers of latents of the partial dictionaries."""
+        return sorted({max(1, round(part * self.d_sae)) for part in self.config.matryoshka_prefixes})
+
+    def survey(self, parts: list[Tensor], k: int | None = None) -> Tensor | None:
+        return None if self.config.matryoshka_base == "topk" else super().survey(parts, k)
+
+    def partial(self, codes: Codes, n: int) -> Tensor:
+        """(B, D_out): what the first n latents reconstruct alone."""
+        assert codes.indices is not None
+        return self.decode_codes(codes._replace(values=codes.values * (codes.indices < n)))
+
+    def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
+        left = y - x @ self.W_skip.t() if self.config.skip_connection else y
+        errors = [(left - self.partial(out.codes, n)).square().sum(-1).mean() for n in self.prefixes()]
+        return torch.stack(errors).sum() if errors else out.x_hat.new_zeros(())
+
+
+# --------------------------------------------------------------------------------------------------
+# kinds with a penalty
 
 
 class ReLU(SAE):
-    """ReLU latents, sparse through an L1 penalty weighted by decoder norms (Anthropic, April 2024 update)."""
+    """ReLU latents, sparse through an L1 penalty weighted by decoder norms (Anthropic, April 2024 update), or plain.
 
-    def codes(self, x: Tensor) -> tuple[Codes, Tensor]:
+    With p below 1 the penalty is sum f^p, closer to a count (p-annealing: Karvonen et al., arxiv.org/abs/2408.00113).
+    """
+
+    uses_auxk = False
+
+    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor]:  # noqa: ARG002
         pre = self.pre_activations(x)
         return Codes(None, pre.relu()), pre
 
-    def penalty(self, out: Output) -> Tensor:
-        return (out.codes.values @ self.W_dec.norm(dim=1)).mean()
+    def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        f = out.codes.values
+        if self.config.l1_weighting == "decoder":
+            f = f * self.W_dec.norm(dim=1)
+        f = f / math.sqrt(self.d_in)
+        # the slope of f^p at 0 is infinite: latents below a hundredth of a typical activation keep that of f
+        f = f if p == 1.0 else (f + 1e-3) ** p - 1e-3**p
+        return f.sum(-1).mean()
 
 
 class Gated(SAE):
@@ -250,36 +169,130 @@ class Gated(SAE):
     auxiliary reconstruction from relu(gate) with a frozen decoder, so both are part of the loss.
     """
 
+    uses_auxk = False
+
     def _make_biases(self, F: int) -> None:
         self.b_gate = nn.Parameter(torch.zeros(F))
         self.b_mag = nn.Parameter(torch.zeros(F))
         self.r_mag = nn.Parameter(torch.zeros(F))
 
-    def pre_activations(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.b_gate, x - self.b_dec, self.W_enc)
-
-    def codes(self, x: Tensor) -> tuple[Codes, Tensor]:
-        projected = (x - self.b_dec) @ self.W_enc
+    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor]:  # noqa: ARG002
+        projected = self._centre(x) @ self.W_enc
         gate = projected + self.b_gate
         magnitude = (projected * self.r_mag.exp() + self.b_mag).relu()
         return Codes(None, magnitude * (gate > 0)), gate
 
-    def penalty(self, out: Output) -> Tensor:
-        return (out.pre.relu() @ self.W_dec.norm(dim=1)).mean()
+    def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        return (out.pre.relu() @ self.W_dec.norm(dim=1)).mean() / math.sqrt(self.d_in)
 
-    def extra(self, x: Tensor, out: Output) -> Tensor:
+    def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
         # The decoder is held fixed here, or it would be bent towards the gate's unscaled values (eq. 8).
         x_hat = out.pre.relu() @ self.W_dec.detach() + self.b_dec.detach()
-        return (x - x_hat).square().sum(-1).mean()
+        if self.config.skip_connection:
+            x_hat = x_hat + x @ self.W_skip.detach().t()
+        return (y - x_hat).square().sum(-1).mean()
 
     def _encoder_bias(self) -> Tensor:
         return self.b_gate
+
+    def _shift_biases_(self, by: Tensor) -> None:
+        self.b_gate.add_(by)
+        self.b_mag.add_(by)
 
     def _scaled_biases(self) -> tuple[str, ...]:
         return ("b_gate", "b_mag")
 
 
-KINDS: dict[str, type[SAE]] = {"topk": TopK, "relu": ReLU, "gated": Gated}
+class _Jump(torch.autograd.Function):
+    """pre where it exceeds the threshold, else 0. The threshold's gradient is that of a step smoothed by a rectangle
+    of the bandwidth (Rajamanoharan et al. 2024, arxiv.org/abs/2407.14435, eq. 11)."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return pre * (pre > threshold)
+
+    @staticmethod
+    def backward(ctx, grad):
+        pre, threshold = ctx.saved_tensors
+        near = ((pre - threshold).abs() < ctx.bandwidth / 2) * grad
+        return grad * (pre > threshold), -(threshold / ctx.bandwidth) * near.sum(0), None
+
+
+class _Step(torch.autograd.Function):
+    """1 where pre exceeds the threshold, else 0, with a gradient to the threshold only (ibid., eq. 12)."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        pre, threshold = ctx.saved_tensors
+        near = ((pre - threshold).abs() < ctx.bandwidth / 2) * grad
+        return None, -near.sum(0) / ctx.bandwidth, None
+
+
+class JumpReLU(SAE):
+    """Latents above their own learned threshold pass unshrunk (Rajamanoharan et al. 2024, arxiv.org/abs/2407.14435).
+
+    The threshold is a plain parameter: as a logarithm it hardly moves under Adam. Penalties: the number of active
+    latents (step), tanh(4 f |W_dec|) (Anthropic, January 2025 update), or (L0 / target - 1)^2 (Gemma Scope 2).
+    """
+
+    def _make_biases(self, F: int) -> None:
+        super()._make_biases(F)
+        self.threshold = nn.Parameter(torch.zeros(F))
+
+    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor]:  # noqa: ARG002
+        pre = self.pre_activations(x)
+        return Codes(None, _Jump.apply(pre.relu(), self.threshold, self.config.bandwidth)), pre
+
+    def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        if self.config.jumprelu_penalty == "tanh":
+            return torch.tanh(4 * out.codes.values * self.W_dec.norm(dim=1) / math.sqrt(self.d_in)).sum(-1).mean()
+        l0 = _Step.apply(out.pre, self.threshold, self.config.bandwidth).sum(-1).mean()
+        if self.config.jumprelu_penalty == "step":
+            return l0
+        target = self.config.target_l0 or self.config.k
+        if whole is None:
+            return (l0 / target - 1).square()
+        # a part of a batch: the slope is the whole batch's, so that the parts' gradients add up to its own
+        over = whole / target - 1
+        return over.square() + 2 * over / target * (l0 - l0.detach())
+
+    @torch.no_grad()
+    def survey(self, parts: list[Tensor], k: int | None = None) -> Tensor | None:  # noqa: ARG002
+        """The whole batch's L0, which the quadratic penalty depends on."""
+        if self.config.jumprelu_penalty != "quadratic":
+            return None
+        active = torch.stack([(self.pre_activations(x) > self.threshold).sum() for x in parts]).sum()
+        return active / sum(len(x) for x in parts)
+
+    @torch.no_grad()
+    def start_from_(self, x: Tensor, y: Tensor) -> None:
+        """Thresholds start where the asked number of latents passes, so that training begins sparse."""
+        super().start_from_(x, y)
+        x = x[:4096]
+        n = min(self.d_sae * len(x), max(1, round(len(x) * (self.config.target_l0 or self.config.k))))
+        passing = self.pre_activations(x).flatten().topk(n, sorted=False).values
+        self.threshold.fill_(float(passing.min().clamp(min=0)))
+
+    @torch.no_grad()
+    def observe_(self, out: Output, step: int, whole: Tensor | None = None) -> None:  # noqa: ARG002
+        self.threshold.clamp_(min=0)  # below 0 it would do nothing and have no gradient
+
+    def _scaled_biases(self) -> tuple[str, ...]:
+        return ("b_enc", "threshold")
+
+
+KINDS: dict[str, type[SAE]] = {
+    "topk": TopK, "batchtopk": BatchTopK, "groupmax": GroupMax, "abstopk": AbsTopK, "matryoshka": Matryoshka,
+    "relu": ReLU, "gated": Gated, "jumprelu": JumpReLU,
+}  # fmt: skip
 
 
 def create_sae(config: SAEConfig, *, generator: torch.Generator | None = None) -> SAE:

@@ -1,0 +1,320 @@
+"""What all SAEs share: parameters, decoding, the loss, transcoding. Pure: forward and loss count nothing, log nothing.
+
+The kinds (models.py) say how latents are chosen, and add terms of their own to the loss.
+
+Letters: B tokens in a batch, D width, F latents, K kept latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sae import kernels
+from sae.config import SAEConfig, UserError, require
+from sae.kernels import Codes
+from sae.schedules import n_latents
+
+Kind = TypeVar("Kind", bound="SAE")
+LN_EPS = 1e-5  # added to the standard deviation, as OpenAI and SAELens do
+
+
+class Output(NamedTuple):
+    """What one forward gives: the reconstruction (B, D), the codes, and the pre-activations (B, F) behind them.
+
+    The sparse kinds compute `pre` without a graph; whoever needs its gradient goes through kernels.gather_pre.
+    """
+
+    x_hat: Tensor
+    codes: Codes
+    pre: Tensor
+
+
+class Losses(NamedTuple):
+    """Scalars, graph attached to `total` = reconstruction + extra + weight * sparsity + auxk_alpha * aux."""
+
+    total: Tensor
+    reconstruction: Tensor
+    extra: Tensor
+    sparsity: Tensor
+    aux: Tensor
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder: x_hat = f(x) @ W_dec + b_dec, with f sparse and computed from x - b_dec.
+
+    Parameters keep the community's names and shapes: W_enc (D, F), b_enc (F,), W_dec (F, D), b_dec (D,). W_enc lies
+    transposed in memory, which is the layout that both the product and the sparse backward want. A transcoder
+    computes f from x itself and predicts another activation, D_out wide; with a skip, plus x @ W_skip^T, W_skip
+    (D_out, D). Tied: W_enc is W_dec transposed.
+    """
+
+    uses_auxk = True  # whether AuxK can revive its dead latents: their pre-activations must not all be below 0
+
+    def __init__(self, config: SAEConfig, *, generator: torch.Generator | None = None):
+        super().__init__()
+        require(config.d_in is not None, "d_in is not known; give SAEConfig(d_in=width of the activations)")
+        # only what an SAE is: a TrainConfig's model, folders and so on stay with the run
+        own = {f.name: getattr(config, f.name) for f in fields(SAEConfig)}
+        self.config = SAEConfig(**{**own, "d_sae": n_latents(config), "d_out": config.d_out or config.d_in})
+        D, F = self.d_in, self.d_sae
+        # Layer norm belongs to the forward of a finished SAE; while training, the Learner normalises.
+        self.layer_norm = config.normalize_activations == "layer_norm"
+        rows = torch.randn(F, D, generator=generator)
+        rows.div_(rows.norm(dim=1, keepdim=True))
+        # Encoder = decoder transposed at the start: the cheapest cure for dead latents (Gao et al. 2024, A.1). A
+        # transcoder's decoder starts at 0, since its rows live in another space (sparsify).
+        self.W_dec = nn.Parameter(torch.zeros(F, self.d_out) if config.transcode else rows)
+        if not config.tied:
+            self.W_enc = nn.Parameter(rows.clone().t())
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        if config.skip_connection:
+            self.W_skip = nn.Parameter(torch.zeros(self.d_out, D))
+        self._make_biases(F)
+
+    def _make_biases(self, F: int) -> None:
+        self.b_enc = nn.Parameter(torch.zeros(F))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "W_enc" and self.config.tied:  # there is no parameter of that name
+            return self.W_dec.t()
+        return super().__getattr__(name)
+
+    @property
+    def d_in(self) -> int:
+        return self.config.d_in or 0
+
+    @property
+    def d_out(self) -> int:
+        return self.config.d_out or self.d_in
+
+    @property
+    def d_sae(self) -> int:
+        return n_latents(self.config)
+
+    @property
+    def unit_decoder(self) -> bool:
+        """Whether decoder rows are kept at unit norm: as asked, else for all but transcoders."""
+        asked = self.config.normalize_decoder
+        return asked if asked is not None else not self.config.transcode
+
+    # ----------------------------------------------------------------------------------------------
+    # what a user calls
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latent activations: (..., D) -> (..., F), zero where a latent is not active."""
+        flat = self._flat(x)
+        flat = self._normalise(flat)[0] if self.layer_norm else flat
+        return self.codes(flat)[0].dense(self.d_sae).view(*x.shape[:-1], self.d_sae)
+
+    def encode_sparse(self, x: Tensor) -> Codes:
+        """The same as `encode` without the zeros: (B, D) -> Codes of (B, K)."""
+        flat = self._flat(x)
+        flat = self._normalise(flat)[0] if self.layer_norm else flat
+        return self.codes(flat)[0].sparse(self.d_sae)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Reconstruction of dense latents: (..., F) -> (..., D); with layer norm, of the normalised activation."""
+        return latents @ self.W_dec + self.b_dec
+
+    def decode_codes(self, codes: Codes) -> Tensor:
+        """Reconstruction of codes: (B, D)."""
+        return self._decode(codes) + self.b_dec
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, F): the linear part of the encoder, before selection."""
+        return torch.addmm(self._encoder_bias(), self._centre(x), self.W_enc)
+
+    def forward(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> Output:
+        """Reconstruct x (B, D), or predict a transcoder's output from it.
+
+        k: latents to keep instead of config.k. whole: what `survey` said of the batch that x is a part of.
+        """
+        x = self._flat(x)
+        inner, mean, std = self._normalise(x) if self.layer_norm else (x, None, None)
+        codes, pre = self.codes(inner, k=k, whole=whole)
+        x_hat = self.decode_codes(codes)
+        if self.config.skip_connection:
+            x_hat = x_hat + inner @ self.W_skip.t()
+        return Output(x_hat if std is None or mean is None else x_hat * std + mean, codes, pre)
+
+    # ----------------------------------------------------------------------------------------------
+    # what a kind defines
+
+    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor]:
+        """Codes of x (B, D), and the pre-activations (B, F) they were chosen from."""
+        raise NotImplementedError
+
+    def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """The sparsity term before its weight, a scalar, for activations of unit variance per dimension."""
+        return out.x_hat.new_zeros(())
+
+    def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:  # noqa: ARG002
+        """Further squared error, in the units of the reconstruction's; a scalar."""
+        return out.x_hat.new_zeros(())
+
+    def survey(self, parts: list[Tensor], k: int | None = None) -> Tensor | None:  # noqa: ARG002
+        """What a part of a batch must know of the whole to be treated alike; None where tokens are independent."""
+        return None
+
+    def observe_(self, out: Output, step: int, whole: Tensor | None = None) -> None:
+        """Move what follows training without a gradient, after a step."""
+
+    # ----------------------------------------------------------------------------------------------
+    # the loss, shared by all kinds
+
+    def loss(
+        self, x: Tensor, out: Output, *, variance: float | Tensor, y: Tensor | None = None, recon_weight: float = 1.0,
+        sparsity: float | Tensor = 0.0, p: float = 1.0, dead: Tensor | None = None, n_dead: int | None = None,
+        residual: float | Tensor | None = None, whole: Tensor | None = None,
+    ) -> Losses:  # fmt: skip
+        """Means over the tokens of x (B, D), so that averaging micro-batches gives the whole batch's gradient.
+
+        y: a transcoder's target (B, D_out). variance: mean ||y - mean y||^2, which makes the reconstruction loss a
+        fraction of variance unexplained and keeps one sparsity weight good at every scale; p: exponent of the L1
+        penalty. dead (F,) bool switches AuxK on; n_dead, if known, is about how many those are, and saves work where
+        they are few; residual: mean ||y - x_hat||^2 that AuxK is measured against (default: this batch's); whole: what
+        `survey` said of the batch that x is a part of.
+        """
+        target = x if y is None else y
+        reconstruction = (target - out.x_hat).square().sum(-1).mean() / variance
+        extra = self.extra(x, target, out) / variance
+        penalty = self.penalty(out, p=p, whole=whole)
+        aux = out.x_hat.new_zeros(())
+        total = recon_weight * (reconstruction + extra) + sparsity * penalty
+        if dead is not None and self.uses_auxk and self.config.auxk_alpha > 0:
+            aux = self.dead_loss(x, out, dead, y=y, n_dead=n_dead, residual=residual)
+            total = total + self.config.auxk_alpha * aux
+        return Losses(total, reconstruction, extra, penalty, aux)
+
+    def dead_loss(
+        self, x: Tensor, out: Output, dead: Tensor, *, y: Tensor | None = None, n_dead: int | None = None,
+        residual: float | Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """AuxK: let dead latents explain the residual (Gao et al. 2024, A.2, arxiv.org/abs/2406.04093).
+
+        dead (F,) bool. The D/2 largest dead pre-activations of each token rebuild e = y - x_hat, which is held
+        constant; b_dec is in x_hat already and is not added again. Returns error over residual energy, 0 when
+        nothing is dead or nothing is left to explain; never NaN.
+        """
+        half = max(1, self.d_in // 2)
+        k_aux = min(half, self.d_sae, half if n_dead is None else max(1, n_dead))
+        masked = self._strength(out.pre.detach()).masked_fill(~dead, -torch.inf)
+        indices = kernels.top_k(masked, k_aux)
+        alive = masked.gather(1, indices).isfinite()
+        centred = x if self.config.transcode else x - self.b_dec.detach()
+        pre = kernels.gather_pre(centred, self.W_enc, self._encoder_bias(), out.pre, indices)
+        values = self._value(pre) * alive
+        left = ((x if y is None else y) - out.x_hat).detach()
+        error = (kernels.decode(indices, values, self.W_dec) - left).square().sum(-1).mean()
+        share = (dead.sum() / half).clamp(max=1.0)
+        energy = left.square().sum(-1).mean() if residual is None else torch.as_tensor(residual, device=x.device)
+        return torch.where((share > 0) & (energy > 0), share * error / energy.clamp(min=1e-30), 0.0)
+
+    def _strength(self, pre: Tensor) -> Tensor:
+        """What latents are ranked by."""
+        return pre
+
+    def _value(self, pre: Tensor) -> Tensor:
+        """Activation of a chosen latent."""
+        return pre.relu()
+
+    def _encoder_bias(self) -> Tensor:
+        return self.b_enc
+
+    # ----------------------------------------------------------------------------------------------
+    # start, unit norm, scale
+
+    @torch.no_grad()
+    def start_from_(self, x: Tensor, y: Tensor) -> None:
+        """Set what is best known from data, before the first step: x (M, D) goes in, y (M, D_out) comes out."""
+        if self.config.b_dec_init != "zeros":
+            self.b_dec.copy_(y.mean(0) if self.config.b_dec_init == "mean" else geometric_median(y))
+        if self.config.transcode:  # latents see x around its mean, as an SAE's do
+            self._shift_biases_(-x.mean(0) @ self.W_enc)
+        if self.config.scale_encoder:
+            self.train()
+            size = (self(x).x_hat - self.b_dec).norm(dim=1).mean() / (x - x.mean(0)).norm(dim=1).mean()
+            if size > 0 and not self.config.tied and not self.config.transcode:
+                self.W_enc.div_(size)
+
+    def _shift_biases_(self, by: Tensor) -> None:
+        self.b_enc.add_(by)
+
+    @torch.no_grad()
+    def renormalize_(self) -> Tensor | None:
+        """Set every decoder row to unit norm, in place, if the config wants it; the factors (F, 1) it took."""
+        if not self.unit_decoder:
+            return None
+        factors = 1 / self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        self.W_dec.mul_(factors)
+        return factors
+
+    @torch.no_grad()
+    def project_gradient_(self) -> None:
+        """Drop the part of the decoder's gradient along each row, which renormalising would undo anyway."""
+        grad = self.W_dec.grad
+        if self.unit_decoder and grad is not None:
+            along = (grad * self.W_dec).sum(1, keepdim=True)
+            along = along / self.W_dec.square().sum(1, keepdim=True).clamp(min=1e-24)
+            grad.addcmul_(along, self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def scaled(self: Kind, scale: float, scale_out: float | None = None) -> Kind:
+        """A copy for raw activations of an SAE trained on scale * x (and, a transcoder, scale_out * y): same latents
+        times 1/scale, same predictions times 1/scale_out."""
+        scale_out = scale if scale_out is None else scale_out
+        copy = type(self)(self.config)
+        copy.load_state_dict(self.state_dict())
+        copy.b_dec.div_(scale_out)
+        if self.config.transcode:
+            copy.W_dec.mul_(scale / scale_out)
+            if self.config.skip_connection:
+                copy.W_skip.mul_(scale / scale_out)
+        for name in self._scaled_biases():
+            getattr(copy, name).div_(scale)
+        copy.layer_norm = self.layer_norm
+        return copy.to(self.W_dec.device).train(self.training)
+
+    def _scaled_biases(self) -> tuple[str, ...]:
+        return ("b_enc",)
+
+    def _centre(self, x: Tensor) -> Tensor:
+        return x if self.config.transcode else x - self.b_dec
+
+    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return layer_norm(x)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.d_in:
+            raise UserError(
+                f"activations are {x.shape[-1]} wide and this SAE reads {self.d_in}; "
+                "use the model and hookpoint it was trained on"
+            )
+        return x.reshape(-1, self.d_in).to(self.W_dec.dtype)
+
+    def _decode(self, codes: Codes) -> Tensor:
+        if codes.indices is None:
+            return codes.values @ self.W_dec
+        return kernels.decode(codes.indices, codes.values, self.W_dec, codes.offsets)
+
+
+def layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(normalised x, mean, std + eps), each per token; the unbiased std, as OpenAI and SAELens take it."""
+    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + LN_EPS
+    return (x - mean) / std, mean, std
+
+
+def geometric_median(x: Tensor, *, n_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """(D,): the point whose summed distance to the rows of x (M, D) is least (Weiszfeld's iteration)."""
+    point = x.mean(0)
+    for _ in range(n_steps):
+        weights = 1 / (x - point).norm(dim=1).clamp(min=1e-12)
+        new = (weights[:, None] * x).sum(0) / weights.sum()
+        if (new - point).norm() <= tolerance * point.norm():
+            return new
+        point = new
+    return point

@@ -1,0 +1,389 @@
+"""One SAE being trained: its optimiser, what it counts, and the scale its activations are brought to.
+
+Knows nothing of where activations come from, of files, or of other SAEs.
+
+Letters: B tokens in a batch, D width, F latents.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae import schedules as sched
+from sae.activations import Acts, check_finite
+from sae.base import SAE, Losses, Output, layer_norm
+from sae.config import SAEConfig, UserError
+from sae.evaluator import Totals, reconstruct
+from sae.optim import Optimizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SUMS = ("loss", "objective", "sparsity", "aux", "grad_norm", "penalty_weight")
+CONTROL = (0.02, 0.5)  # gains of the L0 controller: per step, and on the difference at hand
+
+
+class Terms(NamedTuple):
+    """What a step's loss takes besides tokens: schedules' values, and statistics of the whole batch."""
+
+    k: int
+    p: float
+    sparsity: Tensor
+    variance: Tensor
+    dead: Tensor | None
+    residual: Tensor | None
+    whole: Tensor | None
+
+
+class Learner:
+    """Trains one SAE, step by step.
+
+    Activations are brought to a common scale (SAEConfig.normalize_activations): one step size and one sparsity weight
+    then serve models whose streams differ a hundredfold. The scale is folded away in everything that is saved.
+    hookpoint names the activations in a batch; a transcoder reads `hookpoint@in` and predicts `hookpoint`.
+    """
+
+    def __init__(self, sae: SAE, config: SAEConfig, n_steps: int, device: torch.device, hookpoint: str = ""):
+        self.sae = sae.to(device).train()
+        sae.layer_norm = False
+        self.config = replace(config, d_in=sae.d_in, d_sae=sae.d_sae, d_out=sae.d_out)
+        self.n_steps, self.device, self.hookpoint = n_steps, device, hookpoint
+        self.reads = f"{hookpoint}@in" if config.transcode else hookpoint
+        self.optimizer = Optimizer(sae, self.config, device)
+        self.scaler = torch.amp.GradScaler(device.type) if config.dtype == "float16" else None
+        self.scale, self.scale_out = 1.0, 1.0
+        self.variance = float(sae.d_out)
+        F = sae.d_sae
+        self.tokens_since_fired = torch.zeros(F, dtype=torch.int64, device=device)
+        self.feature_counts = torch.zeros(F, dtype=torch.int64, device=device)
+        self.rate = torch.ones(F, device=device)  # running share of tokens a latent fires on
+        self.residual = torch.zeros((), device=device)  # mean squared error of the step before
+        weight = (
+            config.l1_coefficient if config.l1_coefficient is not None else sched.L1_START.get(config.activation, 0)
+        )
+        self.log_weight = torch.tensor(math.log(max(weight, 1e-12)), device=device)
+        self.l0_error = torch.zeros((), device=device)
+        self.average = {n: torch.zeros_like(p) for n, p in sae.named_parameters()} if config.ema else {}
+        self.n_updates = 0
+        self.n_dead = 0  # as last read by the log: AuxK is computed only where something was dead
+        self.best_val_loss = math.inf
+        self.pending: tuple[Output, Tensor | None] | None = None
+        self.new_window()
+
+    @property
+    def dead_after(self) -> int:
+        """Tokens without firing until a latent is dead; also the memory, in tokens, of the firing rates."""
+        return sched.dead_after_tokens(self.config, self.n_steps * sched.tokens_per_step(self.config))
+
+    def is_dead(self) -> Tensor:
+        """(F,) bool."""
+        least = sched.dead_below(self.config)
+        return self.tokens_since_fired > self.dead_after if least is None else self.rate < least
+
+    def new_window(self) -> None:
+        """Start the sums that the next line of the log averages over."""
+        self.totals = Totals(self.sae.d_out, self.sae.d_sae, device=self.device)
+        self.sums = {name: torch.zeros((), device=self.device) for name in SUMS}
+        self.n_sums = 0
+
+    # ----------------------------------------------------------------------------------------------
+    # scale
+
+    @torch.no_grad()
+    def start_from(self, acts: Acts, pretrained: bool = False) -> None:
+        """Before the first step: the scale, and what an SAE starts from (biases, thresholds), from a sample of data.
+
+        pretrained: the SAE holds weights for raw activations; they are brought to this scale and kept.
+        """
+        x, y = acts[self.reads], acts[self.hookpoint]
+        check_finite({self.reads or "the hookpoint": x, self.hookpoint or "the target": y})
+        self.scale = self._scale(x)
+        self.scale_out = self._scale(y) if self.config.transcode else self.scale
+        if pretrained:
+            self.sae.load_state_dict(self.sae.scaled(1 / self.scale, 1 / self.scale_out).state_dict())
+        x, target = self.normalise(x, y)
+        target = x if target is None else target
+        self.variance = float((target - target.mean(0)).square().sum(-1).mean())
+        if not pretrained:
+            self.sae.start_from_(x, target)
+
+    def _scale(self, x: Tensor) -> float:
+        wide = (x.cpu() if x.device.type == "mps" else x).double()  # no float64 on mps
+        variance = float((wide - wide.mean(0)).square().sum(-1).mean())
+        if not variance > 0:
+            raise UserError("the activations are all equal, so there is nothing to learn; choose another hookpoint")
+        how = self.config.normalize_activations
+        if how == "unit":
+            return math.sqrt(x.shape[1] / variance)
+        return math.sqrt(x.shape[1]) / float(wide.norm(dim=1).mean()) if how == "expected_norm" else 1.0
+
+    def normalise(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Raw activations as they are trained on; the target is None where it is x itself."""
+        if self.config.normalize_activations == "layer_norm":
+            return layer_norm(x)[0], None
+        return x * self.scale, y * self.scale_out if self.config.transcode else None
+
+    # ----------------------------------------------------------------------------------------------
+    # a step: learn (gradients), then update
+
+    def learn(self, batch: Acts, step: int) -> None:
+        """Add the gradients of a batch of raw activations, in as many parts as the config asks for.
+
+        Reads nothing back from the device. The sum is the whole batch's gradient whatever the number of parts.
+        """
+        x, y = self.normalise(batch[self.reads], batch[self.hookpoint])
+        n_parts = self.config.grad_acc_steps * self.config.micro_acc_steps
+        xs = x.chunk(n_parts)
+        ys = y.chunk(n_parts) if y is not None else (None,) * len(xs)
+        terms = self.terms(step, x if y is None else y, list(xs))
+        for part, target in zip(xs, ys, strict=True):
+            out, losses = self.forward(part, target, terms)
+            self.backward(losses.total * (len(part) / len(x)))
+            self.account(part if target is None else target, out, losses, len(part) / len(x))
+        self.pending = (out, terms.whole)
+
+    def terms(self, step: int, target: Tensor, parts: list[Tensor]) -> Terms:
+        """What the loss of this step's batch takes; target (B, D_out) is all of it, parts its inputs in pieces."""
+        c = self.config
+        k = sched.k_at(step, c)
+        ramp = sched.sparsity_at(step, c, self.n_steps) if sched.target_l0(c) is None else 1.0
+        sparsity = ramp * (self.log_weight + CONTROL[1] * self.l0_error).exp()
+        own_variance = c.loss_fn != "mse"
+        return Terms(
+            k=k, p=sched.p_at(step, c, self.n_steps), sparsity=sparsity,
+            variance=(target - target.mean(0)).square().sum(-1).mean() if own_variance else
+            torch.tensor(self.variance, device=self.device),
+            dead=self.is_dead() if self.n_dead and self.sae.uses_auxk else None,
+            residual=torch.where(self.residual > 0, self.residual, 1.0) if self.n_updates else None,
+            whole=self.sae.survey(parts, k) if len(parts) > 1 else None,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, y: Tensor | None, terms: Terms) -> tuple[Output, Losses]:
+        """Output and losses for (a part of) a batch of scaled activations."""
+        c = self.config
+        with torch.autocast(self.device.type, DTYPES[c.dtype], enabled=c.dtype != "float32"):
+            out = self.sae(x, k=terms.k, whole=terms.whole)
+            losses = self.sae.loss(
+                x, out, y=y, variance=terms.variance, sparsity=terms.sparsity, p=terms.p, dead=terms.dead,
+                n_dead=self.n_dead, residual=terms.residual, whole=terms.whole,
+                recon_weight=1.0 if c.loss_fn in ("fvu", "mse") else c.fvu_coefficient,
+            )  # fmt: skip
+        return out, losses
+
+    def backward(self, loss: Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    @torch.no_grad()
+    def account(
+        self, target: Tensor, out: Output, losses: Losses, share: float, objective: Tensor | None = None
+    ) -> None:
+        """Add (a part of) a step, `share` of its tokens, to what the log and the update take from it."""
+        fired = out.codes.fired(self.sae.d_sae)
+        self.tokens_since_fired += len(target)
+        self.tokens_since_fired.masked_fill_(fired > 0, 0)
+        self.feature_counts += fired
+        self.rate.lerp_(fired / len(target), min(1.0, len(target) / self.dead_after))
+        self.totals.add(target, out.x_hat, out.codes)
+        self.sums["loss"] += share * losses.total
+        self.sums["sparsity"] += share * losses.sparsity
+        self.sums["aux"] += share * losses.aux
+        if objective is not None:
+            self.sums["objective"] += share * objective
+        self._l0 = share * out.codes.l0().float().mean() + (self._l0 if self._open else 0.0)
+        self._error = share * (target - out.x_hat).square().sum(-1).mean() + (self._error if self._open else 0.0)
+        self._open = True
+
+    _open = False  # whether a step has begun that update() has not ended
+    _l0: Tensor
+    _error: Tensor
+
+    def update(self, step: int) -> None:
+        """One optimiser step on the gradients gathered, and all else that moves once per step."""
+        c, sae = self.config, self.sae
+        if self.scaler is not None:
+            for part in self.optimizer.parts:
+                self.scaler.unscale_(part)
+        sae.project_gradient_()
+        norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), c.clip_norm if c.clip_norm is not None else math.inf)
+        self.optimizer.step(sched.lr_at(step, c, self.n_steps), self.scaler)
+        if self.scaler is not None:
+            self.scaler.update()
+        self.optimizer.zero_grad()
+        factors = sae.renormalize_()
+        if factors is not None:
+            self.optimizer.rescale_rows_(sae.W_dec, factors)
+        if self.pending is not None:
+            sae.observe_(self.pending[0], step, self.pending[1])
+        self.pending, self._open = None, False
+        with torch.no_grad():
+            self.residual = self._error
+            self.sums["grad_norm"] += torch.where(norm.isfinite(), norm, 0.0)
+            self.sums["penalty_weight"] += self.log_weight.exp()
+            self.n_sums += 1
+            self._control(step)
+            for name, p in sae.named_parameters() if self.average else ():
+                self.average[name].lerp_(self.optimizer.averaged(p), 1 - (c.ema or 0.0))
+        self.n_updates += 1
+
+    def _control(self, step: int) -> None:
+        """Move the penalty's weight towards the asked L0: a proportional-integral controller on log L0."""
+        target = sched.target_l0(self.config)
+        if target is None or self.config.jumprelu_penalty == "quadratic":
+            return
+        # kinds that start dense are led down in a straight line of log L0 while the penalty would have risen
+        ramp = sched.sparsity_at(step, self.config, self.n_steps) if self.config.activation != "jumprelu" else 1.0
+        aim = (1 - ramp) * math.log(self.sae.d_sae / 2) + ramp * math.log(target)
+        self.l0_error = (self._l0.clamp(min=1e-3).log() - aim).clamp(-1.0, 1.0)
+        self.log_weight = self.log_weight + CONTROL[0] * self.l0_error
+
+    # ----------------------------------------------------------------------------------------------
+    # end-to-end training: the SAE stands in the model while it runs
+
+    def stand_in(self, x: Tensor, y: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Output, Losses]:
+        """For raw activations (n, D): the raw reconstruction, the scaled target, the output and the own losses."""
+        inner, target = self.normalise(x, y)
+        out, losses = self.forward(inner, target, terms)
+        if self.config.normalize_activations == "layer_norm":
+            _, mean, std = layer_norm(x)
+            return out.x_hat * std + mean, inner, out, losses
+        return out.x_hat / self.scale_out, inner if target is None else target, out, losses
+
+    # ----------------------------------------------------------------------------------------------
+    # dead latents
+
+    @torch.no_grad()
+    def resample(self, acts: Acts, generator: torch.Generator) -> int:
+        """Point dead latents at badly explained tokens, with fresh optimiser moments; returns how many there were.
+
+        acts: raw activations to choose from, each with probability ~ its squared error^2 (Anthropic 2023, "Towards
+        Monosemanticity", appendix). Kinds with a penalty start at a fifth of the living encoder's size, as there;
+        kinds that select would never choose so small a latent and take its size.
+        """
+        sae, c = self.sae, self.config
+        dead = self.is_dead().nonzero()[:, 0]
+        if not len(dead) or len(dead) == sae.d_sae:
+            return 0
+        x, y = self.normalise(acts[self.reads], acts[self.hookpoint])
+        target = x if y is None else y
+        left = torch.cat([t - sae(part).x_hat for part, t in zip(x.split(4096), target.split(4096), strict=True)])
+        weights = left.square().sum(-1).square().cpu()
+        rows = torch.multinomial(
+            weights, len(dead), replacement=len(dead) > int((weights > 0).sum()), generator=generator
+        )
+        rows = rows.to(x.device)
+        mean = x.mean(0)
+        directions = x[rows] - (mean if c.transcode else sae.b_dec)
+        directions = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        alive = ~self.is_dead()
+        encoder = directions * sae.W_enc[:, alive].norm(dim=0).mean() * (1.0 if sae.uses_auxk else 0.2)
+        decoder = directions
+        if c.transcode:
+            unit = left[rows] / left[rows].norm(dim=1, keepdim=True).clamp(min=1e-12)
+            decoder = unit * sae.W_dec[alive].norm(dim=1).mean()
+        new = {"W_dec": decoder, "W_enc": encoder}
+        for name, p in sae.named_parameters():
+            if name in ("b_dec", "W_skip"):
+                continue
+            at = (slice(None), dead) if name == "W_enc" else (dead,)
+            value = new.get(name)
+            if value is None:  # biases: around the mean for a transcoder; a threshold or a gain like the living ones'
+                value = -(encoder @ mean) if c.transcode and name[:2] == "b_" else torch.zeros_like(p[dead])
+                value = p[alive].mean().expand_as(value) if name in ("threshold", "r_mag") else value
+            for moment in (p, *self.optimizer.moments(p)):
+                moment[at] = 0.0
+            p[at] = value.t() if name == "W_enc" else value
+            if "z" in next(iter(self.optimizer.parts)).state.get(p, {}):
+                next(iter(self.optimizer.parts)).state[p]["z"][at] = p[at]
+            if self.average:
+                self.average[name][at] = p[at] * (1 - (c.ema or 0.0) ** self.n_updates)
+        self.tokens_since_fired[dead], self.rate[dead] = 0, 1.0
+        return len(dead)
+
+    # ----------------------------------------------------------------------------------------------
+    # what is read off now and then
+
+    def read_window(self) -> dict[str, float]:
+        """Averages over the steps since the last call (reads the device), and a new window."""
+        metrics = {name: float(value) / max(1, self.n_sums) for name, value in self.sums.items()}
+        if not math.isfinite(metrics["loss"]):
+            raise UserError(
+                "the loss became NaN or infinite; the activations may hold NaN, or --learning_rate is too high "
+                f"(it was {sched.peak_lr(self.config):g})"
+            )
+        self.n_dead = int(self.is_dead().sum())
+        window = self.totals.metrics()
+        metrics |= {name: window[name] for name in ("fvu", "explained_variance", "l0", "cosine")}
+        metrics["mse"] = window["mse"] / self.scale_out**2
+        metrics["dead_fraction"] = self.n_dead / self.sae.d_sae
+        self.new_window()
+        return metrics
+
+    @torch.no_grad()
+    def deployable(self) -> SAE:
+        """The SAE to measure and save, at the training scale: with averaged weights where there are such."""
+        averaged = {n: self.optimizer.averaged(p) for n, p in self.sae.named_parameters()}
+        if self.average and self.n_updates:
+            correction = 1 - (self.config.ema or 0.0) ** self.n_updates
+            averaged = {name: value / correction for name, value in self.average.items()}
+        elif all(averaged[n].data_ptr() == p.data_ptr() for n, p in self.sae.named_parameters()):
+            return self.sae
+        sae = copy.deepcopy(self.sae)
+        for name, p in sae.named_parameters():
+            p.copy_(averaged[name])
+        sae.renormalize_()
+        return sae
+
+    @torch.no_grad()
+    def validate(self, acts: Acts) -> dict[str, float]:
+        """Metrics on held-out raw activations; changes nothing."""
+        c, sae = self.config, self.deployable()
+        totals = Totals(sae.d_out, sae.d_sae, device=self.device)
+        x, y = acts[self.reads], acts[self.hookpoint]
+        loss, weight = 0.0, float(self.log_weight.exp())
+        p = sched.p_at(self.n_steps, c, self.n_steps)
+        for rows, target in zip(x.split(4096), y.split(4096), strict=True):
+            inner, wanted = self.normalise(rows.to(self.device), target.to(self.device))
+            for _, out in reconstruct(sae, inner):
+                totals.add(inner if wanted is None else wanted, out.x_hat, out.codes)
+                losses = sae.loss(inner, out, y=wanted, variance=self.variance, sparsity=weight, p=p)
+                loss += float(losses.total) * len(rows)
+        metrics = totals.metrics()
+        metrics["mse"] /= self.scale_out**2
+        return {
+            "total_loss": loss / len(x), "mse_loss": metrics["mse"], "l0": metrics["l0"],
+            "fvu": metrics["fvu"], "explained_variance": metrics["explained_variance"],
+            "dead_fraction": metrics["dead_fraction"],
+        }  # fmt: skip
+
+    def finished(self) -> SAE:
+        """The SAE for raw activations."""
+        sae = self.deployable().scaled(self.scale, self.scale_out).eval()
+        sae.layer_norm = self.config.normalize_activations == "layer_norm"
+        return sae
+
+    STATE = (
+        "tokens_since_fired", "feature_counts", "rate", "residual", "log_weight", "l0_error", "average", "n_updates",
+        "scale", "scale_out", "variance", "n_dead", "best_val_loss", "sums", "n_sums",
+    )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "sae_state_dict": self.sae.state_dict(), "optimizer_state_dict": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "totals": self.totals.state_dict(), **{name: getattr(self, name) for name in self.STATE},
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sae.load_state_dict(state["sae_state_dict"])
+        self.optimizer.load_state_dict(state["optimizer_state_dict"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.totals.load_state_dict(state["totals"])
+        to = lambda v: v.to(self.device) if isinstance(v, Tensor) else v
+        for name in self.STATE:
+            value = state[name]
+            setattr(self, name, {k: to(v) for k, v in value.items()} if isinstance(value, dict) else to(value))

@@ -1,0 +1,139 @@
+"""Optimisers by name behind one face: step, state, and the averaged weights where an optimiser has its own.
+
+Letters: D width, F latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sae.config import SAEConfig, UserError
+from sae.schedules import peak_lr
+
+
+class ScheduleFreeSignum(torch.optim.Optimizer):
+    """Sign descent under schedule-free averaging (Defazio et al. 2024, arxiv.org/abs/2405.15682): no decay is needed.
+
+    Parameters hold y, where gradients are taken; state holds z, which takes the steps; x = (y - (1 - m) z) / m, their
+    running average, is what to use. Written out here because schedulefree's wrapper cannot take transposed matrices.
+    """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        del closure
+        for group in self.param_groups:
+            lr, m = group["lr"], group["momentum"]
+            largest = group["largest_lr"] = max(lr, group.get("largest_lr", 0.0))
+            group["weight_sum"] = group.get("weight_sum", 0.0) + largest**2
+            share = largest**2 / group["weight_sum"] if group["weight_sum"] else 0.0
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                z = self.state[p].setdefault("z", p.detach().clone(memory_format=torch.preserve_format))
+                x = torch.lerp(p, z, 1 - 1 / m)
+                z.mul_(1 - lr * group["weight_decay"]).sub_(p.grad.sign(), alpha=lr)
+                p.copy_(x.lerp_(z, share).lerp_(z, 1 - m))
+
+
+class Optimizer:
+    """One or two torch optimisers over an SAE's parameters, whose step sizes move together.
+
+    The weights in the SAE are those that gradients are taken at; `averaged` gives those to use, where they differ.
+    """
+
+    def __init__(self, sae: nn.Module, c: SAEConfig, device: torch.device):
+        self.parts = BUILDERS[c.optimizer](sae, c, device)
+
+    def step(self, lr: float, scaler: torch.amp.GradScaler | None = None) -> None:
+        """One step at this step size, through the gradient scaler if there is one."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            if scaler is None:
+                part.step()
+            else:
+                scaler.step(part)
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+    def moments(self, p: Tensor) -> list[Tensor]:
+        """The optimiser's tensors that go with a parameter, element by element."""
+        states = [part.state[p] for part in self.parts if p in part.state]
+        return [v for state in states for v in state.values() if isinstance(v, Tensor) and v.shape == p.shape]
+
+    @torch.no_grad()
+    def rescale_rows_(self, p: Tensor, factors: Tensor) -> None:
+        """Follow a change of p's rows by factors (F, 1), so that schedule-free's average is of unit rows too."""
+        for part in self.parts:
+            if "z" in part.state.get(p, {}):
+                part.state[p]["z"].mul_(factors)
+
+    @torch.no_grad()
+    def averaged(self, p: Tensor) -> Tensor:
+        """The weights to use for parameter p: schedule-free's running average x, else p itself."""
+        for part in self.parts:
+            z = part.state.get(p, {}).get("z")
+            if z is not None:
+                return torch.lerp(p.detach(), z, 1 - 1 / part.param_groups[0]["momentum"])
+        return p.detach()
+
+
+def _adam(sae: nn.Module, c: SAEConfig, device: torch.device) -> list[Any]:
+    fused = device.type in ("cpu", "cuda")  # one pass over memory, where torch has it
+    return [_adam_over(list(sae.parameters()), c, fused)]
+
+
+def _adam_over(params: list[nn.Parameter], c: SAEConfig, fused: bool) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if c.weight_decay else torch.optim.Adam
+    return kind(params, lr=peak_lr(c), fused=fused, weight_decay=c.weight_decay)
+
+
+def _adam8bit(sae: nn.Module, c: SAEConfig, device: torch.device) -> list[Any]:
+    try:
+        import bitsandbytes
+    except ImportError as e:
+        raise UserError("--optimizer adam8bit needs bitsandbytes; run: pip install 'nanosae[optim]'") from e
+    if device.type != "cuda":
+        raise UserError(f"--optimizer adam8bit runs on CUDA and this is {device}; give --optimizer adam")
+    return [bitsandbytes.optim.AdamW8bit(sae.parameters(), lr=peak_lr(c), weight_decay=c.weight_decay)]
+
+
+def _muon(sae: nn.Module, c: SAEConfig, device: torch.device) -> list[Any]:
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"--optimizer muon needs torch 2.9 and this is {torch.__version__}; give --optimizer adam")
+    matrices = [p for p in sae.parameters() if p.ndim == 2]
+    rest = [p for p in sae.parameters() if p.ndim != 2]
+    # updates of the size that Adam's have, so that one step size serves both (Moonlight, arxiv.org/abs/2502.16982)
+    muon = torch.optim.Muon(
+        matrices, lr=peak_lr(c), weight_decay=c.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, _adam_over(rest, c, device.type in ("cpu", "cuda"))]
+
+
+def _signum(sae: nn.Module, c: SAEConfig, device: torch.device) -> list[Any]:  # noqa: ARG001
+    return [ScheduleFreeSignum(sae.parameters(), lr=peak_lr(c), weight_decay=c.weight_decay)]
+
+
+def _sgd(sae: nn.Module, c: SAEConfig, device: torch.device) -> list[Any]:  # noqa: ARG001
+    return [torch.optim.SGD(sae.parameters(), lr=peak_lr(c), momentum=0.9, weight_decay=c.weight_decay)]
+
+
+BUILDERS: dict[str, Callable[[nn.Module, SAEConfig, torch.device], list[Any]]] = {
+    "adam": _adam, "adam8bit": _adam8bit, "muon": _muon, "signum": _signum, "sgd": _sgd,
+}  # fmt: skip
