@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "config": 0,
     "log": 1, "kernels": 1,
-    "distributed": 2, "hooks": 2, "models": 2,
+    "distributed": 2, "hooks": 2, "models": 2, "tokenizers": 2,
     "language_model": 3, "formats": 3,
     "tokens": 4,
     "activations": 5,
