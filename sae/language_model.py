@@ -304,7 +304,7 @@ def _nanogpt_tokenizer(path: Path, checkpoint: dict, dataset: str | None) -> Any
     if trained_on:
         folders += [root / "data" / trained_on for root in (Path(), path.parent.parent, ROOT)]
     file = ROOT / "tokenizer.py"
-    ours = beside("tokenizer.py") if file.is_file() and "def load_tokenizer(" in file.read_text("utf-8") else None
+    ours = beside("tokenizer.py") if file.is_file() and b"def load_tokenizer(" in file.read_bytes() else None
     try:
         for folder in folders:
             if ours is not None and (folder / "tokenizer.json").is_file():

@@ -16,8 +16,11 @@ import torch
 from torch.nn import functional as F
 
 from sae import formats, hooks
-from sae.config import UserError
+from sae.config import SAEConfig, UserError
+from sae.evaluator import evaluate
 from sae.language_model import load_language_model
+from sae.models import create_sae
+from sae.tokens import open_dataset
 from scripts import sae_collect, sae_eval, sae_train
 
 GPT = """
@@ -128,7 +131,7 @@ class GPT(nn.Module):
         x = norm(self.transformer.wte(idx))
         if kv_cache is None:
             assert T > 1, "Training forward pass should have T > 1"
-            gate = self.smear_lambda * torch.sigmoid(self.smear_gate(x[:, 1:, :8]))
+            gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, 1:, :8]))
             x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), 1)
         x0, middle = x, None
         for i, block in enumerate(self.transformer.h):
@@ -137,7 +140,7 @@ class GPT(nn.Module):
             x = block(x, ve, (self.cos[:, :T], self.sin[:, :T]), (-1, 0), kv_cache)
             if i == self.config.n_layer // 2:
                 middle = x
-        logits = self.lm_head(norm(x - self.backout_lambda * middle))[..., : self.config.vocab_size].float()
+        logits = self.lm_head(norm(x - self.backout_lambda.to(x.dtype) * middle))[..., : self.config.vocab_size].float()
         logits = 15 * torch.tanh(logits / 15)
         if targets is None:
             return logits
@@ -493,6 +496,24 @@ def test_train_and_eval(base, text_file, tmp_path, monkeypatch):
     sae_collect.main([*collect, *text, "--ctx_len", "32", "--output_dir", "cache"])
     sae_train.main(["--activations", "cache", "--run_name", "cached", *SMALL[:6]])
     sae_eval.main(["--sae_path", "sae_models/cached", "--eval_tokens", "300"])
+
+
+def test_activations_in_bfloat16(base, text_file):
+    """As nanochat runs on a GPU: embeddings, and so all activations, in bfloat16."""
+    lm = load_language_model("nanochat:base", device="cpu")
+    lm.module.transformer.wte.bfloat16()
+    lm.module.value_embeds.bfloat16()
+    lm.module.cos, lm.module.sin = lm.module.cos.bfloat16(), lm.module.sin.bfloat16()
+    ids, valid = batch(lm)
+    for hook_type in HOOK_TYPES:
+        name = hooks.at_layer(lm.module, 1, hook_type)
+        x = lm.hidden(ids, valid, [name])[name]
+        assert x.dtype == torch.bfloat16
+        assert torch.equal(lm.logits_replacing(ids, valid, name, x), lm.logits(ids, valid))
+    sae = create_sae(SAEConfig(d_in=D, k=4), generator=torch.Generator().manual_seed(0))
+    report, _ = evaluate(lm, sae, "transformer.h.1", open_dataset(str(text_file)), n_tokens=200, ctx_len=32)
+    assert 0 < report.ce_clean < float("inf")
+    assert report.ce_zero != report.ce_clean
 
 
 def test_missing_things_are_one_sentence(base, nanochat, monkeypatch):
