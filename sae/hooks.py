@@ -1,7 +1,8 @@
 """Find hookpoints; read or replace what a named submodule returns. Knows modules and tensors; knows nothing of SAEs.
 
 A hookpoint is a module path, meaning that module's output, or a path with `@in`, meaning its first input:
-`transformer.h.10`, `transformer.h.10.mlp.c_proj@in`. A tuple output stands for its first element.
+`transformer.h.10`, `transformer.h.10.mlp.c_proj@in`. A tuple output stands for its first element. What enters a block
+need not be what left the one before: nanochat scales the stream and adds the embeddings in between.
 
 Hooks hand tensors over and do nothing else. They live inside a `with` and are gone after it, also after an exception.
 Put them on the uncompiled module: a module wrapped by torch.compile does not run hooks added later.
@@ -98,6 +99,10 @@ def at_layer(model: nn.Module, layer: int, hook_type: str = "resid_post") -> str
     for part in PARTS[hook_type]:
         if split(part)[0] in here:
             return f"{path}.{part}"
+    if hook_type == "resid_mid":  # nanochat's norms are functions
+        raise UserError(
+            "no module of this model reads the stream between attention and MLP; use resid_pre, attn or mlp"
+        )
     raise UserError(f"layers of this model have no place known as {hook_type}; name the module with --hookpoints")
 
 

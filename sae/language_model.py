@@ -1,4 +1,4 @@
-"""One small interface over pygpt, nanoGPT checkpoints and HuggingFace models: tokens in, hidden states and logits out.
+"""One small interface over pygpt, nanoGPT, nanochat and HuggingFace models: tokens in, hidden states and logits out.
 
 The only file that imports those models, and only when asked for. Knows nothing of SAEs; the hooks place themselves on
 `LanguageModel.module`.
@@ -9,10 +9,12 @@ Letters: N sequences, T positions, D width, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sae import hooks
 from sae.config import UserError, read_json
+from sae.tokenizers import CharTokenizer, HFTokenizer, NanochatTokenizer, TiktokenTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PYGPT = ROOT / "assets" / "pygpt"
@@ -106,14 +110,18 @@ class LanguageModel:
     def hidden(self, ids: Tensor, valid: Tensor, hookpoints: Sequence[str]) -> dict[str, Tensor]:
         """What the hookpoints hold, (N, T, D) each; the forward stops after the last of them."""
         ids, valid = ids.to(self.device), valid.to(self.device)
-        return hooks.run(self.module, hookpoints, lambda: self.forward_fn(self.module, ids, valid))
+        seen = hooks.run(self.module, hookpoints, lambda: self.forward_fn(self.module, ids, valid))
+        # forward_fn may have run on more positions, to the right
+        return {name: x[:, : ids.shape[1]] if x.ndim == 3 else x for name, x in seen.items()}
 
     @torch.no_grad()
     def logits_replacing(self, ids: Tensor, valid: Tensor, hookpoint: str, x: Tensor) -> Tensor | None:
         """Logits of a forward in which the hookpoint holds x (N, T, D) instead of what it would."""
         logits = self.resume_fn(self.module, hookpoint, x) if self.resume_fn is not None else None
         if logits is None:
-            with hooks.replace(self.module, {hookpoint: lambda _: x}):
+            # forward_fn may run on more positions, to the right
+            whole = lambda old: x if x.shape == old.shape else torch.cat((x, old[:, x.shape[1] :]), 1)
+            with hooks.replace(self.module, {hookpoint: whole}):
                 logits = self.logits(ids, valid)
         return logits
 
@@ -140,7 +148,8 @@ class LanguageModel:
         if weight is None or weight.shape[1] != self.d_model:
             return None
         gain = getattr(self._final_norm, "weight", None)
-        weight = weight.detach().float()
+        # nanochat pads the matrix and cuts the logits to the vocabulary
+        weight = weight.detach()[: getattr(getattr(self.module, "config", None), "vocab_size", None)].float()
         if gain is None:
             return weight
         # Gemma's norms store their gain as a difference from 1
@@ -151,8 +160,12 @@ class LanguageModel:
     def logit_effects(self, directions: Tensor) -> Tensor | None:
         """(n, V): how directions (n, D) added to the last residual stream move the logits, up to the norm's scale.
 
-        Through the final norm's gain; a LayerNorm also removes the mean over D, an RMSNorm does not.
+        Through the final norm's gain; a LayerNorm also removes the mean over D, an RMSNorm does not. A soft cap behind
+        the logits is left out: it shrinks an effect and keeps its sign.
         """
+        # nanochat's final norm is a function, an RMSNorm without gain: no module is found, and neither gain nor mean is
+        # applied, which is right. Its lambdas (of the stream, and of the middle layer's output that the end subtracts)
+        # scale a direction on its straight way to the end and do not turn it.
         if self.unembedding is None or directions.shape[-1] != self.d_model:
             return None
         directions = directions.float()
@@ -165,6 +178,8 @@ class LanguageModel:
         """sha256 of all weights by name, for provenance: equal for equal models whatever the device."""
         digest = hashlib.sha256()
         for name, w in sorted(self.module.state_dict().items()):
+            if w.dtype in (torch.bfloat16, torch.float16):  # nanochat keeps some so on a GPU, and not on a CPU
+                w = w.float()
             digest.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
             digest.update(w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -173,26 +188,48 @@ class LanguageModel:
 def load_language_model(
     name: str = "pygpt", *, device: str | torch.device | None = None, dataset: str | None = None
 ) -> LanguageModel:
-    """The model `name` means: pygpt, a nanoGPT ckpt.pt (or its folder), or a HuggingFace folder or id.
+    """The model `name` means.
+
+    pygpt; a nanoGPT ckpt.pt (or its folder); nanochat:base, nanochat:sft/d20, nanochat:rl/d20@000500, or a folder of
+    nanochat's checkpoints (or one model_000500.pt); or a HuggingFace folder or id. A nanoGPT checkpoint is built by the
+    model.py beside sae/, a nanochat one by the nanochat that Python finds.
 
     dataset: a nanoGPT data folder, where a checkpoint's character table (meta.pkl) may lie.
     Raises UserError for a missing, truncated, foreign or hostile file; nothing in it is ever executed.
     """
     where = best_device(str(device) if device is not None else None)
+    if name.startswith("nanochat:"):
+        return _nanochat(name, None, where)
     path = PYGPT if name == "pygpt" else Path(name)
     if path.is_dir() and (path / "ckpt.pt").is_file():
         return _nanogpt(path / "ckpt.pt", name, where, dataset)
+    found = _nanochat_file(path)
+    if found is not None:
+        return _nanochat(name, found, where)
     if path.is_file():
         return _nanogpt(path, name, where, dataset)
     if path.suffix in (".pt", ".pth", ".bin") or (path.parent != Path() and not path.exists() and name[0] in "./~"):
         raise UserError(f"model '{name}' does not exist; give a ckpt.pt, a HuggingFace folder or id, or pygpt")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"folder '{name}' holds neither a ckpt.pt nor a HuggingFace config.json; give another model")
+        raise UserError(
+            f"folder '{name}' holds neither a ckpt.pt nor a HuggingFace config.json nor nanochat's model_*.pt; "
+            "give another model"
+        )
     return _huggingface(name, where)
 
 
+def read_plain(path: Path, **options: Any) -> Any:
+    """What a .pt file holds, on the CPU; one that wants code to run is refused."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except Exception as e:  # a broken file can raise anything
+        if "unsupported global" in str(e).lower():
+            raise UserError(f"'{path}' is refused: it wants to run code; save plain tensors instead") from e
+        raise UserError(f"'{path}' is truncated or no PyTorch checkpoint; copy or save it again") from e
+
+
 # --------------------------------------------------------------------------------------------------
-# nanoGPT
+# nanoGPT: ours, or anyone's whose model.py lies beside sae/
 
 
 def _nanogpt_forward(module: nn.Module, ids: Tensor, valid: Tensor) -> Tensor:
@@ -212,103 +249,149 @@ def _nanogpt_resume(module: nn.Module, hookpoint: str, x: Tensor) -> Tensor | No
 
 
 def _nanogpt(path: Path, name: str, device: torch.device, dataset: str | None) -> LanguageModel:
+    checkpoint = read_plain(path)
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    if not all(isinstance(found.get(key), dict) for key in ("model", "model_args")):
+        raise UserError(f"'{path}' holds {sorted(map(str, found))[:8]}, wanted nanoGPT's model and model_args")
     model_py = beside("model.py")
+    ours = hasattr(getattr(model_py, "GPT", None), "from_checkpoint_dict")
     try:
-        checkpoint = model_py.read_checkpoint(path)
-        module = model_py.GPT.from_checkpoint_dict(checkpoint, str(path)).to(device)
+        module = model_py.GPT.from_checkpoint_dict(found, str(path)) if ours else _foreign_gpt(model_py, found, path)
     except (ValueError, OSError) as e:
         raise UserError(str(e)) from e
     config = module.config
-    tokenizer = _nanogpt_tokenizer(path, checkpoint, dataset)
+    tokenizer = _nanogpt_tokenizer(path, found, dataset)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer knows {tokenizer.vocab_size} tokens and '{path}' only {config.vocab_size}; "
             "put the checkpoint's own tokenizer.json or meta.pkl beside it"
         )
     return LanguageModel(
-        module=module, tokenizer=tokenizer, forward_fn=_nanogpt_forward, name=name,
-        d_model=config.n_embd, max_len=config.block_size, resume_fn=_nanogpt_resume,
+        module=module.to(device), tokenizer=tokenizer, forward_fn=_nanogpt_forward, name=name,
+        d_model=config.n_embd, max_len=config.block_size,
+        resume_fn=_nanogpt_resume if ours else None,  # another forward may do more between its blocks
     )  # fmt: skip
+
+
+def _foreign_gpt(model_py: ModuleType, checkpoint: dict, path: Path) -> Any:
+    """The checkpoint's model, by the GPT and GPTConfig of somebody's own model.py; every weight must fit."""
+    weights = {str(key).removeprefix("_orig_mod."): w for key, w in checkpoint["model"].items()}  # torch.compile's
+    try:
+        with torch.random.fork_rng(devices=[]), redirect_stdout(sys.stderr):  # it draws weights and tells their number
+            module = model_py.GPT(model_py.GPTConfig(**checkpoint["model_args"]))
+        wrong = module.load_state_dict(weights, strict=False)
+    except Exception as e:
+        reason = str(e).strip().splitlines()
+        raise UserError(
+            f"the model.py beside sae cannot build '{path}' ({' '.join(reason[:2]) or type(e).__name__}); "
+            "use the model.py that trained it"
+        ) from e
+    # whether attention keeps its mask as a buffer depends on the torch that trained it
+    odd = [key for key in (*wrong.missing_keys, *wrong.unexpected_keys) if not key.endswith(".attn.bias")]
+    if odd:
+        raise UserError(
+            f"'{path}' does not fit the model.py beside sae: it lacks or adds {', '.join(odd[:4])}; "
+            "use the model.py that trained it"
+        )
+    return module
 
 
 def _nanogpt_tokenizer(path: Path, checkpoint: dict, dataset: str | None) -> Any:
     """The tokenizer beside the checkpoint, in the dataset's folder, or GPT-2's."""
-    tokenizer_py = beside("tokenizer.py")
-    trained_on = str(checkpoint.get("config", {}).get("dataset", ""))
+    config = checkpoint.get("config")
+    trained_on = str(config.get("dataset", "")) if isinstance(config, dict) else ""
     folders = [path.parent, *([Path(dataset)] if dataset else [])]
-    folders += [Path("data") / trained_on, path.parent.parent / "data" / trained_on] if trained_on else []
+    if trained_on:
+        folders += [root / "data" / trained_on for root in (Path(), path.parent.parent, ROOT)]
+    file = ROOT / "tokenizer.py"
+    ours = beside("tokenizer.py") if file.is_file() and b"def load_tokenizer(" in file.read_bytes() else None
     try:
         for folder in folders:
-            if (folder / "tokenizer.json").is_file() or (folder / "meta.pkl").is_file():
-                return tokenizer_py.load_tokenizer(folder)
-        if checkpoint["model_args"]["vocab_size"] in (50257, 50304):
-            return tokenizer_py.BPETokenizer.gpt2()
+            if ours is not None and (folder / "tokenizer.json").is_file():
+                return ours.load_tokenizer(folder)
+            if (folder / "meta.pkl").is_file():
+                return ours.load_tokenizer(folder) if ours is not None else CharTokenizer.load(folder / "meta.pkl")
+        if checkpoint["model_args"].get("vocab_size") in (50257, 50304):
+            return ours.BPETokenizer.gpt2() if ours is not None else TiktokenTokenizer.gpt2()
     except (ValueError, OSError) as e:
         raise UserError(str(e)) from e
     raise UserError(
-        f"no tokenizer for '{path}'; put its tokenizer.json or meta.pkl beside it, "
+        f"no tokenizer for '{path}'; put its {'tokenizer.json or ' if ours is not None else ''}meta.pkl beside it, "
         "or give the nanoGPT data folder as --dataset"
     )
 
 
 # --------------------------------------------------------------------------------------------------
+# nanochat: built by its own code, which the user has put where Python finds it
+
+
+def _nanochat_file(path: Path) -> Path | None:
+    """The newest model_000500.pt of a folder of nanochat's checkpoints (or that file, beside its meta), else None."""
+    step = lambda p: int(p.stem.removeprefix("model_"))
+    files = [p for p in (path, *path.glob("model_*.pt")) if re.fullmatch(r"model_\d{6,}\.pt", p.name) and p.is_file()]
+    newest = max(files, key=step, default=None)
+    if newest is None:
+        return None
+    meta = newest.with_name(f"meta_{step(newest):06d}.json")
+    if meta.is_file():
+        return newest
+    if newest == path:  # a nanoGPT checkpoint may have any name
+        return None
+    raise UserError(f"'{newest}' lies there without {meta.name}; copy both from nanochat's checkpoints")
+
+
+def _nanochat_forward(module: nn.Module, ids: Tensor, valid: Tensor) -> Tensor:
+    del valid  # causal, padded on the right: padding cannot be seen
+    # without a cache its forward refuses a single position
+    return module(ids) if ids.shape[1] > 1 else module(F.pad(ids, (0, 1)))[:, :1]
+
+
+def _nanochat(name: str, file: Path | None, device: torch.device) -> LanguageModel:
+    """nanochat:source/tag@step from where that checkout keeps its checkpoints, or one file with its meta."""
+    asked = re.fullmatch(r"nanochat:(\w+)(?:/(\w[\w.-]*))?(?:@(\d+))?", name)
+    if file is None and asked is None:
+        raise UserError(
+            f"'{name}' names no nanochat model; give nanochat:base, nanochat:sft/d20 or nanochat:rl/d20@500"
+        )
+    if file is not None:
+        read_plain(file, mmap=True)  # before nanochat's own loader, which under old versions of torch runs pickles
+    try:
+        manager = importlib.import_module("nanochat.checkpoint_manager")
+    except ImportError as e:
+        if e.name == "nanochat":
+            raise UserError(
+                f"'{name}' is built by nanochat's own code; put its checkout on the path (PYTHONPATH=path/to/nanochat)"
+            ) from e
+        raise UserError(f"nanochat cannot be imported ({e}); run in the environment of its checkout") from e
+    try:
+        if file is not None:
+            step = int(file.stem.removeprefix("model_"))
+            module, inner, _ = manager.build_model(str(file.parent), step, device, phase="eval")
+            name = str(file)  # a folder's newest checkpoint today may not be the newest tomorrow
+        else:
+            assert asked is not None
+            source, tag, at = asked.groups()
+            module, inner, meta = manager.load_model(
+                source, device, phase="eval", model_tag=tag, step=int(at) if at else None
+            )
+            if at is None and isinstance(meta.get("step"), int):
+                name += f"@{meta['step']:06d}"
+    except Exception as e:
+        reason = (str(e).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"nanochat cannot load '{name}' ({type(e).__name__}: {reason}); "
+            "check the source, tag and step, and that the files are whole and belong to this checkout"
+        ) from e
+    # No resume_fn: between its blocks nanochat mixes the stream with the embeddings, and it subtracts the middle
+    # layer's output at the end, so what follows a block depends on more than that block's output.
+    return LanguageModel(
+        module=module, tokenizer=NanochatTokenizer(inner), forward_fn=_nanochat_forward, name=name,
+        d_model=module.config.n_embd, max_len=module.config.sequence_len,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
 # HuggingFace
-
-
-class HFTokenizer:
-    """A HuggingFace tokenizer with the surface of tokenizer.py."""
-
-    def __init__(self, inner: Any):
-        self.inner = inner
-        self.special_ids = frozenset(inner.all_special_ids)
-        self.bos_id = inner.bos_token_id
-        self.vocab_size = len(inner)
-
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text, add_special_tokens=False, verbose=False)
-
-    def encode_document(self, document: str | Sequence[dict[str, str]]) -> list[int]:
-        """bos before a text, or eos after it where the tokenizer has no bos, so that documents stay apart."""
-        if not isinstance(document, str):
-            document = "\n".join(m["content"] for m in document)
-        ids = self.encode(document)
-        if self.bos_id is not None:
-            return [self.bos_id, *ids]
-        return ids + ([self.inner.eos_token_id] if self.inner.eos_token_id is not None else [])
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.inner.decode(list(ids))
-
-    def token_str(self, token_id: int) -> str:
-        r"""A token as exact text: pieces of characters show as \xNN, word pieces without '##' begin a word."""
-        token = self.inner.convert_ids_to_tokens(int(token_id))
-        if token is None:
-            return f"<{token_id}>"
-        if token_id in self.special_ids:
-            return token
-        if self._byte_level:
-            return bytes(self._bytes[c] for c in token).decode("utf-8", "backslashreplace")
-        if len(token) == 6 and token.startswith("<0x"):
-            return bytes([int(token[3:5], 16)]).decode("utf-8", "backslashreplace")
-        return token.replace("\u2581", " ")
-
-    @cached_property
-    def _bytes(self) -> dict[str, int]:
-        """GPT-2's table: each byte has a printable stand-in."""
-        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        rest = [b for b in range(256) if b not in plain]
-        return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
-
-    @cached_property
-    def _byte_level(self) -> bool:
-        vocab = self.inner.get_vocab()
-        ordinary = [t for t, i in vocab.items() if i not in self.special_ids]
-        return all(c in vocab for c in self._bytes) and all(c in self._bytes for t in ordinary for c in t)
-
-    def content_hash(self) -> str:
-        backend = getattr(self.inner, "backend_tokenizer", None)
-        text = backend.to_str() if backend is not None else repr(sorted(self.inner.get_vocab().items()))
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _hf_forward(module: nn.Module, ids: Tensor, valid: Tensor) -> Tensor | None:

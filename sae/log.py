@@ -1,12 +1,14 @@
-"""What a person or a file is told: text, the progress bar, metrics.jsonl. The only file in sae/ that prints.
+"""What a person or a file is told: text, the progress bar, metrics.jsonl, wandb. The only file in sae/ that prints.
 
 Computes nothing. On several processes only rank 0 speaks.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import secrets
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,11 +55,25 @@ def progress(total: int | None, what: str, *, initial: int = 0, unit: str = "tok
     )
 
 
-class MetricLog:
-    """Appends one json object a line. A resumed run first drops the lines its checkpoint does not know."""
+def wandb_module() -> Any:
+    """The wandb package; UserError where it is missing. For a script to call before an hour of work."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as e:
+        raise UserError("logging to Weights & Biases needs wandb; run: pip install 'nanosae[wandb]'") from e
 
-    def __init__(self, path: Path | None, *, resume_step: int | None = None):
+
+class MetricLog:
+    """Appends one json object a line. A resumed run first drops the lines its checkpoint does not know.
+
+    wandb: what wandb.init is to get (project, name, config, ...), to send every record there too; whether online,
+    offline or not at all is WANDB_MODE's to say. The run's id is kept beside `path` as wandb_run_id, so that a resumed
+    run goes on as the same one. Leaving the `with` (or close) ends it. Raises UserError if wandb is missing or fails.
+    """
+
+    def __init__(self, path: Path | None, *, resume_step: int | None = None, wandb: dict[str, Any] | None = None):
         self.path = path if speaks() else None
+        self._run = _wandb_run(wandb, self.path, bool(resume_step)) if wandb is not None and speaks() else None
         if self.path is None:
             return
         kept = []
@@ -74,6 +90,46 @@ class MetricLog:
         if self.path is not None:
             with self.path.open("a") as f:
                 f.write(json.dumps(record) + "\n")
+        if self._run is not None:
+            _wandb_log(self._run, record)
+
+    def close(self, exit_code: int = 0) -> None:
+        """End the wandb run, once; the file needs no end."""
+        if self._run is not None:
+            self._run.finish(exit_code=exit_code)
+            self._run = None
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.close(exit_code=int(kind is not None))
+
+
+def _wandb_run(settings: dict[str, Any], path: Path | None, resumed: bool) -> Any:
+    """A wandb run: the one whose id lies beside `path` if resumed, else a new one whose id is then kept there."""
+    module = wandb_module()
+    file = path.with_name("wandb_run_id") if path is not None else None
+    name = settings.get("id") or secrets.token_hex(4)
+    if resumed and file is not None and file.is_file():
+        name = file.read_text().strip()
+    try:
+        run = module.init(**{**settings, "id": name, "resume": "allow"})
+    except Exception as e:
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise UserError(f"wandb did not start ({reason}); run 'wandb login' or set WANDB_MODE=offline") from e
+    if file is not None:
+        file.write_text(name + "\n")
+    return run
+
+
+def _wandb_log(run: Any, record: dict[str, Any]) -> None:
+    """Send a record; several SAEs share a step, so their metrics are named {metric}/{hookpoint}."""
+    step, hookpoint = record["step"], record.get("hookpoint")
+    # A run resumed from before its last lines repeats steps that wandb has and would refuse with a warning each.
+    if step >= run.starting_step:
+        place = f"/{hookpoint}" if hookpoint else ""
+        run.log({f"{k}{place}": v for k, v in record.items() if k not in ("step", "hookpoint")}, step=step)
 
 
 def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:

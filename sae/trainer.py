@@ -136,7 +136,8 @@ class SAETrainer:
         c, n_steps = self.config, self.stream.n_batches
         if self.step == 0:
             self._begin_run()
-        metric_log = log.MetricLog(self.save_dir and self.save_dir / "metrics.jsonl", resume_step=self.step)
+        path = self.save_dir / "metrics.jsonl" if self.save_dir is not None else None
+        metric_log = log.MetricLog(path, resume_step=self.step, wandb=self.wandb)
         total = n_steps * self.stream.batch_size
         bar = log.progress(total, "training", initial=self.stream.n_given, quiet=not verbose)
         last: dict[str, float] = {}
@@ -163,6 +164,7 @@ class SAETrainer:
             if self.save_dir is not None and (self.step % c.save_every == 0 or done):
                 self.save()
         bar.close()
+        metric_log.close()
         return last
 
     def _step(self, batch: Any) -> None:
@@ -323,11 +325,13 @@ RUN_FILES = (
     "checkpoint_step*.pt",
     "best_model.pt",
     "eval.json",
+    "final_assessment.json",
+    "wandb_run_id",
     formats.CFG,
     formats.WEIGHTS,
 )
 # What may differ between the two halves of a resumed run.
-FREE_SETTINGS = {"resume", "overwrite", "device", "save_dir", "save_every"}
+FREE_SETTINGS = {"resume", "overwrite", "device", "save_dir", "save_every", "log_to_wandb", "wandb_project", "assess"}
 
 
 def checkpoints(save_dir: Path) -> list[Path]:

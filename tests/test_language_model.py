@@ -1,16 +1,23 @@
-"""One interface over pygpt, nanoGPT checkpoints and HuggingFace models, decoder and encoder; bad files in one sentence.
+"""One interface over pygpt, anyone's nanoGPT and HuggingFace models, decoder and encoder; bad files in one sentence.
 
 Run: python -m pytest tests/test_language_model.py
 """
 
+import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
+from types import ModuleType
 
+import numpy as np
 import pytest
+import tiktoken
 import torch
 from torch.nn import functional as F
 
-from sae import hooks
+from sae import hooks, language_model
 from sae.config import UserError
 from sae.language_model import ROOT, HFTokenizer, LanguageModel, beside, best_device, load_language_model
 
@@ -195,6 +202,282 @@ def test_tokenizer_of_a_checkpoint(tmp_path, gpt_folder):
     )
     lm = load_language_model(str(tmp_path / "ckpt.pt"), device="cpu", dataset=str(data))
     assert lm.tokenizer.encode("abc") == [0, 1, 2]
+
+
+THEIR_MODEL = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+
+class LayerNorm(nn.Module):
+    def __init__(self, ndim, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head = config.n_head
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU()
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1, self.attn = LayerNorm(config.n_embd, config.bias), CausalSelfAttention(config)
+        self.ln_2, self.mlp = LayerNorm(config.n_embd, config.bias), MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config.n_embd % config.n_head == 0
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd), wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout), h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=LayerNorm(config.n_embd, config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+        print("number of parameters: %.2fM" % (sum(p.numel() for p in self.parameters()) / 1e6,))
+
+    def forward(self, idx, targets=None):
+        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(idx.shape[1], device=idx.device))
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, [-1], :]), None
+        logits = self.lm_head(x)
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+"""
+CHARS = "abcdefghijklmnopqrstuvwxyz .,\n"
+THEIR_ARGS = {
+    "n_layer": 3,
+    "n_head": 2,
+    "n_embd": 16,
+    "block_size": 32,
+    "bias": False,
+    "vocab_size": len(CHARS),
+    "dropout": 0.1,
+}
+
+
+def their_gpt(args):
+    module = ModuleType("their_model")
+    exec(THEIR_MODEL, module.__dict__)
+    torch.manual_seed(0)
+    return module.GPT(module.GPTConfig(**args)).eval()
+
+
+def save_theirs(path, gpt, **changes):
+    """ckpt.pt as nanoGPT's train.py saves it after torch.compile."""
+    weights = {f"_orig_mod.{name}": w for name, w in gpt.state_dict().items()} | changes.pop("weights", {})
+    checkpoint = {
+        "model": weights, "optimizer": {"state": {}, "param_groups": []}, "model_args": THEIR_ARGS, "iter_num": 5,
+        "best_val_loss": torch.tensor(1.5), "config": {"dataset": "chars", "compile": True}, **changes,
+    }  # fmt: skip
+    path.parent.mkdir(exist_ok=True)
+    torch.save(checkpoint, path)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """Somebody's nanoGPT with sae/ and scripts/ put beside its model.py: data, a checkpoint, none of our own files."""
+    for name in ("sae", "scripts"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "model.py").write_text(THEIR_MODEL)
+    data = tmp_path / "data" / "chars"
+    data.mkdir(parents=True)
+    for split, n in (("train", 6000), ("val", 1500)):
+        np.random.default_rng(0).integers(0, len(CHARS), n).astype(np.uint16).tofile(data / f"{split}.bin")
+    stoi = {c: i for i, c in enumerate(CHARS)}
+    (data / "meta.pkl").write_bytes(
+        pickle.dumps({"vocab_size": len(CHARS), "stoi": stoi, "itos": dict(enumerate(CHARS))})
+    )
+    save_theirs(tmp_path / "out" / "ckpt.pt", their_gpt(THEIR_ARGS))
+    return tmp_path
+
+
+def test_sae_beside_somebodys_nanogpt(checkout):
+    def run(script, *flags):
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        command = [sys.executable, "-m", f"scripts.{script}", *flags]
+        return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
+
+    small = ["--k", "4", "--batch_size", "64", "--buffer_tokens", "256", "--max_tokens", "640", "--val_tokens", "200"]
+    trained = run("sae_train", "--model", "out/ckpt.pt", "--dataset", "data/chars", "--layer", "1", *small)
+    assert trained.returncode == 0, trained.stderr
+    assert "number of parameters" not in trained.stdout
+    evaluated = run("sae_eval", "--eval_tokens", "300")
+    assert evaluated.returncode == 0, evaluated.stderr
+    report = json.loads((checkout / "sae_models" / "layer_1" / "eval.json").read_text())
+    assert (report["hookpoint"], report["d_in"], report["d_sae"]) == ("transformer.h.1", 16, 128)
+    assert report["ce_clean"] != report["ce_zero"]
+
+
+@pytest.fixture
+def beside_theirs(checkout, monkeypatch):
+    """The same folder, for tests in this process."""
+    monkeypatch.setattr(language_model, "ROOT", checkout)
+    return checkout
+
+
+def test_their_model_is_run_as_it_is(beside_theirs, capsys):
+    state = torch.random.get_rng_state()
+    lm = load_language_model(str(beside_theirs / "out"), device="cpu")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert capsys.readouterr().out == ""
+    assert (lm.d_model, lm.n_layers, lm.max_len, lm.tokenizer.vocab_size) == (16, 3, 32, len(CHARS))
+    gpt = their_gpt(THEIR_ARGS)
+    ids = torch.randint(0, len(CHARS), (2, 16), generator=torch.Generator().manual_seed(0))
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        assert torch.equal(lm.logits(ids, valid), gpt(ids, ids)[0])
+    # whatever their forward does between blocks is done: no shortcut past it
+    assert lm.resume_fn is None
+    place = lambda kind: hooks.resolve(lm.module, layers=[1], hook_type=kind)
+    assert place("resid_mid") == ["transformer.h.1.ln_2@in"]
+    assert place("mlp_post_act") == ["transformer.h.1.mlp.c_proj@in"]
+    effects = lm.logit_effects(torch.eye(16))
+    centred = torch.eye(16) - 1 / 16
+    torch.testing.assert_close(effects, centred * gpt.transformer.ln_f.weight @ gpt.lm_head.weight.t())
+
+
+def test_their_tokenizers(beside_theirs, monkeypatch):
+    path = beside_theirs / "out" / "ckpt.pt"
+    # a tokenizer.py that is not ours is not run
+    (beside_theirs / "tokenizer.py").write_text("raise RuntimeError('this trains a tokenizer')")
+    t = load_language_model(str(path), device="cpu").tokenizer
+    assert t.encode_document("ab z") == [0, 1, 26, 25]
+    assert t.decode([0, 1]) == "ab"
+    assert (t.token_str(2), t.token_str(29), t.token_str(999), t.bos_id, t.special_ids) == (
+        "c",
+        "\n",
+        "<999>",
+        None,
+        set(),
+    )
+    with pytest.raises(ValueError, match="none of this model's 30 characters"):
+        t.encode("\u00e9")
+    # ours reads the same table the same way
+    shutil.copy(ROOT / "tokenizer.py", beside_theirs / "tokenizer.py")
+    ours = load_language_model(str(path), device="cpu").tokenizer
+    assert type(ours).__module__ == "tokenizer"
+    assert ours.content_hash() == t.content_hash()
+    (beside_theirs / "tokenizer.py").unlink()
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(beside_theirs / "ran"), "w"))
+
+    meta = beside_theirs / "data" / "chars" / "meta.pkl"
+    for content, words in (
+        (pickle.dumps({"itos": Evil()}), "refused or unreadable"),
+        (b"", "refused or unreadable"),
+        (pickle.dumps([1]), "no table of characters"),
+        (pickle.dumps({"itos": {0: "a", 1: "a"}}), "no table of characters"),
+        (pickle.dumps({"itos": {0: "a", 2: "b"}}), "no table of characters"),
+    ):
+        meta.write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            load_language_model(str(path), device="cpu")
+    assert not (beside_theirs / "ran").exists()
+    meta.unlink()
+    with pytest.raises(UserError, match=r"no tokenizer for .*; put its meta.pkl beside it, or give the nanoGPT data"):
+        load_language_model(str(path), device="cpu")
+
+    # GPT-2's, where the vocabulary is GPT-2's
+    args = {**THEIR_ARGS, "vocab_size": 50304}
+    save_theirs(path, their_gpt(args), model_args=args)
+    ranks = {bytes([b]): b for b in range(256)}
+    gpt2 = tiktoken.Encoding("gpt2", pat_str=r"\w+|\W", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: gpt2)
+    t = load_language_model(str(path), device="cpu").tokenizer
+    assert t.encode_document("ab") == [256, 97, 98]
+    assert (t.special_ids, t.token_str(256), t.token_str(50300)) == ({256}, "<|endoftext|>", "<50300>")
+    chat = [{"role": "user", "content": "hi"}]
+    assert t.decode(t.encode_document(chat)[1:]) == "user: hi\n"
+    with pytest.raises(ValueError, match="is no chat message"):
+        t.encode_document([{"role": "user"}])
+
+    def offline(_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match="needs a download"):
+        load_language_model(str(path), device="cpu")
+
+
+def test_their_checkpoints_must_fit(beside_theirs, tmp_path):
+    path, gpt = beside_theirs / "out" / "ckpt.pt", their_gpt(THEIR_ARGS)
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    mask = torch.ones(1, 1, 32, 32)  # stored where attention was not flash
+    save_theirs(path, gpt, weights={"_orig_mod.transformer.h.0.attn.bias": mask})
+    assert load_language_model(str(path), device="cpu").n_layers == 3
+    whole = path.read_bytes()
+    for changes, words in (
+        ({"weights": {"extra.weight": torch.ones(1)}}, "lacks or adds extra.weight"),
+        ({"model_args": {**THEIR_ARGS, "n_layer": 4}}, "lacks or adds transformer.h.3.ln_1.weight"),
+        ({"model_args": {**THEIR_ARGS, "n_embd": 8}}, "cannot build .*size mismatch"),
+        ({"model_args": {**THEIR_ARGS, "rotary": True}}, "cannot build .*rotary"),
+        ({"model_args": {**THEIR_ARGS, "n_head": 3}}, "cannot build .*AssertionError"),
+        ({"model_args": None}, "wanted nanoGPT's model and model_args"),
+        ({"weights": {"x": Evil()}}, "refused: it wants to run code"),
+    ):
+        save_theirs(path, gpt, **changes)
+        with pytest.raises(UserError, match=words) as e:
+            load_language_model(str(path), device="cpu")
+        assert len(str(e.value).splitlines()) == 1
+    assert not (tmp_path / "ran").exists()
+    path.write_bytes(whole)
+    (beside_theirs / "model.py").write_text("x = 1")
+    with pytest.raises(UserError, match="cannot build .*no attribute 'GPT'"):
+        load_language_model(str(path), device="cpu")
+    (beside_theirs / "model.py").unlink()
+    with pytest.raises(UserError, match=r"'model.py' is not beside the sae folder"):
+        load_language_model(str(path), device="cpu")
 
 
 def test_any_module_with_a_tokenizer(lm):
