@@ -136,10 +136,15 @@ class SAE(nn.Module):
         x = self._flat(x)
         inner, mean, std = self._normalise(x) if self.layer_norm else (x, None, None)
         codes, pre = self.codes(inner, k=k, whole=whole)
-        x_hat = self.decode_codes(codes)
-        if self.config.skip_connection:
-            x_hat = x_hat + inner @ self.W_skip.t()
+        x_hat = self._predict(inner, codes)
         return Output(x_hat if std is None or mean is None else x_hat * std + mean, codes, pre)
+
+    def reconstruct_from(self, codes: Codes, x: Tensor) -> Tensor:
+        """What forward gives for x (B, D), from its codes, without encoding it again."""
+        if not self.layer_norm:
+            return self._predict(x, codes)
+        inner, mean, std = self._normalise(x)
+        return self._predict(inner, codes) * std + mean
 
     # ----------------------------------------------------------------------------------------------
     # what a kind defines
@@ -295,6 +300,10 @@ class SAE(nn.Module):
                 "use the model and hookpoint it was trained on"
             )
         return x.reshape(-1, self.d_in).to(self.W_dec.dtype)
+
+    def _predict(self, x: Tensor, codes: Codes) -> Tensor:
+        x_hat = self.decode_codes(codes)
+        return x_hat + x @ self.W_skip.t() if self.config.skip_connection else x_hat
 
     def _decode(self, codes: Codes) -> Tensor:
         if codes.indices is None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae import hooks, log
 from sae.activations import ModelSource, gather
-from sae.config import SAEConfig, UserError
+from sae.config import PENALISED, SAEConfig, UserError
 from sae.kernels import Codes, count
 from sae.language_model import LanguageModel
 from sae.models import SAE, Output
@@ -215,16 +215,18 @@ def evaluate(
     Takes whole sequences until n_tokens kept tokens are seen, or the held-out text ends. The mean for mean ablation
     and the legacy explained variance comes from the first mean_tokens of the same text.
     """
+    reads = f"{hookpoint}@in" if sae.config.transcode else hookpoint
     source = lambda: ModelSource(
-        lm, TokenRows(lm, dataset, "val", ctx_len), [hookpoint],
+        lm, TokenRows(lm, dataset, "val", ctx_len), list({reads: 0, hookpoint: 0}),
         model_batch_size=model_batch_size, skip_first=skip_first,
     )  # fmt: skip
-    width = source().widths[hookpoint]
-    if width != sae.d_in:
-        raise UserError(f"'{hookpoint}' is {width} wide and the SAE reads {sae.d_in}; give the SAE's own model")
+    for name, wanted in ((reads, sae.d_in), (hookpoint, sae.d_out)):
+        width = source().widths[name]
+        if width != wanted:
+            raise UserError(f"'{name}' is {width} wide and the SAE wants {wanted}; give the SAE's own model")
     head = gather(source(), min(mean_tokens, n_tokens), "the mean activation")[hookpoint]
     mean = head.cpu().double().mean(0)
-    totals = Totals(sae.d_in, sae.d_sae, device=sae.W_dec.device, mean=mean)
+    totals = Totals(sae.d_out, sae.d_sae, device=sae.W_dec.device, mean=mean)
     losses = {name: _Loss() for name in ("clean", "sae", "zero", "mean")}
     n_counted = 0
     bar = log.progress(n_tokens, "evaluating")
@@ -259,18 +261,19 @@ def _evaluate_rows(
     vocab = lm.unembedding.shape[0] if lm.unembedding is not None else 50_000
     step = max(1, (1 << 25) // (rows[0].shape[1] * vocab)) if lm.has_head else len(rows[0])
     n_counted = 0
+    reads = f"{hookpoint}@in" if sae.config.transcode else hookpoint
     for part in zip(*(r.to(lm.device).split(step) for r in rows), strict=True):
         ids, valid, keep = part
         if not lm.has_head:
-            x = lm.hidden(ids, valid, [hookpoint])[hookpoint]
-            out = sae(x[keep].float())
-            totals.add(x[keep].float(), out.x_hat, out.codes)
+            seen = lm.hidden(ids, valid, list({reads: 0, hookpoint: 0}))
+            out = sae(seen[reads][keep].float())
+            totals.add(seen[hookpoint][keep].float(), out.x_hat, out.codes)
             continue
-        with hooks.capture(lm.module, [hookpoint]) as seen:
+        with hooks.capture(lm.module, list({reads: 0, hookpoint: 0})) as seen:
             clean = lm.logits(ids, valid)
         assert clean is not None
         x = seen[hookpoint]
-        out = sae(x[keep].float())
+        out = sae(seen[reads][keep].float())
         totals.add(x[keep].float(), out.x_hat, out.codes)
         spliced = x.clone()
         spliced[keep] = out.x_hat.to(x.dtype)
@@ -313,7 +316,7 @@ def _report(
         }
     return Report(
         hookpoint=hookpoint, model=lm.name, dataset=dataset.name, architecture=sae.config.activation,
-        k=sae.config.k if sae.config.activation == "topk" else None, d_in=sae.d_in, d_sae=sae.d_sae,
+        k=None if sae.config.activation in PENALISED else sae.config.k, d_in=sae.d_in, d_sae=sae.d_sae,
         n_mean_tokens=n_mean_tokens, **fields,
     )  # fmt: skip
 

@@ -93,7 +93,7 @@ class FeatureTables:
         F, R, W = len(self.latents), top_k, 2 * context_tokens + 1
         self.row = torch.full((sae.d_sae,), -1)  # latent -> its row of the tables
         self.row[self.latents] = torch.arange(F)
-        self.totals = Totals(sae.d_in, sae.d_sae, device=sae.W_dec.device)  # of all latents, over the same tokens
+        self.totals = Totals(sae.d_out, sae.d_sae, device=sae.W_dec.device)  # of all latents, over the same tokens
         self.histogram = torch.zeros(F, len(EDGES) - 1, dtype=torch.int64)
         self.sums = torch.zeros(F, dtype=torch.float64)
         self.peaks = torch.zeros(F, R)
@@ -384,11 +384,13 @@ class FeatureVisualizer:
             counts = keep.sum(1)
             n = int((totals.n + counts.cumsum(0) - counts < c.eval_tokens).sum())  # the same however it is batched
             ids, valid, keep = ids[:n], valid[:n], keep[:n]
-            x = lm.hidden(ids, valid, [self.hookpoint])[self.hookpoint][valid.to(lm.device)].float()
+            names = [f"{self.hookpoint}@in", self.hookpoint] if sae.config.transcode else [self.hookpoint]
+            seen = lm.hidden(ids, valid, names)
+            x, y = (seen[name][valid.to(lm.device)].float() for name in (names[0], names[-1]))
             codes, kept = sae.encode_sparse(x), keep[valid].to(x.device)
             check_finite({self.hookpoint: x[kept]})
             counted = Codes(codes.indices[kept], codes.values[kept])  # type: ignore[index]
-            totals.add(x[kept], sae.decode_codes(counted), counted)
+            totals.add(y[kept], sae.reconstruct_from(counted, x[kept]), counted)
             tables.add(ids, valid, keep, codes, first=n_sequences)
             n_sequences += n
             bar.update(int(counts[:n].sum()))

@@ -152,7 +152,7 @@ class Learner:
         k = sched.k_at(step, c)
         ramp = sched.sparsity_at(step, c, self.n_steps) if sched.target_l0(c) is None else 1.0
         sparsity = ramp * (self.log_weight + CONTROL[1] * self.l0_error).exp()
-        own_variance = c.loss_fn != "mse"
+        own_variance = c.loss_fn == "fvu"
         return Terms(
             k=k, p=sched.p_at(step, c, self.n_steps), sparsity=sparsity,
             variance=(target - target.mean(0)).square().sum(-1).mean() if own_variance else
@@ -245,12 +245,13 @@ class Learner:
 
     def stand_in(self, x: Tensor, y: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Output, Losses]:
         """For raw activations (n, D): the raw reconstruction, the scaled target, the output and the own losses."""
-        inner, target = self.normalise(x, y)
+        inner, scaled = self.normalise(x, y)
+        target = (inner if scaled is None else scaled).detach()
         out, losses = self.forward(inner, target, terms)
         if self.config.normalize_activations == "layer_norm":
             _, mean, std = layer_norm(x)
-            return out.x_hat * std + mean, inner, out, losses
-        return out.x_hat / self.scale_out, inner if target is None else target, out, losses
+            return out.x_hat * std + mean, target, out, losses
+        return out.x_hat / self.scale_out, target, out, losses
 
     # ----------------------------------------------------------------------------------------------
     # dead latents

@@ -43,9 +43,7 @@ class TopK(SAE):
             return out.x_hat.new_zeros(())
         indices = kernels.top_k(out.pre, min(K_MULTI * self.config.k, self.d_sae))
         values = kernels.gather_pre(self._centre(x), self.W_enc, self.b_enc, out.pre, indices).relu()
-        x_hat = self.decode_codes(Codes(indices, values))
-        if self.config.skip_connection:
-            x_hat = x_hat + x @ self.W_skip.t()
+        x_hat = self._predict(x, Codes(indices, values))
         return (y - x_hat).square().sum(-1).mean() / 8
 
 
@@ -101,7 +99,7 @@ class BatchTopK(TopK):
     def observe_(self, out: Output, step: int, whole: Tensor | None = None) -> None:
         values = out.codes.values
         least = torch.where(values > 0, values, torch.inf).min() if whole is None else whole
-        weight = max(1 / (step + 1), 0.01)
+        weight = max(1 / (step + 1), 0.05)
         self.threshold.copy_(torch.where(least.isfinite(), torch.lerp(self.threshold, least, weight), self.threshold))
 
     def _scaled_biases(self) -> tuple[str, ...]:

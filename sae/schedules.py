@@ -44,7 +44,7 @@ def lr_at(step: int, c: SAEConfig, n_steps: int) -> float:
     """Step size: linear warm-up (never 0), flat, then a linear or cosine fall over the last decay_fraction."""
     factor = min(1.0, (step + 1) / (warmup_steps(c, n_steps) + 1))
     decay = c.decay_fraction * n_steps
-    if decay > 0 and c.lr_schedule != "constant":
+    if decay > 0 and c.lr_schedule != "constant" and c.optimizer != "signum":  # schedule-free averages instead
         left = min(1.0, max(0.0, (n_steps - step) / decay))
         factor = min(factor, left if c.lr_schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
     return peak_lr(c) * factor

@@ -34,6 +34,22 @@ from sae.models import SAE, create_sae
 KEPT_CHECKPOINTS = 2
 
 
+class Batches(Protocol):
+    """What activations come in: activations.Stream, or end_to_end.RowStream."""
+
+    source: Any
+    batch_size: int
+    n_batches: int
+    n_tokens: int
+    n_given: int
+    n_passes: int
+
+    def sample(self) -> Acts: ...
+    def __next__(self) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class Objective(Protocol):
     """A loss that is not a sum over SAEs (end_to_end.py): adds the gradients of a step for all learners at once."""
 
@@ -52,7 +68,7 @@ class SAETrainer:
     """
 
     def __init__(
-        self, sae: SAE | dict[str, SAE], config: SAEConfig, activations: Tensor | Acts | Stream,
+        self, sae: SAE | dict[str, SAE], config: SAEConfig, activations: Tensor | Acts | Batches,
         val_activations: Tensor | Acts | None = None, device: str | torch.device = "cpu",
         save_dir: str | Path | None = None, *, metadata: dict[str, Any] | None = None, overwrite: bool = False,
         configs: Mapping[str, SAEConfig] | None = None, pretrained: bool = False, objective: Objective | None = None,
@@ -67,7 +83,7 @@ class SAETrainer:
         self.save_dir = Path(save_dir) if save_dir is not None else None
         self.device = torch.device(device)
         self._activations = {"": activations} if isinstance(activations, Tensor) else activations
-        self.stream: Any = self._stream(config.num_epochs)
+        self.stream = self._stream(config.num_epochs)
         self.learners = {
             name: Learner(
                 one, (configs or {}).get(name, config), self.stream.n_batches, self.device, name.split("/")[0]
@@ -83,6 +99,7 @@ class SAETrainer:
                     + (f" and d_out={given[1]}" if one.config.transcode else "")
                 )
         self.step = 0
+        self.last: dict[str, dict[str, float]] = {}  # the latest metrics of every SAE
         self.train_losses: list[dict[str, float]] = []
         self.val_losses: list[dict[str, float]] = []
 
@@ -105,7 +122,7 @@ class SAETrainer:
         """Passes over the data completed so far."""
         return self.stream.n_passes
 
-    def _stream(self, n_epochs: int) -> Stream:
+    def _stream(self, n_epochs: int) -> Batches:
         """The stream given, or one over the tensors given."""
         acts, c = self._activations, self.config
         if not isinstance(acts, dict):
@@ -182,7 +199,7 @@ class SAETrainer:
         for name, learner in self.learners.items():
             if sched.resamples_at(self.step, learner.config, learner.n_steps):
                 generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-                n = learner.resample(self.stream.buffer, generator)
+                n = learner.resample(self.stream.sample(), generator)
                 log.say(f"{name or 'SAE'}: {n} dead latents resampled after step {self.step + 1}")
 
     def _log(self, metric_log: log.MetricLog, rate: float) -> dict[str, float]:
@@ -196,6 +213,7 @@ class SAETrainer:
                 **metrics, "n_passes": self.stream.n_passes, "tokens_per_s": rate,
             }  # fmt: skip
             metric_log.write(record)
+            self.last[name] = metrics
         self.train_losses.append(metrics)
         return metrics
 
@@ -212,6 +230,7 @@ class SAETrainer:
                 learner.best_val_loss = metrics["total_loss"]
                 if learner.config.save_best:
                     self._save_best(name, learner)
+            self.last[name] = metrics
         self.val_losses.append(metrics)
         return metrics
 

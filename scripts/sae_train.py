@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from sae import cache, hooks, log
+from sae import cache, formats, hooks, log, sweep
 from sae.activations import Acts, ModelSource, Source, Stream, gather
-from sae.config import TrainConfig, UserError, from_cli
+from sae.config import REPLACED, TrainConfig, UserError, from_cli, variants
+from sae.end_to_end import EndToEnd, RowStream, held_out
 from sae.language_model import LanguageModel, best_device, load_language_model
-from sae.models import create_sae
+from sae.models import SAE, create_sae
+from sae.schedules import tokens_per_step
 from sae.tokens import TokenRows, open_dataset
-from sae.trainer import SAETrainer, refuse_existing
+from sae.trainer import SAETrainer, refuse_existing, shuffle_seed
 
 
 class Data(NamedTuple):
@@ -41,7 +41,7 @@ def live_data(c: TrainConfig, lm: LanguageModel, hookpoints: list[str]) -> Data:
     val = gather(source("val"), c.val_tokens, "validation")
     origin = {
         "provenance": cache.provenance(lm, dataset, ctx_len=c.ctx_len, skip_first=c.skip_first),
-        "model_name": c.model, "dataset_path": dataset.name, "text_column": c.text_column or "text",
+        "model_name": lm.name, "dataset_path": dataset.name, "text_column": c.text_column or "text",
         "context_size": min(c.ctx_len, lm.max_len), "skip_first": c.skip_first,
     }  # fmt: skip
     return Data(source("train"), val, c.max_tokens, c.num_epochs, origin)
@@ -99,49 +99,131 @@ def check_folder(c: TrainConfig, folder: Path) -> None:
         raise UserError(f"cannot write to '{c.save_dir}' ({e.strerror}); choose another --save_dir") from e
 
 
+def build_saes(c: TrainConfig, data: Data, hookpoints: list[str]) -> tuple[dict[str, SAE], dict[str, TrainConfig]]:
+    """An SAE for every hookpoint and combination of swept settings, by name, and their settings."""
+    saes, configs = {}, {}
+    for hookpoint in hookpoints:
+        d_out = data.source.widths[hookpoint]
+        d_in = data.source.widths[f"{hookpoint}@in"] if c.transcode else d_out
+        if c.d_in is not None and c.d_in != d_in:
+            raise UserError(f"--d_in {c.d_in} was given and '{hookpoint}' is {d_in} wide; leave --d_in out")
+        for label, one in variants(c).items():
+            name = f"{hookpoint}/{label}" if label else hookpoint
+            configs[name] = replace(one, d_in=d_in, d_out=d_out, hook_point=hookpoint)
+            saes[name] = create_sae(configs[name])
+    return saes, configs
+
+
+def pretrained_saes(c: TrainConfig, saes: dict[str, SAE]) -> dict[str, SAE]:
+    """The SAEs of --finetune in the place of fresh ones: one for all, or a run with one for each hookpoint."""
+    assert c.finetune is not None
+    found = {}
+    for name, fresh in saes.items():
+        inside = Path(c.finetune) / name
+        sae = formats.load_sae(inside if inside.is_dir() else c.finetune)
+        for what in ("activation", "d_in", "d_out", "d_sae", "transcode", "skip_connection", "tied"):
+            got, wanted = getattr(sae.config, what), getattr(fresh.config, what)
+            if got != wanted:
+                raise UserError(
+                    f"the SAE in '{c.finetune}' has {what}={got} and {wanted} is asked for; set --{what} {got}"
+                )
+        fresh.load_state_dict(sae.state_dict())
+        found[name] = fresh
+    return found
+
+
+def end_to_end(c: TrainConfig, lm: LanguageModel, data: Data) -> tuple[RowStream, EndToEnd]:
+    """The stream of sequences and the objective of --loss_fn ce or kl."""
+    assert isinstance(data.source, ModelSource) and c.loss_fn in ("ce", "kl")
+    dataset = data.source.rows.dataset
+    val_rows = TokenRows(lm, dataset, "val", c.ctx_len)
+    val = held_out(lm, val_rows, min(c.val_tokens, 8192), c.model_batch_size, skip_first=c.skip_first)
+    stream = RowStream(
+        lm, data.source.rows, data.source, n_tokens=data.n_tokens * data.uses, batch_size=tokens_per_step(c),
+        skip_first=c.skip_first,
+    )  # fmt: skip
+    return stream, EndToEnd(lm, c.loss_fn, val, model_batch_size=c.model_batch_size)
+
+
+def choose(c: TrainConfig, lm: LanguageModel) -> list[str]:
+    """The hookpoints that --layer, --layers, --layer_stride, --hook_type and --hookpoints mean."""
+    layers = (c.layer,) if c.layer is not None else c.layers
+    if c.layer_stride > 1 and not c.hookpoints:
+        layers = tuple(range(0, lm.n_layers, c.layer_stride))
+    found = hooks.resolve(lm.module, hookpoints=c.hookpoints, layers=layers, hook_type=c.hook_type)
+    found = found[:: c.layer_stride] if c.hookpoints else found
+    if c.transcode and any("@in" in name for name in found):
+        raise UserError("a transcoder predicts a module's output from its input; name a module without '@in'")
+    return found
+
+
 def main(argv: list[str]) -> None:
-    c = from_cli(TrainConfig, argv, prog="python -m scripts.sae_train", description=__doc__ or "")
+    c = from_cli(TrainConfig, argv, prog="python -m scripts.sae_train", description=__doc__ or "", replaced=REPLACED)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             f"{os.environ['WORLD_SIZE']} processes were started and this trains in one; run it without torchrun"
         )
+    if c.log_to_wandb:
+        log.wandb_module()
     device = best_device(c.device)
+    lm = None
     if c.activations is not None:
         data = cached_data(c)
-        folder = run_folder(c, list(data.source.widths))
+        hookpoints = [name for name in data.source.widths if not (c.transcode and name.endswith("@in"))]
+        missing = [name for name in hookpoints if c.transcode and f"{name}@in" not in data.source.widths]
+        if missing:
+            raise UserError(f"'{c.activations}' holds no '{missing[0]}@in'; collect with sae_collect --transcode")
+        folder = run_folder(c, hookpoints)
         check_folder(c, folder)
     else:
         lm = load_language_model(c.model, device=device, dataset=c.dataset)
-        layers = (c.layer,) if c.layer is not None else c.layers
-        hookpoints = hooks.resolve(lm.module, hookpoints=c.hookpoints, layers=layers, hook_type=c.hook_type)
+        hookpoints = choose(c, lm)
         folder = run_folder(c, hookpoints)
         check_folder(c, folder)
-        data = live_data(c, lm, hookpoints)
+        data = live_data(c, lm, hookpoints + [f"{name}@in" for name in hookpoints if c.transcode])
 
-    saes = {}
-    for name, width in data.source.widths.items():
-        if c.d_in is not None and c.d_in != width:
-            raise UserError(f"--d_in {c.d_in} was given and '{name}' is {width} wide; leave --d_in out")
-        generator = torch.Generator().manual_seed(c.seed)
-        saes[name] = create_sae(replace(c, d_in=width, hook_point=name), generator=generator)
-    stream = Stream(
-        data.source, n_tokens=data.n_tokens, uses=data.uses, batch_size=c.batch_size, buffer_tokens=c.buffer_tokens,
-        seed=c.seed, device=device,
-    )  # fmt: skip
+    saes, configs = build_saes(c, data, hookpoints)
+    if c.finetune and not c.resume:
+        saes = pretrained_saes(c, saes)
+    objective: EndToEnd | None = None
+    stream: Stream | RowStream
+    if c.loss_fn in ("ce", "kl"):
+        assert lm is not None
+        stream, objective = end_to_end(c, lm, data)
+    else:
+        stream = Stream(
+            data.source, n_tokens=data.n_tokens, uses=data.uses, batch_size=tokens_per_step(c),
+            buffer_tokens=c.buffer_tokens, seed=shuffle_seed(c), device=device,
+        )  # fmt: skip
     metadata = {**data.metadata, "exclude_special_tokens": True, "training_tokens": stream.n_tokens}
-    trainer = SAETrainer(saes, c, stream, data.val, device, folder, metadata=metadata, overwrite=c.overwrite)
+    wandb = {"project": c.wandb_project, "name": folder.name, "config": c.to_dict()} if c.log_to_wandb else None
+    trainer = SAETrainer(
+        saes, c, stream, data.val, device, folder, metadata=metadata, overwrite=c.overwrite, configs=configs,
+        pretrained=c.finetune is not None, objective=objective, wandb=wandb,
+    )  # fmt: skip
     if c.resume:
         trainer.load_checkpoint()
         log.say(f"resuming '{folder}' at step {trainer.step}")
     for name, sae in saes.items():
-        size = f"{sae.d_in} -> {sae.d_sae} latents, {stream.n_batches} steps of {c.batch_size} tokens on {device}"
-        log.say(f"{name}: {c.activation} SAE, {size}")
+        kind = f"{sae.config.activation} {'transcoder' if c.transcode else 'SAE'}"
+        log.say(f"{name}: {kind}, {sae.d_in} -> {sae.d_sae} latents")
+    log.say(f"{stream.n_batches} steps of {stream.batch_size} tokens on {device}")
     metrics = trainer.train()
     if stream.n_passes:
         log.say(f"the text was read again from its start {stream.n_passes} times")
-    where = "held out" if data.val else "on the last steps"
-    score = f"explained variance {metrics['explained_variance']:.4f}, L0 {metrics['l0']:.1f}" if metrics else "done"
-    log.say(f"{where}: {score}; saved to {folder}; next: python -m scripts.sae_eval --sae_path {folder}")
+    finish(trainer, metrics, folder)
+
+
+def finish(trainer: SAETrainer, metrics: dict[str, float], folder: Path) -> None:
+    """Say how it went, and what to do next."""
+    where = "held out" if trainer.val else "on the last steps"
+    if len(trainer.learners) > 1 and trainer.last:
+        for line in sweep.write(trainer.last, folder):
+            log.say(line)
+        log.say(f"{where}; saved to {folder}; next: python -m scripts.sae_eval --sae_path {folder}/<one of them>")
+    else:
+        score = f"explained variance {metrics['explained_variance']:.4f}, L0 {metrics['l0']:.1f}" if metrics else "done"
+        log.say(f"{where}: {score}; saved to {folder}; next: python -m scripts.sae_eval --sae_path {folder}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,191 @@
+"""End-to-end training: the loss is the model's own, with the SAEs' reconstructions in their places while it runs.
+
+Token rows -> clean and spliced forwards -> cross entropy, or KL(clean || spliced) -> gradients of the SAEs. Masked
+positions (special tokens, padding) keep their activations. (Braun et al. 2024, arxiv.org/abs/2405.12241.)
+
+Letters: N sequences, T positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sae import hooks
+from sae.activations import Acts, ModelSource, gather
+from sae.config import UserError
+from sae.language_model import LanguageModel
+from sae.learner import Learner
+from sae.tokens import TokenRows, kept_positions
+
+
+class Rows(NamedTuple):
+    """Sequences: ids (N, T), which positions are real, and which of those train and count."""
+
+    ids: Tensor
+    valid: Tensor
+    keep: Tensor
+
+
+class RowStream:
+    """Batches of whole sequences with about batch_size kept tokens each: n_batches of them, from any place on.
+
+    Has the face of activations.Stream. A dataset that ends is read again; n_passes counts.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, rows: TokenRows, source: ModelSource, *, n_tokens: int, batch_size: int,
+        skip_first: bool = False,
+    ):  # fmt: skip
+        self.lm, self.rows, self.source, self.skip_first = lm, rows, source, skip_first
+        self.n_rows = max(1, round(batch_size / rows.ctx_len))
+        self.batch_size = self.n_rows * rows.ctx_len
+        self.n_batches = n_tokens // self.batch_size
+        if self.n_batches < 1:
+            raise UserError(f"{n_tokens} tokens do not fill one batch of {self.batch_size}; lower --batch_size")
+        self.n_tokens = self.n_batches * self.batch_size
+        self.n_given = self.n_passes = 0
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> RowStream:
+        return self
+
+    def sample(self) -> Acts:
+        """Activations of some of the first rows, which are not used up."""
+        place = self.rows.state_dict()
+        acts = gather(self.source, 4 * self.batch_size, "the start")
+        self.rows.load_state_dict(place)
+        return acts
+
+    def __next__(self) -> Rows:
+        ids, valid = self.rows.take(self.n_rows)
+        while len(ids) < self.n_rows:  # a batch may span the end of the data and its beginning
+            self.rows.rewind()
+            self.n_passes += 1
+            more, more_valid = self.rows.take(self.n_rows - len(ids))
+            if not len(more):
+                raise UserError("the dataset is empty, or too short for one sequence; give a longer text")
+            ids, valid = torch.cat((ids, more)), torch.cat((valid, more_valid))
+        self.n_given += self.batch_size
+        return Rows(ids, valid, kept_positions(self.lm, ids, valid, skip_first=self.skip_first))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows.state_dict(), "n_given": self.n_given, "n_passes": self.n_passes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows.load_state_dict(state["rows"])
+        self.n_given, self.n_passes = state["n_given"], state["n_passes"]
+
+
+class EndToEnd:
+    """The objective `ce` or `kl`, for SAEs at one or several hookpoints of a model."""
+
+    def __init__(
+        self, lm: LanguageModel, kind: Literal["ce", "kl"], val: list[Rows], *, model_batch_size: int = 16
+    ):  # fmt: skip
+        if not lm.has_head:
+            raise UserError(f"'{lm.name}' has no next-token head, so there is no {kind} to train on; use --loss_fn fvu")
+        self.lm, self.kind, self.val, self.model_batch_size = lm, kind, val, model_batch_size
+
+    def learn(self, batch: Rows, learners: Mapping[str, Learner], step: int) -> None:
+        """Add the gradients of a batch of sequences, model_batch_size of them at a time.
+
+        The loss is the mean over the batch's counted tokens, so that the parts' gradients add up to the whole's.
+        """
+        n_kept, n_counted = int(batch.keep.sum()), int(_counted(batch).sum())
+        device = self.lm.device
+        for part in zip(*(t.split(self.model_batch_size) for t in batch), strict=True):
+            rows = Rows(*part)
+            share = int(rows.keep.sum()) / max(1, n_kept)
+            if not share:
+                continue
+            at = rows.keep.flatten().nonzero()[:, 0].to(device)  # found on the CPU: masks on a GPU make it wait
+            sides: list[tuple[Learner, Tensor, Any, Any]] = []
+
+            def stand_in(learner: Learner, x: Tensor, y: Tensor, sides: list = sides, at: Tensor = at) -> Tensor:
+                inputs, targets = x.flatten(0, 1)[at].float(), y.flatten(0, 1)[at].float()
+                x_hat, target, out, losses = learner.stand_in(inputs, targets, learner.terms(step, inputs, [inputs]))
+                sides.append((learner, target, out, losses))
+                return y.flatten(0, 1).index_copy(0, at, x_hat.to(y.dtype)).view_as(y)
+
+            objective = self._loss(rows, self._edits(learners, stand_in)) / max(1, n_counted)
+            total = objective + sum(losses.total * share for _, _, _, losses in sides)
+            total.backward()
+            for learner, target, out, losses in sides:
+                whole = losses._replace(total=losses.total + objective.detach() / share)
+                learner.account(target, out, whole, share, objective=objective.detach() / share)
+                learner.pending = (out, None)
+
+    @torch.no_grad()
+    def validate(self, learners: Mapping[str, Learner]) -> float:
+        """The objective on the held-out rows, mean per token, with the SAEs as they would be saved."""
+        saes = {name: learner.finished() for name, learner in learners.items()}
+        total, n = 0.0, 0
+        for rows in self.val:
+            at = rows.keep.flatten().nonzero()[:, 0].to(self.lm.device)
+
+            def stand_in(learner: Learner, x: Tensor, y: Tensor, at: Tensor = at) -> Tensor:
+                name = next(n for n, one in learners.items() if one is learner)
+                x_hat = saes[name](x.flatten(0, 1)[at].float()).x_hat
+                return y.flatten(0, 1).index_copy(0, at, x_hat.to(y.dtype)).view_as(y)
+
+            total += float(self._loss(rows, self._edits(learners, stand_in)))
+            n += int(_counted(rows).sum())
+        return total / max(1, n)
+
+    def _edits(
+        self, learners: Mapping[str, Learner], stand_in: Callable[[Learner, Tensor, Tensor], Tensor]
+    ) -> dict[str, Callable[[Tensor], Tensor | None]]:
+        """What to do at each hookpoint: remember a transcoder's input, put the reconstruction in place."""
+        inputs: dict[str, Tensor] = {}
+        edits: dict[str, Callable[[Tensor], Tensor | None]] = {}
+
+        def remember(name: str) -> Callable[[Tensor], None]:
+            return lambda x: inputs.__setitem__(name, x)
+
+        def put(learner: Learner) -> Callable[[Tensor], Tensor]:
+            return lambda y: stand_in(learner, inputs[learner.reads] if learner.config.transcode else y, y)
+
+        for learner in learners.values():
+            if learner.config.transcode:
+                edits[learner.reads] = remember(learner.reads)
+            edits[learner.hookpoint] = put(learner)
+        return edits
+
+    def _loss(self, rows: Rows, edits: dict[str, Callable[[Tensor], Tensor | None]]) -> Tensor:
+        """Sum over counted positions of the cross entropy, or of KL(clean || spliced), in nats."""
+        lm = self.lm
+        ids, valid = rows.ids.to(lm.device), rows.valid.to(lm.device)
+        at = _counted(rows).flatten().nonzero()[:, 0].to(lm.device)
+        pick = lambda logits: logits[:, :-1].flatten(0, 1)[at].float().log_softmax(-1)
+        clean = lm.logits(ids, valid) if self.kind == "kl" else None
+        with hooks.hooked(lm.module, edits):
+            logits = lm.forward_fn(lm.module, ids, valid)
+        assert logits is not None
+        if clean is None:
+            return F.nll_loss(pick(logits), ids[:, 1:].flatten()[at], reduction="sum")
+        return F.kl_div(pick(logits), pick(clean), reduction="sum", log_target=True)
+
+
+def _counted(rows: Rows) -> Tensor:
+    """(N, T-1): positions whose next token is predicted and counts."""
+    return rows.keep[:, :-1] & rows.valid[:, 1:]
+
+
+def held_out(lm: LanguageModel, rows: TokenRows, n_tokens: int, n_rows: int, *, skip_first: bool = False) -> list[Rows]:
+    """The first held-out sequences with about n_tokens kept tokens, n_rows at a time."""
+    found: list[Rows] = []
+    n = 0
+    while n < n_tokens:
+        ids, valid = rows.take(n_rows)
+        if not len(ids):
+            break
+        found.append(Rows(ids, valid, kept_positions(lm, ids, valid, skip_first=skip_first)))
+        n += int(found[-1].keep.sum())
+    return found
