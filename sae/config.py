@@ -45,10 +45,10 @@ class SAEConfig:
 
     # what an SAE is
     d_in: int | None = knob(None, "width of the activations (found from the data when left out)")
-    d_out: int | None = knob(None, "width of what a transcoder predicts (found from the data when left out)")
     d_sae: int | None = knob(
         None, "number of latents (default: d_in * expansion_factor)", alias=("num_latents", "n_dirs"), sweep=True
     )
+    d_out: int | None = knob(None, "width of what a transcoder predicts (found from the data when left out)")
     activation: Literal["topk", "batchtopk", "groupmax", "abstopk", "relu", "gated", "jumprelu", "matryoshka"] = knob(
         "topk", "how latents are made sparse", sweep=True
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -29,8 +28,6 @@ from sae import log
 from sae.activations import check_finite
 from sae.config import UserError, VizConfig, require
 from sae.evaluator import Totals
-from sae.formats import write_atomic
-from sae.hooks import natural
 from sae.kernels import Codes
 from sae.language_model import LanguageModel
 from sae.models import SAE
@@ -450,72 +447,3 @@ def collect_features(
         all_features=True, top_k=top_k, context_tokens=context_tokens,
     )  # fmt: skip
     return FeatureVisualizer(sae, config, lm=lm, hookpoint=hookpoint, dataset=dataset, skip_first=skip_first).records
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# plots
-
-
-def _axes(n_rows: int = 1, n_columns: int = 1) -> tuple[Any, list[Any]]:
-    """A figure and its axes, without pyplot, whose global state belongs to the caller's notebook."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.5 + 3.5 * n_columns, 1 + 2.7 * n_rows), layout="constrained")
-    axes = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", color="0.92")
-        ax.set_axisbelow(True)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> Path:
-    write_atomic(path, lambda tmp: figure.savefig(tmp, format="png", dpi=130))
-    return path
-
-
-def plot_training(metrics_jsonl: Path, folder: Path) -> list[Path]:
-    """training.png: a run's metrics.jsonl against tokens; a colour per hookpoint, lines for training, dots for val."""
-    from matplotlib import colormaps
-
-    texts = Path(metrics_jsonl).read_text(encoding="utf-8").splitlines()
-    lines = [json.loads(text) for text in texts if text.endswith("}")]  # a killed run's last line may be torn
-    batch = next((x["tokens"] / x["step"] for x in lines if "tokens" in x), 1)
-    names = sorted({x.get("hookpoint", "") for x in lines}, key=natural)
-    colours = dict(zip(names, colormaps["viridis"](np.linspace(0, 1, len(names) + 2)[1:-1]), strict=True))
-    panels = {
-        "loss": {"loss": "-", "val_total_loss": "o"}, "learning rate": {"lr": "-"},
-        "explained variance": {"explained_variance": "-", "val_explained_variance": "o"},
-        "active latents per token (L0)": {"l0": "-", "val_l0": "o"},
-        "dead latents (share)": {"dead_fraction": "-", "val_dead_fraction": "o"},
-    }  # fmt: skip
-    figure, axes = _axes(2, 3)
-    for ax, (title, curves) in zip(axes, panels.items(), strict=False):
-        for name, (key, style) in itertools.product(names, curves.items()):
-            points = [(batch * x["step"] / 1e6, x[key]) for x in lines if x.get("hookpoint", "") == name and key in x]
-            label = f"{name} {'training' if style == '-' else 'held out'}"
-            ax.plot(*np.array(points).reshape(-1, 2).T, style, color=colours[name], ms=4, label=label)
-        ax.set(title=title, xlabel="million tokens", xlim=(0, None))
-        if title != "explained variance":  # which may be below 0
-            ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
-    axes[-1].axis("off")
-    axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center left", frameon=False)
-    return [_save(figure, folder / "training.png")]
-
-
-def plot_evaluation(totals: Totals, folder: Path) -> list[Path]:
-    """density.png and l0.png: how often each latent fires, and how many fire at once."""
-    densities, counts, n = totals.densities().cpu().numpy(), totals.l0_counts.cpu().numpy(), max(1, totals.n)
-    n_live, n_all = int((densities > 0).sum()), len(densities)
-    density, (ax,) = _axes()
-    ax.hist(densities[densities > 0], bins=np.geomspace(0.7 / n, 1, 40), color="#21918c", ec="w")
-    ax.set_title(f"{n_live:,} of {n_all:,} latents fire on {n:,} tokens, {n_all - n_live:,} are dead")
-    ax.set(xlabel="share of tokens that a latent is active on", ylabel="latents", xscale="log")
-    l0, (ax,) = _axes()
-    used = np.flatnonzero(counts) if counts.any() else np.zeros(1, dtype=int)
-    step = (used[-1] - used[0]) // 60 + 1
-    bins = np.arange(used[0], used[-1] + step + 1, step) - 0.5
-    ax.hist(used, bins=bins, weights=counts[used] / n, color="#21918c", ec="w")
-    ax.set_title(f"mean L0 {counts @ np.arange(len(counts)) / n:.1f}")
-    ax.set(xlabel="active latents of a token (L0)", ylabel="share of tokens", xlim=(used[0] - 5, used[-1] + 5))
-    return [_save(density, folder / "density.png"), _save(l0, folder / "l0.png")]

@@ -86,7 +86,10 @@ def _check(name: str, hint: Any, value: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         if isinstance(value, (list, tuple)):
-            return tuple(_check(name, item, v) for v in value)
+            try:
+                return tuple(_check(name, item, v) for v in value)
+            except UserError:
+                pass
         raise UserError(f"{name}={value!r}; a list of {item.__name__} was wanted")
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)

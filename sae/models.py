@@ -209,13 +209,13 @@ class _Jump(torch.autograd.Function):
     def forward(ctx, pre, threshold, bandwidth):
         ctx.save_for_backward(pre, threshold)
         ctx.bandwidth = bandwidth
-        return pre * (pre > threshold)
+        return pre * (pre > threshold.clamp(min=0))
 
     @staticmethod
     def backward(ctx, grad):
         pre, threshold = ctx.saved_tensors
         near = ((pre - threshold).abs() < ctx.bandwidth / 2) * grad
-        return grad * (pre > threshold), -(threshold / ctx.bandwidth) * near.sum(0), None
+        return grad * (pre > threshold.clamp(min=0)), -(threshold / ctx.bandwidth) * near.sum(0), None
 
 
 class _Step(torch.autograd.Function):
@@ -247,7 +247,7 @@ class JumpReLU(SAE):
 
     def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor]:  # noqa: ARG002
         pre = self.pre_activations(x)
-        return Codes(None, _Jump.apply(pre.relu(), self.threshold, self.config.bandwidth)), pre
+        return Codes(None, _Jump.apply(pre, self.threshold, self.config.bandwidth)), pre
 
     def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
         if self.config.jumprelu_penalty == "tanh":

@@ -8,12 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib.figure import Figure
-
-from sae import formats
+from sae import formats, plots
 
 COLUMNS = ("explained_variance", "l0", "dead_fraction")
 
@@ -53,7 +48,7 @@ def write(last: Mapping[str, Mapping[str, float]], folder: Path) -> list[str]:
     front = pareto(table)
     formats.write_json({"saes": {name: dict(m) for name, m in last.items()}, "table": table, "pareto": front},
                        folder / "sweep.json")  # fmt: skip
-    _plot(table, front, folder / "plots" / "pareto.png")
+    plots.plot_pareto(table, front, folder / "plots" / "pareto.png")
     width = max(len(row["name"]) for row in table)
     lines = [f"{'':{width}}  explained variance        L0          dead   seeds"]
     for row in table:
@@ -64,21 +59,3 @@ def write(last: Mapping[str, Mapping[str, float]], folder: Path) -> list[str]:
             + ("  *" if row["name"] in front else "")
         )
     return [*lines, f"* not beaten at its L0; picture: {folder / 'plots' / 'pareto.png'}"]
-
-
-def _plot(table: list[dict[str, Any]], front: list[str], path: Path) -> None:
-    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for row in table:
-        axes.errorbar(
-            row["l0"], row["explained_variance"], xerr=row["l0_sd"], yerr=row["explained_variance_sd"], fmt="o",
-            capsize=2, color="C0" if row["name"] in front else "0.6",
-        )  # fmt: skip
-        axes.annotate(row["name"], (row["l0"], row["explained_variance"]), xytext=(5, 4), textcoords="offset points",
-                      fontsize=7)  # fmt: skip
-    best = sorted((r["l0"], r["explained_variance"]) for r in table if r["name"] in front)
-    axes.plot(*zip(*best, strict=True), color="C0", lw=1, zorder=0)
-    axes.set(xlabel="active latents per token (L0)", ylabel="explained variance", title="Which SAE for which L0")
-    axes.margins(x=0.2)
-    axes.grid(alpha=0.3)
-    formats.write_atomic(path, lambda tmp: figure.savefig(tmp, format="png"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sae import feature_viz, formats, log
+from sae import formats, log, plots
 from sae.config import EvalConfig, UserError, from_cli
 from sae.evaluator import evaluate, summary
 from sae.language_model import LanguageModel, best_device, load_language_model
@@ -39,12 +39,12 @@ def main(argv: list[str]) -> None:
         model_batch_size=c.model_batch_size,
     )  # fmt: skip
     formats.write_json(report.to_dict(), out / "eval.json")
-    plots = feature_viz.plot_evaluation(totals, out / "plots")
+    pictures = plots.plot_evaluation(totals, out / "plots")
     if (folder / "metrics.jsonl").is_file():
-        plots += feature_viz.plot_training(folder / "metrics.jsonl", out / "plots")
+        pictures += plots.plot_training(folder / "metrics.jsonl", out / "plots")
     for line in summary(report):
         log.say(line)
-    log.say(f"written to {out / 'eval.json'} and {', '.join(str(p) for p in plots)}")
+    log.say(f"written to {out / 'eval.json'} and {', '.join(str(p) for p in pictures)}")
 
 
 if __name__ == "__main__":

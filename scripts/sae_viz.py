@@ -6,7 +6,8 @@ from pathlib import Path
 
 from sae import log
 from sae.config import VizConfig, from_cli
-from sae.feature_viz import FeatureVisualizer, plot_evaluation, plot_training
+from sae.feature_viz import FeatureVisualizer
+from sae.plots import plot_evaluation, plot_training
 from scripts.sae_eval import open_sae
 
 

@@ -6,13 +6,24 @@ Run: python -m pytest tests/test_config.py
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae import config as cfg
-from sae.config import CollectConfig, EvalConfig, SAEConfig, TrainConfig, UserError, VizConfig, from_cli
+from sae import schedules as sched
+from sae.config import (
+    REPLACED,
+    CollectConfig,
+    EvalConfig,
+    SAEConfig,
+    TrainConfig,
+    UserError,
+    VizConfig,
+    from_cli,
+    variants,
+)  # fmt: skip
 
 CONFIGS = [SAEConfig, TrainConfig, EvalConfig, VizConfig, CollectConfig]
 
@@ -28,6 +39,8 @@ def test_defaults_round_trip_and_help(cls, capsys, tmp_path):
     assert e.value.code == 0
     text = capsys.readouterr().out
     for f in dataclasses.fields(cls):
+        if f.name == "sweep":  # filled by the flags that take several values
+            continue
         assert f"--{f.name}" in text
         assert f.metadata["help"][:20] in " ".join(text.split())
 
@@ -136,23 +149,141 @@ def test_from_model():
 
 def test_schedules():
     c = SAEConfig(d_in=8, learning_rate=1.0, warmup_steps=10, decay_fraction=0.5)
-    lrs = [cfg.lr_at(s, c, 100) for s in range(100)]
+    lrs = [sched.lr_at(s, c, 100) for s in range(100)]
     assert 0 < lrs[0] < lrs[5] < lrs[20] == lrs[49] == 1.0
     assert lrs[-1] == pytest.approx(0.02)
     assert all(a >= b for a, b in zip(lrs[50:], lrs[51:], strict=False))
     flat = SAEConfig(d_in=8, learning_rate=1.0, warmup_steps=0, decay_fraction=0.0)
-    assert {cfg.lr_at(s, flat, 100) for s in range(100)} == {1.0}
-    relu = SAEConfig(activation="relu", l1_coefficient=2.0, sparsity_warmup=0.5)
-    assert cfg.l1_at(0, relu, 100) == pytest.approx(0.04)
-    assert cfg.l1_at(60, relu, 100) == 2.0
-    assert cfg.l1_at(0, dataclasses.replace(relu, sparsity_warmup=0.0), 100) == 2.0
-    assert cfg.peak_lr(SAEConfig(d_sae=1536 * 4)) == pytest.approx(cfg.peak_lr(SAEConfig(d_sae=1536)) / 2)
-    assert cfg.dead_after_tokens(SAEConfig(), 10**12) == 10_000_000
-    assert cfg.dead_after_tokens(SAEConfig(dead_feature_threshold=7), 10**12) == 7
-    assert cfg.n_latents(SAEConfig(d_in=8, expansion_factor=4)) == 32
+    assert {sched.lr_at(s, flat, 100) for s in range(100)} == {1.0}
+    cosine = dataclasses.replace(c, lr_schedule="cosine")
+    assert sched.lr_at(75, cosine, 100) == pytest.approx(0.5)
+    assert sched.lr_at(60, cosine, 100) > sched.lr_at(60, c, 100)
+    assert sched.lr_at(99, dataclasses.replace(c, lr_schedule="constant"), 100) == 1.0
+    assert sched.lr_at(99, dataclasses.replace(c, optimizer="signum"), 100) == 1.0
+    relu = SAEConfig(activation="relu", sparsity_warmup=0.5, p_anneal=0.5)
+    assert sched.sparsity_at(0, relu, 100) == pytest.approx(0.02)
+    assert sched.sparsity_at(60, relu, 100) == 1.0
+    assert sched.sparsity_at(0, dataclasses.replace(relu, sparsity_warmup=0.0), 100) == 1.0
+    assert [sched.p_at(s, relu, 100) for s in (0, 49, 74, 99)] == [1.0, 1.0, 0.75, 0.5]
+    assert sched.target_l0(relu) == 32.0
+    assert sched.target_l0(SAEConfig(activation="relu", l1_coefficient=0.1)) is None
+    assert sched.target_l0(SAEConfig()) is None
+    falling = SAEConfig(d_in=100, k=10, k_decay_steps=10)
+    assert [sched.k_at(s, falling) for s in (0, 5, 9, 10, 10**6)] == [100, 55, 19, 10, 10]
+    assert sched.k_at(0, SAEConfig(d_in=100, k=10)) == 10
+    every = SAEConfig(resample_every=10)
+    assert [s for s in range(100) if sched.resamples_at(s, every, 100)] == [9, 19, 29, 39, 49]
+    assert sched.dead_below(SAEConfig(d_sae=320, k=32, dead_percentage_threshold=0.1)) == pytest.approx(0.01)
+    assert sched.dead_below(SAEConfig(dead_latent_threshold=1e-3)) == 1e-3
+    assert sched.dead_below(SAEConfig()) is None
+    assert sched.peak_lr(SAEConfig(d_sae=1536 * 4)) == pytest.approx(sched.peak_lr(SAEConfig(d_sae=1536)) / 2)
+    assert sched.dead_after_tokens(SAEConfig(), 10**12) == 10_000_000
+    assert sched.dead_after_tokens(SAEConfig(dead_feature_threshold=7), 10**12) == 7
+    assert sched.n_latents(SAEConfig(d_in=8, expansion_factor=4)) == 32
     with pytest.raises(UserError, match="neither"):
-        cfg.n_latents(SAEConfig())
+        sched.n_latents(SAEConfig())
     assert math.isclose(SAEConfig().auxk_alpha, 1 / 32)
+
+
+def test_settings_that_do_not_go_together():
+    for flags, words in (
+        (["--tied", "--transcode"], "drop it or --transcode"),
+        (["--skip_connection"], "give --transcode too"),
+        (["--activation", "relu", "--target_l0", "40", "--l1_coefficient", "1"], "drop --l1_coefficient"),
+        (["--target_l0", "40"], "give --k instead"),
+        (["--multi_topk", "--activation", "relu"], "--multi_topk is for"),
+        (["--p_anneal", "0.5"], "--p_anneal is for"),
+        (["--dead_feature_threshold", "5", "--dead_latent_threshold", "0.1"], "choose one of"),
+        (["--loss_fn", "kl", "--resample_every", "5"], "whole sequences"),
+        (["--loss_fn", "ce", "--activations", "x"], "goes not with --activations"),
+        (["--loss_fn", "ce", "--k", "4", "8"], "one value to each flag"),
+        (["--batch_size", "4", "--ctx_len", "512"], "--batch_size 2048"),
+        (["--layers", "1", "2", "--layer_stride", "2"], "name those you want"),
+        (["--normalize_activations", "layer_norm", "--transcode"], "cannot be undone"),
+        (["--k", "4", "4"], "the same value twice"),
+        (["--n_replicas", "8"], "torchrun"),
+        (["--load-in-8bit"], "is not a flag here"),
+        (["--matryoshka_prefixes", "2", "--activation", "matryoshka"], "parts between 0 and 1"),
+        (["--ema", "1"], "such as 0.999"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            from_cli(TrainConfig, flags, replaced=REPLACED)
+
+
+def test_lists_make_variants():
+    c = from_cli(TrainConfig, ["--k", "16", "32", "--init_seeds", "0", "1", "--lr", "1e-3"])
+    assert c.sweep == {"k": [16, 32], "seed": [0, 1]}
+    assert (c.k, c.seed, c.learning_rate) == (16, 0, 1e-3)
+    found = variants(c)
+    assert list(found) == ["k16_seed0", "k16_seed1", "k32_seed0", "k32_seed1"]
+    assert (found["k32_seed1"].k, found["k32_seed1"].seed, found["k32_seed1"].sweep) == (32, 1, {})
+    assert list(variants(TrainConfig())) == [""]
+    assert from_cli(TrainConfig, ["--init_seeds", "42"]).seed == 42
+    assert TrainConfig.from_dict(json.loads(json.dumps(c.to_dict()))) == c
+    one = variants(from_cli(TrainConfig, ["--activation", "relu", "topk", "--expansion_factor", "4", "8"]))
+    assert list(one) == ["relu_x4", "relu_x8", "topk_x4", "topk_x8"]
+
+
+SEEDS_FLAGS = [
+    "--k",
+    "--expansion_factor",
+    "--num_latents",
+    "--grad_acc_steps",
+    "--micro_acc_steps",
+    "--ctx_len",
+    "--optimizer",
+    "--lr",
+    "--weight_decay",
+    "--dead_feature_threshold",
+    "--dead_percentage_threshold",
+    "--auxk_alpha",
+    "--save_every",
+    "--save_best",
+    "--save_dir",
+    "--run_name",
+    "--resume",
+    "--finetune",
+    "--log_to_wandb",
+    "--wandb_log_frequency",
+    "--shuffle_seed",
+    "--init_seeds",
+    "--data_preprocessing_num_proc",
+    "--loss_fn",
+    "--layer",
+    "--layers",
+    "--layer_stride",
+    "--hookpoints",
+    "--distribute_modules",
+    "--transcode",
+    "--skip_connection",
+    "--multi_topk",
+    "--k_decay_steps",
+    "--exclude_tokens",
+    "--max_tokens",
+    "--batch_size",
+    "--activation",
+    "--hook_type",
+    "--num_activations",
+    "--num_epochs",
+    "--learning_rate",
+    "--output_dir",
+    "--l1_coefficient",
+    "--checkpoint",
+    "--model_name",
+    "--dataset_name",
+]
+
+
+@pytest.mark.parametrize("flag", SEEDS_FLAGS)
+def test_every_flag_of_the_documents_this_grew_from_is_taken(flag):
+    values = {
+        "--layers": ["1", "2"], "--init_seeds": ["0", "1"], "--exclude_tokens": ["5"], "--optimizer": ["sgd"],
+        "--loss_fn": ["mse"], "--hookpoints": ["h.*.mlp"], "--activation": ["groupmax"], "--hook_type": ["mlp"],
+        "--batch_size": ["64"], "--dead_percentage_threshold": ["0.0005"], "--num_latents": ["64"], "--ctx_len": ["64"],
+    }  # fmt: skip
+    for argv in ([flag, *values.get(flag, ["1"])], [flag.replace("_", "-"), *values.get(flag, ["1"])]):
+        extra = ["--transcode"] if flag == "--skip_connection" else []
+        from_cli(TrainConfig, argv + extra, replaced=REPLACED)
 
 
 def test_a_place_is_said_once_and_resume_is_not_inherited(tmp_path):
@@ -167,7 +298,7 @@ def test_a_place_is_said_once_and_resume_is_not_inherited(tmp_path):
         from_cli(TrainConfig, ["--config", str(path)])
 
 
-@pytest.mark.parametrize("fields", [{"activation": "jump"}, {"dtype": "float16"}, {"k": "4"}, {"seed": 10**15}])
+@pytest.mark.parametrize("fields", [{"activation": "jump"}, {"dtype": "float8"}, {"k": "4"}, {"seed": 10**15}])
 def test_configs_made_in_python_are_checked_too(fields):
     with pytest.raises(UserError):
         SAEConfig(d_in=8, **fields)

@@ -31,12 +31,11 @@ from sae.feature_viz import (
     FeatureVisualizer,
     collect_features,
     feature_page,
-    plot_evaluation,
-    plot_training,
     shown,
 )
 from sae.kernels import Codes
 from sae.models import create_sae
+from sae.plots import plot_evaluation, plot_training
 from sae.tokens import TokenRows, kept_positions, open_dataset
 from scripts import sae_viz
 from tests.conftest import ROOT, make_text

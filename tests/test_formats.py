@@ -18,7 +18,7 @@ ALL = sorted(KINDS)
 
 
 def make(activation, **fields):
-    sae = create_sae(SAEConfig(d_in=6, d_sae=20, activation=activation, k=3, batch_size=17, **fields))
+    sae = create_sae(SAEConfig(d_in=6, d_sae=20, activation=activation, k=4, batch_size=17, **fields))
     with torch.no_grad():
         for p in sae.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))))
@@ -27,7 +27,7 @@ def make(activation, **fields):
 
 @pytest.mark.parametrize("activation", ALL)
 def test_save_load_is_bit_equal(activation, tmp_path):
-    sae = make(activation)
+    sae = make(activation).eval()
     formats.save_sae(sae, tmp_path / "run", hookpoint="transformer.h.3", model_name="pygpt")
     x = torch.randn(9, 6)
     for path in (tmp_path / "run", tmp_path / "run" / formats.WEIGHTS, tmp_path):

@@ -46,6 +46,52 @@ def test_decode_equals_its_twin(size, dtype):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 if dtype is torch.float32 else 1e-10)
 
 
+def ragged(size, dtype=torch.float64):
+    """The problem with as many latents per token as comes: about half of the places, tokens without any included."""
+    x, W_enc, b_enc, W_dec, indices, values, grad = problem(*size, dtype=dtype)
+    keep = torch.rand(indices.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    keep[0] = False
+    keep[-1] = False
+    counts = keep.sum(1)
+    return x, W_enc, b_enc, W_dec, indices[keep], counts.cumsum(0) - counts, values[keep], grad
+
+
+@pytest.mark.parametrize("size", [SIZES[0], SIZES[2]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ragged_codes_equal_their_twins(size, dtype):
+    x, W_enc, b_enc, W_dec, indices, offsets, values, grad = ragged(size, dtype)
+    pre = x @ W_enc + b_enc
+    gather = lambda f: gradients(
+        lambda x, W, b: f(x, W, b, pre, indices, offsets), x, W_enc, b_enc, out_grad=torch.ones_like(values) + values
+    )
+    decode = lambda f: gradients(lambda v, W: f(indices, v, W, offsets), values, W_dec, out_grad=grad)
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-10
+    for fast, twin in ((gather(kernels.gather_pre), gather(kernels.gather_pre_reference)),
+                       (decode(kernels.decode), decode(kernels.decode_reference))):  # fmt: skip
+        for got, want in zip(fast, twin, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=tolerance)
+    codes = Codes(indices, values, offsets)
+    dense = Codes(None, codes.dense(size[2]))
+    assert torch.equal(codes.l0(), dense.l0())
+    assert torch.equal(codes.fired(size[2]), dense.fired(size[2]))
+    assert torch.equal(codes.sparse(size[2]).dense(size[2]), dense.values)
+
+
+def test_batch_top_k_and_above():
+    pre = torch.randn(9, 31, generator=torch.Generator().manual_seed(0))
+    indices, offsets = kernels.batch_top_k(pre, 40)
+    rows = kernels.rows_of(indices, offsets)
+    got = torch.zeros_like(pre, dtype=torch.bool)
+    got[rows, indices] = True
+    cut = pre.flatten().topk(40).values.min()
+    assert torch.equal(got, pre >= cut)
+    indices, offsets = kernels.above(pre, torch.full((31,), 0.5))
+    got = torch.zeros_like(pre, dtype=torch.bool)
+    got[kernels.rows_of(indices, offsets), indices] = True
+    assert torch.equal(got, pre > 0.5)
+    assert len(kernels.above(pre, torch.full((31,), 99.0))[0]) == 0
+
+
 def test_a_latent_named_twice_counts_twice():
     W_dec = torch.eye(3)
     indices, values = torch.tensor([[1, 1]]), torch.tensor([[2.0, 3.0]])
@@ -72,7 +118,7 @@ def test_double_check_by_finite_differences():
 
 def test_the_path_for_other_devices_equals_the_fast_one():
     _, _, _, W_dec, indices, _, left = problem(33, 127, 1001, 7)
-    fast = kernels._dot_at(indices, left, W_dec)
+    fast = kernels._dot_at(indices, None, left, W_dec)
     slow = torch.stack([(left * W_dec[indices[:, j]]).sum(-1) for j in range(indices.shape[1])], 1)
     torch.testing.assert_close(fast, slow)
 

@@ -48,7 +48,7 @@ def test_topk_selects_before_relu():
 
 @pytest.mark.parametrize("activation", ALL)
 def test_encode_decode_agree_with_forward(activation):
-    sae, x = make(activation), data()
+    sae, x = make(activation).eval(), data()
     out = sae(x)
     torch.testing.assert_close(sae.decode(sae.encode(x)), out.x_hat)
     torch.testing.assert_close(sae.decode_codes(sae.encode_sparse(x)), out.x_hat)
@@ -77,66 +77,140 @@ def test_every_parameter_gets_a_gradient(activation):
         assert float(p.grad.abs().sum()) > 0, name
 
 
-def plain_loss(activation, p, x, k, variance, sparsity):
+def chosen(activation, pre, k):
+    """0/1 mask of the latents a kind keeps, from the definition."""
+    flat = torch.zeros_like(pre)
+    if activation in ("batchtopk", "matryoshka"):
+        return flat.view(-1).scatter(0, pre.flatten().topk(k * len(pre)).indices, 1.0).view_as(pre)
+    if activation == "groupmax":
+        groups = pre.view(len(pre), k, -1)
+        return (groups == groups.max(-1, keepdim=True).values).to(pre.dtype).view_as(pre)
+    return flat.scatter(1, (pre.abs() if activation == "abstopk" else pre).topk(k).indices, 1.0)
+
+
+def smooth_step(z, bandwidth):
+    """A function with the value of the step at z and the gradient of the ramp of that width."""
+    ramp = (z / bandwidth + 0.5).clamp(0, 1)
+    return (z > 0).to(z.dtype) + ramp - ramp.detach()
+
+
+def plain_loss(c, p, x, y, variance, sparsity):
     """The formulas of the papers, dense, on a dict of float64 parameters."""
-    centred = x - p["b_dec"]
+    centred = x if c.transcode else x - p["b_dec"]
+    W_enc = p["W_dec"].t() if c.tied else p["W_enc"]
     norms = p["W_dec"].norm(dim=1)
-    if activation == "topk":
-        pre = centred @ p["W_enc"] + p["b_enc"]
-        mask = torch.zeros_like(pre).scatter(1, pre.topk(k).indices, 1.0)
-        f, penalty, extra = pre.relu() * mask, 0.0, 0.0
-    elif activation == "relu":
-        f = (centred @ p["W_enc"] + p["b_enc"]).relu()
-        penalty, extra = (f * norms).sum(1).mean(), 0.0
+    skip = x @ p["W_skip"].t() if c.skip_connection else 0.0
+    out = lambda f: f @ p["W_dec"] + p["b_dec"] + skip
+    error = lambda f: (y - out(f)).square().sum(1).mean()
+    penalty, extra = torch.zeros(()), torch.zeros(())
+    pre = centred @ W_enc + p.get("b_enc", p.get("b_gate"))
+    root = math.sqrt(c.d_in)
+    if c.activation == "relu":
+        f = pre.relu()
+        penalty = (f * norms / root).sum(1).mean()
+    elif c.activation == "gated":
+        f = (pre > 0) * (centred @ (W_enc * p["r_mag"].exp()) + p["b_mag"]).relu()
+        penalty = (pre.relu() * norms / root).sum(1).mean()
+        frozen = x @ p["W_skip"].detach().t() if c.skip_connection else 0.0
+        extra = (y - pre.relu() @ p["W_dec"].detach() - p["b_dec"].detach() - frozen).square().sum(1).mean()
+    elif c.activation == "jumprelu":
+        theta = p["threshold"]
+        passed = (pre > theta).to(pre.dtype)
+        # value pre * H(pre - theta); gradient: H to pre, and -(theta / eps) in the window to theta
+        gate = smooth_step(pre.detach() - theta, c.bandwidth)
+        f = pre.relu() * passed + theta.detach() * (gate - gate.detach())
+        l0 = smooth_step(pre.detach() - theta, c.bandwidth).sum(1).mean()
+        penalty = {
+            "step": l0, "tanh": torch.tanh(4 * f * norms / root).sum(1).mean(), "quadratic": (l0 / c.k - 1) ** 2,
+        }[c.jumprelu_penalty]  # fmt: skip
     else:
-        gate = centred @ p["W_enc"] + p["b_gate"]
-        f = (gate > 0) * (centred @ (p["W_enc"] * p["r_mag"].exp()) + p["b_mag"]).relu()
-        penalty = (gate.relu() * norms).sum(1).mean()
-        extra = (x - gate.relu() @ p["W_dec"].detach() - p["b_dec"].detach()).square().sum(1).mean()
-    error = (x - f @ p["W_dec"] - p["b_dec"]).square().sum(1).mean()
-    return error / variance + extra / variance + sparsity * penalty / math.sqrt(variance)
+        mask = chosen(c.activation, pre, c.k)
+        f = pre * mask if c.activation == "abstopk" else pre.relu() * mask
+        if c.multi_topk:
+            extra = error(pre.relu() * chosen("topk", pre, 4 * c.k)) / 8
+        if c.activation == "matryoshka":
+            sizes = [round(part * c.d_sae) for part in c.matryoshka_prefixes]
+            extra = sum(error(f * (torch.arange(c.d_sae) < n)) for n in sizes)
+    return error(f) / variance + extra / variance + sparsity * penalty
 
 
-@pytest.mark.parametrize("activation", ALL)
-def test_loss_and_gradients_equal_the_papers_formula(activation):
-    sae, x = make(activation), data()
+CASES = [
+    *({"activation": a} for a in ALL),
+    *({"activation": a, "transcode": True, "d_out": 9} for a in ALL),
+    *({"activation": a, "transcode": True, "skip_connection": True, "d_out": 9} for a in ALL),
+    *({"activation": a, "tied": True} for a in ALL),
+    *({"activation": "jumprelu", "jumprelu_penalty": p} for p in ("tanh", "quadratic")),
+    {"activation": "topk", "multi_topk": True},
+    {"activation": "relu", "l1_weighting": "decoder", "normalize_decoder": False},
+]
+name_of = lambda case: "-".join(str(v) if v is not True else k for k, v in case.items())
+
+
+def shaken(case, seed=1):
+    """An SAE whose parameters are all away from their start."""
+    sae = make(**case)
+    g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in sae.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    variance = float(x.var(0).sum())
-    total = sae.loss(x, sae(x), variance=variance, sparsity=0.1).total
+        for name, p in sae.named_parameters():
+            p.add_((0.5 if name == "threshold" else 0.05) * torch.rand(p.shape, generator=g))
+            if case.get("transcode") and name == "W_dec":
+                p.add_(torch.randn(p.shape, generator=g))
+    return sae
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_loss_and_gradients_equal_the_papers_formula(case):
+    sae, x = shaken({**case, "bandwidth": 0.7}), data()
+    y = data(d=9, seed=5) if sae.config.transcode else x
+    variance = float(y.var(0).sum())
+    total = sae.loss(x, sae(x), y=y, variance=variance, sparsity=0.1).total
     total.backward()
     exact = {n: p.detach().double().requires_grad_() for n, p in sae.named_parameters()}
-    want = plain_loss(activation, exact, x.double(), 5, variance, 0.1)
+    want = plain_loss(sae.config, exact, x.double(), y.double(), variance, 0.1)
     want.backward()
     assert total.item() == pytest.approx(want.item(), rel=1e-5)
     for name, p in sae.named_parameters():
-        torch.testing.assert_close(p.grad.double(), exact[name].grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: n + m)
+        scale = float(exact[name].grad.abs().max())
+        error = float((p.grad.double() - exact[name].grad).abs().max())
+        assert error <= 1e-5 * max(scale, 1e-3), (name, error, scale)
 
 
-@pytest.mark.parametrize("activation", ALL)
-def test_micro_batches_give_the_gradient_of_the_whole_batch(activation):
-    x = data()
-    whole, parts = make(activation), make(activation)
-    variance = float(x.var(0).sum())
-    whole.loss(x, whole(x), variance=variance, sparsity=0.1).total.backward()
-    for part in x.split(16):
-        (parts.loss(part, parts(part), variance=variance, sparsity=0.1).total / 4).backward()
-    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("activation", ALL)
-def test_permuting_latents_changes_nothing(activation):
-    sae, x = make(activation), data()
-    other = make(activation)
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_permuting_latents_permutes_gradients(case):
+    sae, x = shaken(case), data()
+    y = data(d=9, seed=5) if sae.config.transcode else None
+    other = make(**case)
+    g = torch.Generator().manual_seed(0)
+    order = torch.randperm(40, generator=g)
+    if case["activation"] == "groupmax":  # within a group; groups are told apart by place
+        order = torch.cat([8 * i + torch.randperm(8, generator=g) for i in range(5)])
+    if case["activation"] == "matryoshka":  # within what lies between two prefixes
+        cuts = [0, *sae.prefixes(), 40]
+        order = torch.cat([a + torch.randperm(b - a, generator=g) for a, b in zip(cuts, cuts[1:], strict=False)])
+    by = lambda name, t: t if name in ("b_dec", "W_skip") else t[:, order] if name == "W_enc" else t[order]
     with torch.no_grad():
         for name, p in other.named_parameters():
-            source = getattr(sae, name)
-            p.copy_(source if name == "b_dec" else source[:, order] if name == "W_enc" else source[order])
+            p.copy_(by(name, getattr(sae, name)))
+    for one in (sae, other):
+        one.loss(x, one(x), y=y, variance=7.0, sparsity=0.1).total.backward()
     torch.testing.assert_close(sae(x).x_hat, other(x).x_hat)
-    torch.testing.assert_close(sae.encode(x)[:, order], other.encode(x))
+    torch.testing.assert_close(sae(x).codes.dense(40)[:, order], other(x).codes.dense(40))
+    for name, p in other.named_parameters():
+        torch.testing.assert_close(p.grad, by(name, getattr(sae, name).grad), msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_micro_batches_give_the_gradient_of_the_whole_batch(case):
+    x = data()
+    whole, parts = shaken(case), shaken(case)
+    y = data(d=9, seed=5) if whole.config.transcode else x
+    whole.loss(x, whole(x), y=y, variance=7.0, sparsity=0.1).total.backward()
+    seen = parts.survey(list(x.split(16)))
+    for part, target in zip(x.split(16), y.split(16), strict=True):
+        out = parts(part, whole=seen)
+        (parts.loss(part, out, y=target, variance=7.0, sparsity=0.1, whole=seen).total / 4).backward()
+    for (name, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: n + m)
 
 
 def test_auxk_alone_moves_the_encoder_of_dead_latents_only():
@@ -159,8 +233,10 @@ def test_auxk_equals_the_papers_formula():
         pre = sae.pre_activations(x).masked_fill(~dead, -torch.inf)
         values, indices = pre.topk(6)  # D / 2
         f = torch.zeros(64, 40).scatter(1, indices, values.relu())
-        want = (f @ sae.W_dec - e).square().sum() / (e - e.mean(0)).square().sum() * min(1, int(dead.sum()) / 6)
+        want = (f @ sae.W_dec - e).square().sum() / e.square().sum() * min(1, int(dead.sum()) / 6)
     torch.testing.assert_close(got, want)
+    halved = sae.dead_loss(x, sae(x), dead, residual=2 * float(e.square().sum(1).mean()))
+    torch.testing.assert_close(halved, want / 2)
 
 
 @pytest.mark.parametrize("activation", ALL)
@@ -214,7 +290,99 @@ def test_forward_is_pure(activation):
     sae.train()
     trained = sae(x).x_hat
     sae.eval()
-    assert torch.equal(trained, sae(x).x_hat)
+    assert torch.equal(trained, sae(x).x_hat) or activation in ("batchtopk", "matryoshka")
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "matryoshka"])
+def test_batch_topk_learns_the_threshold_that_it_uses_later(activation):
+    sae, x = make(activation), data(4096)
+    kept = sae(x).codes
+    assert int((kept.values != 0).sum()) == 5 * 4096  # exactly k per token on average, any number for each
+    assert kept.l0().float().std() > 0.5
+    for step, part in enumerate(x.split(256)):
+        before = sae.threshold.clone()
+        out = sae(part)
+        assert torch.equal(before, sae.threshold)
+        sae.observe_(out, step)
+    assert len(set(sae.threshold.tolist())) == 1
+    sae.eval()
+    assert float(sae(x[:2048]).codes.l0().float().mean()) == pytest.approx(5, rel=0.05)
+    alone = sae(x[:1]).codes.dense(40)
+    torch.testing.assert_close(alone, sae(x).codes.dense(40)[:1])  # inference does not depend on the batch
+
+
+def test_abstopk_keeps_signs():
+    sae, x = make("abstopk"), data()
+    latents = sae.encode(x).detach()
+    assert float(latents.min()) < 0 < float(latents.max())
+    want = sae.pre_activations(x).abs().topk(5).indices.sort(1).values
+    assert torch.equal(sae.encode_sparse(x).indices.sort(1).values, want)
+
+
+def test_groupmax_takes_one_of_each_group():
+    latents = make("groupmax").encode(data())
+    assert int((latents.view(64, 5, 8) != 0).sum(2).max()) == 1
+    with pytest.raises(UserError, match="no multiple of k"):
+        make("groupmax", d_sae=41)
+
+
+def test_matryoshka_prefixes_reconstruct_on_their_own():
+    sae, x = make("matryoshka", matryoshka_prefixes=(0.25, 0.5)), data()
+    assert sae.prefixes() == [10, 20]
+    codes = sae(x).codes
+    dense = codes.dense(40)
+    torch.testing.assert_close(sae.partial(codes, 10), dense[:, :10] @ sae.W_dec[:10] + sae.b_dec)
+    base = make("matryoshka", matryoshka_base="topk")
+    assert int(base(x).codes.l0().max()) <= 5
+
+
+def test_a_transcoder_does_not_centre_and_starts_from_data():
+    x, y = data() + 3, data(d=9, seed=1) - 2
+    sae = make("topk", transcode=True, d_out=9)
+    assert sae.decode(torch.zeros(1, 40)).shape == (1, 9)
+    sae.start_from_(x, y)
+    torch.testing.assert_close(sae.b_dec.detach(), y.mean(0))
+    torch.testing.assert_close(sae.b_enc.detach(), -x.mean(0) @ sae.W_enc.detach())
+    torch.testing.assert_close(sae.pre_activations(x).mean(0), torch.zeros(40), atol=1e-4, rtol=0)
+    skip = make("relu", transcode=True, skip_connection=True, d_out=9)
+    with torch.no_grad():
+        skip.W_skip.add_(1.0)
+    torch.testing.assert_close(skip(x).x_hat, x @ torch.ones(12, 9))
+    raw = skip.scaled(2.0, 5.0)
+    torch.testing.assert_close(raw(x / 2).x_hat, skip(x).x_hat / 5)
+
+
+def test_layer_norm_belongs_to_the_finished_sae():
+    x = 4 * data() + 7
+    sae = make("topk", k=40, normalize_activations="layer_norm")
+    centred = x - x.mean(1, keepdim=True)
+    z = centred / (x.std(1, keepdim=True) + 1e-5)
+    sae.layer_norm = False
+    inner = sae(z).x_hat
+    sae.layer_norm = True
+    torch.testing.assert_close(sae(x).x_hat, inner * (x.std(1, keepdim=True) + 1e-5) + x.mean(1, keepdim=True))
+    torch.testing.assert_close(sae.reconstruct_from(sae.encode_sparse(x), x), sae(x).x_hat)
+
+
+def test_starting_biases():
+    x = torch.cat([data(200), 1000 + torch.zeros(3, 12)])  # three outliers far away
+    start = lambda **f: make("topk", **f)
+    mean, median, zeros = (start(b_dec_init=how) for how in ("mean", "geometric_median", "zeros"))
+    for sae in (mean, median, zeros):
+        sae.start_from_(x, x)
+    torch.testing.assert_close(mean.b_dec.detach(), x.mean(0))
+    assert float((median.b_dec - data(200).mean(0)).norm()) < 0.1 * float((mean.b_dec - data(200).mean(0)).norm())
+    assert float(zeros.b_dec.norm()) == 0
+    scaled = start(k=40, scale_encoder=True)
+    scaled.start_from_(data(), data())
+    got, want = scaled(data()).x_hat - scaled.b_dec, data() - scaled.b_dec
+    assert float(got.norm(dim=1).mean()) == pytest.approx(float(want.norm(dim=1).mean()), rel=1e-3)
+
+
+def test_jumprelu_starts_as_sparse_as_asked():
+    sae, x = make("jumprelu"), data(1000)
+    sae.start_from_(x, x)
+    assert float(sae(x).codes.l0().float().mean()) == pytest.approx(5, rel=0.01)
 
 
 @pytest.mark.parametrize("activation", ALL)
@@ -227,17 +395,17 @@ def test_bfloat16_autocast_is_close_and_trains_every_parameter(activation):
     assert all(float(p.grad.abs().sum()) > 0 and p.grad.dtype == torch.float32 for p in sae.parameters())
 
 
-RECOVERY = {"topk": {}, "relu": {"l1_coefficient": 0.03}, "gated": {"l1_coefficient": 0.8}}
+RECOVERY = {"matryoshka": {"matryoshka_prefixes": (0.5,)}, "groupmax": {"k": 8}}
 
 
 @pytest.mark.parametrize("activation", ALL)
 def test_a_planted_dictionary_is_found(activation):
     x, directions = planted(40_000, 24, 48, 3)
     config = SAEConfig(
-        d_in=24, d_sae=96, activation=activation, k=3, batch_size=512, num_epochs=8, learning_rate=3e-3,
-        eval_every=10_000, **RECOVERY[activation],
+        **{"d_in": 24, "d_sae": 96, "activation": activation, "k": 3, "batch_size": 512, "num_epochs": 8}
+        | {"learning_rate": 3e-3, "eval_every": 10_000} | RECOVERY.get(activation, {}),
     )  # fmt: skip
     sae, _ = train_sae_from_activations(x, config, verbose=False)
     rows = sae.W_dec.detach() / sae.W_dec.detach().norm(dim=1, keepdim=True)
     best = (directions @ rows.t()).max(1).values.mean()
-    assert float(best) >= 0.95
+    assert float(best) >= 0.95, float(best)

@@ -163,12 +163,13 @@ def test_dead_latents_are_counted_and_revived():
     c = config(dead_feature_threshold=200, log_every=1)
     t = trainer(c, n=64 * 60)
     learner = t.learners[""]
-    learner.start_from(t.stream.sample()[""])
+    learner.start_from(t.stream.sample())
     with torch.no_grad():
         learner.sae.b_enc[:20] = -100.0  # cannot fire
     encoder = learner.sae.W_enc[:, :20].detach().clone()
     for step in range(12):
-        learner.step(next(t.stream)[""], step)
+        learner.learn(next(t.stream), step)
+        learner.update(step)
         learner.read_window()
         if step == 2:
             assert learner.n_dead == 0  # 192 tokens are not yet over the threshold
@@ -176,7 +177,8 @@ def test_dead_latents_are_counted_and_revived():
     assert int(learner.tokens_since_fired[0]) == 12 * 64
     with torch.no_grad():
         learner.sae.b_enc[:20] = 0.0  # they may be chosen now: AuxK shapes them
-    learner.step(next(t.stream)[""], 12)
+    learner.learn(next(t.stream), 12)
+    learner.update(12)
     assert not torch.equal(learner.sae.W_enc[:, :20], encoder)
 
 
@@ -289,10 +291,10 @@ def test_float64_and_float16_activations():
         assert t.val_losses[-1]["fvu"] < 1
 
 
-def test_auxk_is_topks_alone():
+def test_auxk_is_for_kinds_whose_dead_latents_still_rank():
     dead = torch.ones(48, dtype=torch.bool)
     x, _ = planted(64, 16, 32, 3)
     for activation in ALL:
         sae = create_sae(config(activation=activation))
         with_it, without = (sae.loss(x, sae(x), variance=1.0, dead=d).total.item() for d in (dead, None))
-        assert (with_it != without) == (activation == "topk")
+        assert (with_it != without) == (activation not in ("relu", "gated"))
