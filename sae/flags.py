@@ -184,7 +184,7 @@ def from_cli(
         hint = did_you_mean(name, known, "--")
         raise UserError(f"unknown argument '{unknown[0]}'{hint or '; --help lists them all'}")
     fields = vars(given)
-    several = {name: fields.pop(name) for name in swept & fields.keys()}
+    several = {f.name: fields.pop(f.name) for f in dataclasses.fields(cls) if f.name in swept & fields.keys()}  # type: ignore[arg-type]
     fields |= {name: values[0] for name, values in several.items()}
     if several:
         fields["sweep"] = {name: values for name, values in several.items() if len(values) > 1}

@@ -39,6 +39,16 @@ class Terms(NamedTuple):
     whole: Tensor | None
 
 
+class StepCounts:
+    """Sums over the parts of one step."""
+
+    def __init__(self, n_latents: int, device: torch.device):
+        self.fired = torch.zeros(n_latents, dtype=torch.int64, device=device)
+        self.l0 = torch.zeros((), device=device)
+        self.error = torch.zeros((), device=device)
+        self.n_tokens = 0
+
+
 class Learner:
     """Trains one SAE, step by step.
 
@@ -72,6 +82,7 @@ class Learner:
         self.n_dead = 0  # as last read by the log: AuxK is computed only where something was dead
         self.best_val_loss = math.inf
         self.pending: tuple[Output, Tensor | None] | None = None
+        self.counts = StepCounts(F, device)
         self.new_window()
 
     @property
@@ -182,24 +193,17 @@ class Learner:
         self, target: Tensor, out: Output, losses: Losses, share: float, objective: Tensor | None = None
     ) -> None:
         """Add (a part of) a step, `share` of its tokens, to what the log and the update take from it."""
-        fired = out.codes.fired(self.sae.d_sae)
-        self.tokens_since_fired += len(target)
-        self.tokens_since_fired.masked_fill_(fired > 0, 0)
-        self.feature_counts += fired
-        self.rate.lerp_(fired / len(target), min(1.0, len(target) / self.dead_after))
         self.totals.add(target, out.x_hat, out.codes)
         self.sums["loss"] += share * losses.total
         self.sums["sparsity"] += share * losses.sparsity
         self.sums["aux"] += share * losses.aux
         if objective is not None:
             self.sums["objective"] += share * objective
-        self._l0 = share * out.codes.l0().float().mean() + (self._l0 if self._open else 0.0)
-        self._error = share * (target - out.x_hat).square().sum(-1).mean() + (self._error if self._open else 0.0)
-        self._open = True
-
-    _open = False  # whether a step has begun that update() has not ended
-    _l0: Tensor
-    _error: Tensor
+        counts = self.counts
+        counts.fired += out.codes.fired(self.sae.d_sae)
+        counts.l0 += share * out.codes.l0().float().mean()
+        counts.error += share * (target - out.x_hat).square().sum(-1).mean()
+        counts.n_tokens += len(target)
 
     def update(self, step: int) -> None:
         """One optimiser step on the gradients gathered, and all else that moves once per step."""
@@ -218,9 +222,10 @@ class Learner:
             self.optimizer.rescale_rows_(sae.W_dec, factors)
         if self.pending is not None:
             sae.observe_(self.pending[0], step, self.pending[1])
-        self.pending, self._open = None, False
+        self.pending = None
         with torch.no_grad():
-            self.residual = self._error
+            self._count_firing()
+            self.residual = self.counts.error
             self.sums["grad_norm"] += torch.where(norm.isfinite(), norm, 0.0)
             self.sums["penalty_weight"] += self.log_weight.exp()
             self.n_sums += 1
@@ -228,6 +233,14 @@ class Learner:
             for name, p in sae.named_parameters() if self.average else ():
                 self.average[name].lerp_(self.optimizer.averaged(p), 1 - (c.ema or 0.0))
         self.n_updates += 1
+        self.counts = StepCounts(self.sae.d_sae, self.device)
+
+    def _count_firing(self) -> None:
+        n, fired = self.counts.n_tokens, self.counts.fired
+        self.tokens_since_fired += n
+        self.tokens_since_fired.masked_fill_(fired > 0, 0)
+        self.feature_counts += fired
+        self.rate.lerp_(fired / n, min(1.0, n / self.dead_after))
 
     def _control(self, step: int) -> None:
         """Move the penalty's weight towards the asked L0: a proportional-integral controller on log L0."""
@@ -237,7 +250,7 @@ class Learner:
         # kinds that start dense are led down in a straight line of log L0 while the penalty would have risen
         ramp = sched.sparsity_at(step, self.config, self.n_steps) if self.config.activation != "jumprelu" else 1.0
         aim = (1 - ramp) * math.log(self.sae.d_sae / 2) + ramp * math.log(target)
-        self.l0_error = (self._l0.clamp(min=1e-3).log() - aim).clamp(-1.0, 1.0)
+        self.l0_error = (self.counts.l0.clamp(min=1e-3).log() - aim).clamp(-1.0, 1.0)
         self.log_weight = self.log_weight + CONTROL[0] * self.l0_error
 
     # ----------------------------------------------------------------------------------------------

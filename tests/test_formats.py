@@ -45,7 +45,7 @@ def test_the_layout_is_saelens(tmp_path):
     assert {n: tuple(w.shape) for n, w in weights.items()} == {
         "W_enc": (6, 20), "b_enc": (20,), "W_dec": (20, 6), "b_dec": (6,),
     }  # fmt: skip
-    assert (cfg["architecture"], cfg["k"], cfg["apply_b_dec_to_input"]) == ("topk", 3, True)
+    assert (cfg["architecture"], cfg["k"], cfg["apply_b_dec_to_input"]) == ("topk", 4, True)
     assert cfg["metadata"]["sae_lens_version"] >= "6.0.0"  # below, SAELens takes its old flat layout
     formats.save_sae(make("gated"), tmp_path)
     assert set(load_file(tmp_path / formats.WEIGHTS)) == {"W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"}

@@ -1,0 +1,276 @@
+"""One SAE's training step: parts equal the whole, dead latents, resampling, averages, scales, the L0 controller.
+
+Run: python -m pytest tests/test_learner.py
+"""
+
+import math
+
+import pytest
+import torch
+
+from sae.config import SAEConfig, UserError
+from sae.learner import Learner
+from sae.models import KINDS, create_sae
+from sae.trainer import SAETrainer, train_sae_from_activations
+from tests.conftest import planted
+
+ALL = sorted(KINDS)
+CPU = torch.device("cpu")
+
+
+def learner(n_steps=50, **fields):
+    c = SAEConfig(**{"d_in": 16, "d_sae": 48, "k": 4, "batch_size": 64, **fields})
+    return Learner(create_sae(c), c, n_steps, CPU)
+
+
+def data(n=256, seed=0):
+    return planted(n, 16, 32, 3, seed=seed)[0]
+
+
+def grads(one):
+    return {n: p.grad.clone() for n, p in one.sae.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "parts", [{"grad_acc_steps": 4}, {"micro_acc_steps": 4}, {"grad_acc_steps": 2, "micro_acc_steps": 2}]
+)
+@pytest.mark.parametrize("activation", ALL)
+def test_accumulated_gradients_are_the_whole_batchs(activation, parts):
+    """The same to 1e-6, AuxK included, after steps that gave it something to do."""
+    x = data(64 * 4)
+    runs = []
+    for fields in ({}, parts):
+        one = learner(activation=activation, jumprelu_penalty="quadratic", dead_feature_threshold=1, **fields)
+        one.start_from({"": x})
+        with torch.no_grad():
+            for name, p in one.sae.named_parameters():
+                if name in ("b_enc", "b_gate"):
+                    p[:16] = -100.0  # dead
+        one.learn({"": x}, 0)
+        one.update(0)
+        one.read_window()
+        with torch.no_grad():
+            for name, p in one.sae.named_parameters():
+                if name in ("b_enc", "b_gate"):
+                    p[:16] = 0.0
+        one.learn({"": x}, 1)
+        runs.append((grads(one), one))
+    a, b = runs
+    if KINDS[activation].uses_auxk:
+        assert a[1].n_dead > 0 and float(a[1].sums["aux"]) > 0
+    for name, g in a[0].items():
+        scale = max(1e-3, float(g.abs().max()))
+        assert float((g - b[0][name]).abs().max()) <= 1e-6 * max(1.0, scale) + 2e-6 * scale, name
+    assert torch.equal(a[1].tokens_since_fired, b[1].tokens_since_fired)
+    torch.testing.assert_close(a[1].sums["loss"], b[1].sums["loss"])
+
+
+@pytest.mark.parametrize("how", ["unit", "none", "expected_norm", "layer_norm"])
+def test_a_finished_sae_takes_raw_activations(how):
+    x = 30 * data(2000) + 50
+    c = SAEConfig(d_in=16, d_sae=64, k=8, batch_size=100, normalize_activations=how, num_epochs=3, learning_rate=3e-3)
+    sae, t = train_sae_from_activations(x, c, verbose=False)
+    inner = next(iter(t.learners.values()))
+    z, _ = inner.normalise(x, x)
+    if how == "unit":
+        assert float((z - z.mean(0)).square().mean()) == pytest.approx(1, rel=0.05)
+    if how == "expected_norm":
+        assert float(z.norm(dim=1).mean()) == pytest.approx(4, rel=0.05)
+    if how == "layer_norm":
+        assert float(z.std(1).mean()) == pytest.approx(1, rel=1e-3)
+    assert sae.layer_norm == (how == "layer_norm")
+    x_hat = sae(x).x_hat
+    fvu = float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
+    assert fvu < 0.6
+
+
+def test_a_transcoder_predicts_raw_targets():
+    x = data(4000)
+    y = 7 * (x.relu() @ torch.randn(16, 9, generator=torch.Generator().manual_seed(0))) + 3
+    skip = {"skip_connection": True}
+    for fields in ({}, skip):
+        c = SAEConfig(d_sae=96, k=8, transcode=True, batch_size=100, num_epochs=4, learning_rate=3e-3, **fields)
+        sae, t = train_sae_from_activations(x, c, targets=y, verbose=False)
+        fvu = float((y - sae(x).x_hat).square().sum() / (y - y.mean(0)).square().sum())
+        assert fvu < 0.35
+        assert t.val_losses[-1]["fvu"] == pytest.approx(fvu, abs=0.1)
+    with pytest.raises(UserError, match="go together"):
+        train_sae_from_activations(x, SAEConfig(transcode=True), verbose=False)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gated", "jumprelu"])
+def test_target_l0_is_reached(activation):
+    x, _ = planted(60_000, 16, 32, 3)
+    c = SAEConfig(
+        d_in=16, d_sae=64, activation=activation, target_l0=6, batch_size=128, num_epochs=3, learning_rate=2e-3,
+        eval_every=10_000,
+    )  # fmt: skip
+    _, t = train_sae_from_activations(x, c, verbose=False)
+    assert t.val_losses[-1]["l0"] == pytest.approx(6, rel=0.05)
+
+
+def test_dead_by_tokens_by_share_and_by_rate():
+    x = data(64)
+    for fields in (
+        {"dead_feature_threshold": 200},
+        {"dead_latent_threshold": 1e-3},
+        {"dead_percentage_threshold": 0.05},
+    ):
+        one = learner(n_steps=1000, **fields)
+        one.start_from({"": x})
+        with torch.no_grad():
+            one.sae.b_enc[:10] = -100.0
+        for _ in range(400 if "dead_feature_threshold" not in fields else 4):
+            one.learn({"": x}, 0)
+            one.update(0)
+            with torch.no_grad():
+                one.sae.b_enc[:10] = -100.0
+        assert one.is_dead()[:10].all(), fields
+        assert not one.is_dead()[one.tokens_since_fired == 0].any(), fields
+    assert float(one.rate[:10].max()) < 0.05 * 4 / 48
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu", "gated"])
+def test_resampling_points_dead_latents_at_bad_tokens_and_resets_their_moments(activation):
+    x = data(512)
+    one = learner(activation=activation, dead_feature_threshold=100, ema=0.9)
+    one.start_from({"": x})
+    bias = "b_gate" if activation == "gated" else "b_enc"
+    with torch.no_grad():
+        getattr(one.sae, bias)[:6] = -100.0
+    for step in range(3):
+        one.learn({"": x[:64]}, step)
+        one.update(step)
+    alive = {n: p.detach().clone() for n, p in one.sae.named_parameters()}
+    dead = one.is_dead().nonzero()[:, 0].tolist()
+    assert set(range(6)) <= set(dead) and len(dead) < 48
+    assert one.resample({"": x}, torch.Generator().manual_seed(0)) == len(dead)
+    left = [i for i in range(48) if i not in dead]
+    sae = one.sae
+    torch.testing.assert_close(sae.W_dec[dead].norm(dim=1), torch.ones(len(dead)))
+    ratio = sae.W_enc[:, dead].norm(dim=0) / alive["W_enc"][:, left].norm(dim=0).mean()
+    torch.testing.assert_close(ratio, torch.full((len(dead),), 1.0 if KINDS[activation].uses_auxk else 0.2))
+    for name, p in sae.named_parameters():
+        if name in ("b_dec",):
+            assert torch.equal(p, alive[name])
+            continue
+        at = (slice(None), left) if name == "W_enc" else left
+        assert torch.equal(p[at], alive[name][at]), name
+        moments = one.optimizer.moments(p)
+        assert len(moments) == 2
+        at = (slice(None), dead) if name == "W_enc" else dead
+        assert all(float(m[at].abs().max()) == 0 for m in moments), name
+    assert not one.is_dead()[dead].any()
+    assert torch.equal(one.deployable().b_dec, one.average["b_dec"] / (1 - 0.9**3))
+    one.learn({"": x}, 3)
+    fired = one.tokens_since_fired[dead] == 0
+    assert fired.float().mean() > 0.5  # random kaiming columns of the wrong size, as elsewhere, would not
+
+
+def test_ema_is_bias_corrected_and_saved():
+    x = data(64)
+    one = learner(ema=0.9, warmup_steps=0, normalize_decoder=False)
+    one.start_from({"": x})
+    history = []
+    for step in range(5):
+        one.learn({"": x}, step)
+        one.update(step)
+        history.append(one.sae.W_dec.detach().clone())
+    weights = torch.tensor([0.9 ** (4 - i) for i in range(5)])
+    want = sum(w * h for w, h in zip(weights, history, strict=True)) / weights.sum()
+    torch.testing.assert_close(one.deployable().W_dec.detach(), want)
+    assert not torch.equal(one.sae.W_dec, one.deployable().W_dec)
+    torch.testing.assert_close(one.finished().W_dec.detach(), want)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "signum", "sgd"])
+def test_every_optimiser_learns(optimizer):
+    c = SAEConfig(d_in=16, d_sae=64, k=4, batch_size=64, optimizer=optimizer, num_epochs=2)
+    if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        with pytest.raises(UserError, match="needs torch 2.9"):
+            learner(optimizer="muon")
+        return
+    _, t = train_sae_from_activations(data(64 * 200), c, verbose=False)
+    assert t.val_losses[-1]["fvu"] < 0.5
+    sae = t.sae
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+
+
+def test_signum_is_schedule_free_sign_descent():
+    """Against the published recursion, in float64: z takes the steps, x averages, gradients are taken at y."""
+    from sae.optim import ScheduleFreeSignum
+
+    g = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(3, 4, generator=g, dtype=torch.float64).t())  # transposed, like W_enc
+    optimizer = ScheduleFreeSignum([p], lr=0.1, momentum=0.9)
+    z = x = p.detach().clone()
+    total = 0.0
+    for t in range(6):
+        lr = 0.1 * min(1, (t + 1) / 3)
+        optimizer.param_groups[0]["lr"] = lr
+        p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64)
+        z = z - lr * p.grad.sign()
+        total += lr**2
+        x = (1 - lr**2 / total) * x + lr**2 / total * z
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), 0.1 * z + 0.9 * x)
+        torch.testing.assert_close(optimizer.state[p]["z"], z)
+
+
+def test_adam8bit_says_what_it_needs():
+    with pytest.raises(UserError, match="bitsandbytes|runs on CUDA"):
+        learner(optimizer="adam8bit")
+
+
+def test_float16_with_a_scaler_survives_an_overflow():
+    x = data(64)
+    one = learner(dtype="float16")
+    one.start_from({"": x})
+    one.scaler.update(new_scale=2.0**40)  # overflows: the step must be skipped and the scale halved
+    before = one.sae.W_dec.detach().clone()
+    one.learn({"": x}, 0)
+    one.update(0)
+    assert torch.equal(before, one.sae.W_dec)
+    assert one.scaler.get_scale() == 2.0**39
+    one.scaler.update(new_scale=2.0**8)
+    one.learn({"": x}, 1)
+    one.update(1)
+    assert not torch.equal(before, one.sae.W_dec)
+    assert all(math.isfinite(v) for v in one.read_window().values())
+
+
+def test_k_decay_ends_at_the_saved_k():
+    c = SAEConfig(d_in=16, d_sae=48, k=4, batch_size=64, k_decay_steps=10, eval_every=10_000)
+    _, t = train_sae_from_activations(data(64 * 30), c, verbose=False)
+    assert t.sae.config.k == 4
+    one = t.learners[""]
+    assert int(one.sae(data(10)).codes.l0().max()) <= 4
+    assert one.terms(0, data(10), [data(10)]).k == 16
+    assert one.terms(10, data(10), [data(10)]).k == 4
+
+
+def test_finetuning_starts_where_the_other_ended():
+    x = 20 * data(64 * 40) + 5
+    c = SAEConfig(d_in=16, d_sae=48, activation="jumprelu", k=4, batch_size=64)
+    sae, _ = train_sae_from_activations(x, c, verbose=False)
+    t = SAETrainer(sae.train(), c, x, x[:500], pretrained=True)
+    one = t.learners[""]
+    want = sae.scaled(1.0).eval()(x[:500]).x_hat
+    one.start_from(t.stream.sample(), pretrained=True)
+    torch.testing.assert_close(one.finished()(x[:500]).x_hat, want, rtol=1e-3, atol=1e-2)
+
+
+def test_weight_decay_is_decoupled():
+    one = learner(weight_decay=0.1)
+    assert isinstance(one.optimizer.parts[0], torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("activation", ALL)
+def test_tied_and_multi_topk_learn(activation):
+    fields = {"multi_topk": True} if activation == "topk" else {"tied": True}
+    c = SAEConfig(d_in=16, d_sae=64, activation=activation, k=4, batch_size=64, num_epochs=3, **fields)
+    sae, t = train_sae_from_activations(data(64 * 100), c, verbose=False)
+    assert t.val_losses[-1]["fvu"] < 0.5
+    if "tied" in fields:
+        assert "W_enc" not in dict(sae.named_parameters())
+        assert torch.equal(sae.W_enc, sae.W_dec.t())
