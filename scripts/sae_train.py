@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sae import cache, hooks, log
+from sae.activation_files import FileSource, is_activation_file
 from sae.activations import Acts, ModelSource, Source, Stream, gather
 from sae.config import TrainConfig, UserError, from_cli
 from sae.language_model import LanguageModel, best_device, load_language_model
@@ -52,8 +53,31 @@ def cached_data(c: TrainConfig) -> Data:
     assert c.activations is not None
     if c.layer is not None or c.layers:
         raise UserError("--activations has its own hookpoints; choose among them with --hookpoints, not by layer")
-    source = cache.CacheSource(c.activations, hookpoints=c.hookpoints, val_split=c.val_split)
-    manifest = source.manifest
+    options: dict[str, Any] = {
+        "hookpoints": c.hookpoints, "val_split": c.val_split,
+        "seed": c.seed if c.shuffle_seed is None else c.shuffle_seed,
+        "block_rows": min(cache.BLOCK_ROWS, max(64, c.buffer_tokens // 16)),  # a batch mixes sixteen blocks or more
+    }  # fmt: skip
+    source: cache.BlockSource
+    if is_activation_file(c.activations):
+        source = FileSource(c.activations, hook_point=c.hook_point, **options)
+        origin = {"provenance": source.provenance(), "activations_file": source.path.name}
+    else:
+        source = cache.CacheSource(c.activations, **options)
+        origin = cache_origin(c, source.manifest)
+    held_out = source.held_out()
+    val = gather(held_out, c.val_tokens, "validation") if len(held_out) > 1 else {}
+    if val and isinstance(source, FileSource) and source.positions == 1:
+        log.say(f"the file says nothing of sequences: its last {len(held_out):,} rows are held out")
+    n = len(source)
+    # all of it is read anew for each epoch, in a new order; of a part, rows are used again while they are at hand
+    n_tokens, uses = (n * c.num_epochs, 1) if c.max_tokens >= n else (c.max_tokens, c.num_epochs)
+    return Data(source, val, n_tokens, uses, origin)
+
+
+def cache_origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Where a cache's activations come from. Raises UserError if that is here and has changed."""
+    assert c.activations is not None
     model = manifest["model"] if c.model == TrainConfig.model else c.model
     dataset = c.dataset or (None if manifest["dataset"] == "embedded" else manifest["dataset"])
     try:
@@ -64,14 +88,11 @@ def cached_data(c: TrainConfig) -> Data:
     else:
         made_from = cache.provenance(lm, opened, ctx_len=manifest["ctx_len"], skip_first=manifest["skip_first"])
         cache.refuse_stale(manifest, made_from, c.activations)
-    held_out = cache.CacheSource(c.activations, part="val", hookpoints=c.hookpoints, val_split=c.val_split)
-    val = gather(held_out, c.val_tokens, "validation") if len(held_out) else {}
-    origin = {
+    return {
         "provenance": {key: manifest[key] for key in ("model_hash", "dataset_hash", "n_tokens")},
         "model_name": manifest["model"], "dataset_path": manifest["dataset"], "text_column": manifest["text_column"],
         "context_size": manifest["ctx_len"], "skip_first": manifest["skip_first"],
     }  # fmt: skip
-    return Data(source, val, min(c.max_tokens, len(source)), c.num_epochs, origin)
 
 
 def run_folder(c: TrainConfig, hookpoints: list[str]) -> Path:

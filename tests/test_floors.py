@@ -19,7 +19,7 @@ FLOORS = {
     "tokens": 6,
     "activations": 7,
     "cache": 8, "evaluator": 8, "runtime": 8,
-    "trainer": 9, "feature_viz": 9,
+    "activation_files": 9, "assessment": 9, "trainer": 9, "feature_viz": 9,
     "neuronpedia": 10,
 }  # fmt: skip
 FILES = sorted(p for p in (ROOT / "sae").glob("*.py") if p.stem != "__init__")
