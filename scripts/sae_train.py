@@ -18,6 +18,7 @@ from sae.language_model import LanguageModel, best_device, load_language_model
 from sae.models import create_sae
 from sae.tokens import TokenRows, open_dataset
 from sae.trainer import SAETrainer, refuse_existing
+from scripts.sae_eval import assess_run
 
 
 class Data(NamedTuple):
@@ -163,6 +164,8 @@ def main(argv: list[str]) -> None:
     where = "held out" if data.val else "on the last steps"
     score = f"explained variance {metrics['explained_variance']:.4f}, L0 {metrics['l0']:.1f}" if metrics else "done"
     log.say(f"{where}: {score}; saved to {folder}; next: python -m scripts.sae_eval --sae_path {folder}")
+    if c.assess:
+        assess_run(c, {name: trainer.folder(name) for name in saes}, data.val, getattr(data.source, "lm", None))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 Run: python -m pytest tests/test_activation_files.py
 """
 
+import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -13,12 +15,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sae import cache
+from sae import cache, formats
 from sae.activation_files import FileSource, is_activation_file
-from sae.activations import ActivationCollector, Stream, gather
+from sae.activations import ActivationCollector, ModelSource, Stream, gather
 from sae.cache import BlockSource, first_held_out
 from sae.config import UserError
-from tests.conftest import ROOT
+from sae.tokens import TokenRows, open_dataset
+from scripts import sae_collect, sae_eval, sae_train
+from tests.conftest import ROOT, planted
+from tests.test_scripts import SMALL, call
 
 ENDINGS = (".npy", ".h5", ".hdf5", ".pt", ".safetensors")
 
@@ -395,3 +400,122 @@ def test_a_large_file_is_never_held(tmp_path):
     ran = subprocess.run([sys.executable, "-c", PASS, *files], env=env, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert float(ran.stdout) < 200
+
+
+# ------------------------------------------------------------------------------------------ commands
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("ending", [".npy", ".h5", ".pt", ".safetensors"])
+def test_train_on_a_file(here, capsys, ending):
+    x, _ = planted(3000, 16, 32, 3)
+    write(here / f"acts{ending}", x.view(300, 10, 16) if ending == ".h5" else x)
+    assert call(sae_train, "--activations", f"acts{ending}", *SMALL) == 0
+    assert ("its last 150 rows are held out" in capsys.readouterr().out) == (ending != ".h5")
+    run = here / "sae_models" / "acts"
+    metadata = json.loads((run / "cfg.json").read_text())["metadata"]
+    assert (metadata["hookpoint"], metadata["activations_file"]) == ("acts", f"acts{ending}")
+    assert metadata["provenance"]["file"] == f"acts{ending}"
+    assert str(here) not in (run / "cfg.json").read_text()
+    assert call(sae_eval) == 2
+    assert f"was trained on 'acts{ending}', which names no model; give --model and --dataset" in capsys.readouterr().err
+
+
+def test_several_tensors_several_saes_and_epochs(here):
+    x, _ = planted(1000, 16, 32, 3)
+    torch.save({"h.0": x, "h.1": x * 2, "h.2": x}, "acts.pt")
+    flags = ["--activations", "acts.pt", "--hookpoints", "h.0", "h.1", *SMALL, "--max_tokens", 10_000]
+    assert call(sae_train, *flags, "--run_name", "r", "--num_epochs", 3) == 0
+    assert list(formats.load_saes(here / "sae_models" / "r")) == ["h.0", "h.1"]
+    lines = [json.loads(line) for line in (here / "sae_models" / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 950 * 3 // 64
+    assert [line for line in lines if "n_passes" in line][-1][
+        "n_passes"
+    ] == 2  # each epoch is a pass in an order of its own
+
+
+@pytest.mark.parametrize("kind", ["file", "cache"])
+def test_a_run_on_collected_activations_resumes_to_the_bit(here, gpt_path, text_file, capsys, kind):
+    if kind == "file":
+        write(here / "acts.npy", planted(1000, 16, 32, 3)[0])
+        acts = "acts.npy"
+    else:
+        acts = "acts"
+        flags = ["--model", gpt_path, "--dataset", text_file, "--layer", 1, "--max_tokens", 1000, "--output_dir", acts]
+        assert call(sae_collect, *flags) == 0
+    flags = ["--activations", acts, *SMALL, "--max_tokens", 10_000, "--num_epochs", 3, "--save_every", 30]
+    assert call(sae_train, *flags, "--run_name", "a") == 0
+    shutil.copytree("sae_models/a", "whole")
+    (here / "sae_models" / "a" / "checkpoint_step44.pt").unlink()
+    assert call(sae_train, *flags, "--run_name", "a", "--resume") == 0
+    assert "at step 30" in capsys.readouterr().out
+    whole, resumed = (formats.load_sae(here / run) for run in ("whole", "sae_models/a"))
+    for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    if kind == "file":
+        write(here / "acts.npy", planted(1000, 16, 32, 3, seed=1)[0])
+        assert call(sae_train, *flags, "--run_name", "a", "--resume") == 2
+        assert "file_ends_sha256 has changed since" in capsys.readouterr().err
+
+
+def test_an_sae_from_a_file_is_evaluated_in_the_model_it_names(here, gpt_path, text_file, lm, capsys):
+    rows = gather(
+        ModelSource(lm, TokenRows(lm, open_dataset(str(text_file)), "train", 32), ["transformer.h.1"]), 2000, "t"
+    )
+    write(here / "acts.npy", rows["transformer.h.1"])
+    assert call(sae_train, "--activations", "acts.npy", *SMALL, "--hook_point", "blocks.1.hook_resid_post") == 0
+    model = ["--model", gpt_path, "--dataset", text_file, "--eval_tokens", 200]
+    assert call(sae_eval, *model) == 0
+    report = json.loads((here / "sae_models" / "blocks.1.hook_resid_post" / "eval.json").read_text())
+    assert report["hookpoint"] == "transformer.h.1"
+    assert report["ce_score_zero"] > 0
+    assert call(sae_train, "--activations", "acts.npy", *SMALL) == 0
+    assert call(sae_eval, *model) == 2
+    assert "'acts' matches no module" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["nowhere.npy"], "'nowhere.npy' does not exist"),
+        (["acts.npy", "--layer", "3"], "not by layer"),
+        (["acts.npy", "--hookpoints", "h.1"], "holds 'acts' ([1000, 16]), not 'h.1'"),
+        (["acts.npy:h.1"], "holds 'acts' ([1000, 16]), not 'h.1'"),
+        (["acts.npy:acts", "--hookpoints", "acts"], "names a tensor and --hookpoints was given too"),
+        (["acts.npy", "--hook_point", "../x"], "is no name of a module"),
+        (["acts.npy", "--d_in", "7"], "--d_in 7 was given and 'acts' is 16 wide"),
+        (["acts.bin"], "is not a cache of activations"),
+        (["nan.npy"], "of 'nan' in 'nan.npy' holds NaN"),
+        (["tiny.npy"], "do not fill one batch"),
+    ],
+)
+def test_bad_files_leave_nothing(here, capsys, flags, words):
+    x = planted(1000, 16, 32, 3)[0]
+    write(here / "acts.npy", x)
+    write(here / "tiny.npy", x[:3])
+    write(here / "nan.npy", x * torch.nan)
+    assert call(sae_train, "--activations", *flags, *SMALL, "--max_tokens", 10_000) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert "Traceback" not in err
+    assert not [p for p in here.rglob("*") if p.is_file() and p.suffix != ".npy"]
+
+
+def test_collecting_for_transcoders_takes_what_goes_in_too(here, gpt_path, text_file, lm):
+    base = ["--model", gpt_path, "--dataset", text_file, "--max_tokens", 500, "--transcode"]
+    given = ["--hookpoints", "transformer.h.1.mlp", "transformer.h.1.mlp@in", "transformer.h.0"]
+    assert call(sae_collect, *base, *given, "--output_dir", "acts") == 0
+    source = cache.CacheSource("acts", val_split=0.0)
+    names = ["transformer.h.0", "transformer.h.0@in", "transformer.h.1.mlp", "transformer.h.1.mlp@in"]
+    assert sorted(source.widths) == names
+    got = gather(source, 500, "t")
+    want = gather(ModelSource(lm, TokenRows(lm, open_dataset(str(text_file)), "train", 256), names), 500, "t")
+    assert all(torch.equal(got[n], want[n]) for n in names)
+    with torch.no_grad():
+        again = lm.module.transformer.h[1].mlp(got["transformer.h.1.mlp@in"])
+    torch.testing.assert_close(again, got["transformer.h.1.mlp"])  # the rows of a pair belong together
