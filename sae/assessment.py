@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
@@ -64,7 +65,7 @@ def assess(metrics: Mapping[str, Any], similarity: float) -> Assessment:
     """The four checks.
 
     metrics: Report.to_dict(), or what it holds of SAEEvaluator.evaluate's, which knows no model, with `architecture`,
-    `d_sae` and `hookpoint`. similarity: decoder_similarity of the same SAE.
+    `d_in`, `d_sae` and `hookpoint`. similarity: decoder_similarity of the same SAE.
     """
     checks = (_loss_recovered(metrics), _l0(metrics), _dead(metrics), _similarity(metrics, similarity))
     return Assessment(checks, metrics.get("hookpoint") or "", metrics["n_tokens"])
@@ -129,10 +130,15 @@ def _dead(m: Mapping[str, Any]) -> Check:
 
 
 def _similarity(m: Mapping[str, Any], value: float) -> Check:
+    """decoder_similarity, with what chance alone gives where that is near the limits (narrow models)."""
     verdict = _verdict(value <= 0.25, value <= 0.35)
-    advice = "lower --expansion_factor: latents repeat each other"
-    if m["l0"] < 20:  # at too low an L0 latents take several features in (Chanin et al. 2025, arxiv.org/abs/2508.16560)
-        advice = f"{_fewer_or_more(m, more=True)}, then {advice}"
+    # at too low an L0 latents take several features in (Chanin et al. 2025, arxiv.org/abs/2508.16560)
+    advice = "lower --expansion_factor: latents share directions"
+    if m["l0"] <= 200:
+        advice = f"{_fewer_or_more(m, more=True)} or {advice}"
+    chance = similarity_by_chance(m.get("d_out") or m["d_in"], m["d_sae"])
+    if chance > 0.2:
+        advice += f" (as many random directions of this width score {chance:.2f})"
     wanted = "<= 0.25 (borderline to 0.35)"
     return Check("decoder similarity", value, wanted, verdict, None if verdict == "pass" else advice)
 
@@ -157,3 +163,12 @@ def decoder_similarity(W_dec: Tensor, *, n_pairs: int = N_PAIRS, block: int = 20
             best = found.topk(min(n_pairs, len(found))).values
             least = float(best[-1]) if len(best) == n_pairs else -2.0
     return float(best.mean()) if len(best) else 0.0
+
+
+def similarity_by_chance(d: int, n_latents: int, *, n_pairs: int = N_PAIRS) -> float:
+    """What decoder_similarity is about for random directions: cosines are near normal, with variance 1 / d."""
+    share = n_pairs / max(1, n_latents * (n_latents - 1) // 2)
+    if share >= 0.5:
+        return 0.0
+    normal = NormalDist()
+    return normal.pdf(normal.inv_cdf(1 - share)) / share / d**0.5  # the mean of a normal's upper tail

@@ -93,8 +93,9 @@ def assess_run(c: TrainConfig, folders: Mapping[str, Path], val: Acts, lm: Langu
             measure(one, opened)
         elif hookpoint in val:
             sae = formats.load_sae(folder, device=best_device(c.device))
-            settings = {"hookpoint": hookpoint, "architecture": sae.config.activation, "d_sae": sae.d_sae}
-            write_assessment({**SAEEvaluator(sae).evaluate(val[hookpoint]), **settings}, sae, folder)
+            settings = {"architecture": sae.config.activation, "d_in": sae.d_in, "d_sae": sae.d_sae}
+            metrics = SAEEvaluator(sae).evaluate(val[hookpoint])
+            write_assessment({**metrics, **settings, "hookpoint": hookpoint}, sae, folder)
         else:
             log.say(f"'{hookpoint}' cannot be assessed: the run held nothing out; give --val_split 0.05")
 

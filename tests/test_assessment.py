@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from sae.assessment import Assessment, assess, decoder_similarity
+from sae.assessment import Assessment, assess, decoder_similarity, similarity_by_chance
 from sae.config import EvalConfig, SAEConfig, TrainConfig
 from sae.evaluator import SAEEvaluator
 from sae.models import create_sae
@@ -19,7 +19,8 @@ from scripts import sae_collect, sae_eval, sae_train
 from tests.test_scripts import SMALL, call
 
 GOOD = {
-    "hookpoint": "h.3", "model": "gpt", "architecture": "topk", "n_tokens": 1_000_000, "d_sae": 4096, "l0": 32.0,
+    "hookpoint": "h.3", "model": "gpt", "architecture": "topk", "n_tokens": 1_000_000, "d_in": 768, "d_sae": 4096,
+    "l0": 32.0,
     "ce_score_zero": 0.95, "explained_variance": 0.8, "dead_fraction": 0.01,
 }  # fmt: skip
 CHECKS = ["loss recovered (%)", "L0", "dead latents (%)", "decoder similarity"]
@@ -115,8 +116,10 @@ def test_latents_that_seem_dead_on_little_text():
 def test_similarity_verdicts(value, verdict):
     got = check(3, similarity=value)
     assert got.verdict == verdict
-    assert verdict == "pass" or got.advice == "lower --expansion_factor: latents repeat each other"
-    assert verdict == "pass" or check(3, similarity=value, l0=5).advice.startswith("raise --k, then lower")
+    assert verdict == "pass" or got.advice == "raise --k or lower --expansion_factor: latents share directions"
+    assert "--k" not in (check(3, similarity=value, l0=999).advice or "")  # no advice against that of the L0 check
+    narrow = check(3, similarity=value, d_in=64).advice
+    assert verdict == "pass" or "(as many random directions of this width score 0.56)" in narrow
 
 
 def test_borderline_does_not_count_in_the_score():
@@ -167,6 +170,13 @@ def test_similarity_with_many_blocks_and_at_the_edges():
     assert decoder_similarity(torch.tensor([[1.0, 0], [-1, 0]])) == -1  # opposite is not alike
 
 
+@pytest.mark.parametrize(("d", "F"), [(64, 300), (192, 1536), (768, 3000)])
+def test_similarity_of_random_directions_is_foreseen(d, F):
+    W = torch.randn(F, d, generator=torch.Generator().manual_seed(2))
+    assert similarity_by_chance(d, F) == pytest.approx(decoder_similarity(W), rel=0.05)
+    assert similarity_by_chance(d, 5) == similarity_by_chance(d, 1) == 0
+
+
 # ---------------------------------------------------------------------- what saetrain computed wrongly
 
 
@@ -188,7 +198,7 @@ def test_l0_is_counted_after_topk_and_around_b_dec():
     with torch.no_grad():
         sae.b_dec.fill_(5)
         before_topk = float((sae.pre_activations(x) > 0).sum(1).float().mean())
-    metrics = {**SAEEvaluator(sae).evaluate(x), "architecture": "topk", "d_sae": 256}
+    metrics = {**SAEEvaluator(sae).evaluate(x), "architecture": "topk", "d_in": 16, "d_sae": 256}
     got = assess(metrics, 0.0).checks[1]
     assert before_topk > 100
     assert (got.value, got.verdict) == (24, "pass")
