@@ -90,6 +90,8 @@ class BlockSource:
         rows = self.rows[at : at + self.block_rows]
         try:
             acts = {name: read(rows.start, rows.stop) for name, read in self.readers.items()}
+        except UserError:
+            raise
         except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as e:
             reason = (str(e).splitlines() or ["it ends too early"])[0]
             raise UserError(f"'{self.where}' cannot be read at row {rows.start} ({reason}); write it again") from e

@@ -57,7 +57,7 @@ def cached_data(c: TrainConfig) -> Data:
     options: dict[str, Any] = {
         "hookpoints": c.hookpoints, "val_split": c.val_split,
         "seed": c.seed if c.shuffle_seed is None else c.shuffle_seed,
-        "block_rows": min(cache.BLOCK_ROWS, max(64, c.buffer_tokens // 16)),  # a batch mixes sixteen blocks or more
+        "block_rows": min(cache.BLOCK_ROWS, max(64, c.buffer_tokens // 16)),  # small beside what the buffer mixes
     }  # fmt: skip
     source: cache.BlockSource
     if is_activation_file(c.activations):
@@ -71,6 +71,8 @@ def cached_data(c: TrainConfig) -> Data:
     if val and isinstance(source, FileSource) and source.positions == 1:
         log.say(f"the file says nothing of sequences: its last {len(held_out):,} rows are held out")
     n = len(source)
+    if c.max_tokens < n:
+        log.say(f"training on {c.max_tokens:,} of {n:,} collected tokens; --max_tokens takes more")
     # all of it is read anew for each epoch, in a new order; of a part, rows are used again while they are at hand
     n_tokens, uses = (n * c.num_epochs, 1) if c.max_tokens >= n else (c.max_tokens, c.num_epochs)
     return Data(source, val, n_tokens, uses, origin)

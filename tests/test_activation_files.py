@@ -334,8 +334,9 @@ def test_a_file_that_shrinks_while_in_use(tmp_path, ending):
     short = path.read_bytes()[:1000]
     path.unlink()
     path.write_bytes(short)
-    with pytest.raises(UserError, match="cannot be read at row 100|is refused"):
+    with pytest.raises(UserError, match="cannot be read at row 100") as e:
         source.read(1)
+    assert "\n" not in str(e.value)
 
 
 def test_without_h5py_the_sentence_says_what_to_install(tmp_path, monkeypatch):
@@ -416,7 +417,9 @@ def test_train_on_a_file(here, capsys, ending):
     x, _ = planted(3000, 16, 32, 3)
     write(here / f"acts{ending}", x.view(300, 10, 16) if ending == ".h5" else x)
     assert call(sae_train, "--activations", f"acts{ending}", *SMALL) == 0
-    assert ("its last 150 rows are held out" in capsys.readouterr().out) == (ending != ".h5")
+    said = capsys.readouterr().out
+    assert ("its last 150 rows are held out" in said) == (ending != ".h5")
+    assert "training on 640 of 2,850 collected tokens" in said
     run = here / "sae_models" / "acts"
     metadata = json.loads((run / "cfg.json").read_text())["metadata"]
     assert (metadata["hookpoint"], metadata["activations_file"]) == ("acts", f"acts{ending}")
