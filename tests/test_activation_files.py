@@ -378,7 +378,8 @@ PASS = """
 import resource, sys, torch
 from sae.activation_files import FileSource
 from sae.activations import Stream
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+unit = 2**20 if sys.platform == "darwin" else 2**10
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 before = peak()
 for path in sys.argv[1:]:
     source = FileSource(path, val_split=0.0, seed=0)
