@@ -1,26 +1,30 @@
-"""Activations on disk: memory-mapped shards and a manifest that says exactly what they were made from.
+"""Activations on disk: the one source that reads them in mixed blocks, and the folders that sae_collect writes.
 
-A cache that is stale, foreign or torn is refused with the reason. Knows nothing of SAEs or training.
+A folder is raw shards and a manifest that says exactly what they were made from; one that is stale, foreign or torn is
+refused with the reason. Files that others collected: activation_files.py. Knows nothing of SAEs or training.
 
 Letters: D width.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sae import log
-from sae.activations import Acts, ModelSource, check_finite
+from sae.activations import Acts, ModelSource
 from sae.config import UserError, read_json, require
 from sae.language_model import LanguageModel
 from sae.tokens import Dataset
@@ -29,6 +33,98 @@ CACHE_VERSION = 1
 CACHE_FILE = re.compile(r"manifest\.json|\d{5}_(\d\d|seq)\.bin")
 HOOKPOINT = re.compile(r"[\w.-]*\w(@in)?")  # names become folders: nothing in one may lead elsewhere
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+BLOCK_ROWS = 4096  # long enough that a disk spends its time reading, not seeking
+BLOCK_BYTES = 1 << 25  # and no block is larger than this, however wide the rows
+
+Reader = Callable[[int, int], Tensor]  # (start, stop) -> these rows, (stop - start, D) float32
+
+# --------------------------------------------------------------------------------------------------
+# reading what is on disk
+
+
+class BlockSource:
+    """Rows on disk, in contiguous blocks that come in a new random order every pass (in file order without a seed).
+
+    Only one block is held at a time; the Stream's buffer mixes the rows of many. readers: by hookpoint; they agree on
+    the rows. Of n_rows those from `cut` on are kept for validation. positions: rows per sequence where all are equally
+    long, which blocks then do not cut. Raises UserError for a row with NaN or infinity.
+    """
+
+    def __init__(
+        self, readers: dict[str, Reader], widths: dict[str, int], n_rows: int, cut: int, *, where: str,
+        positions: int = 1, seed: int | None = None, block_rows: int = BLOCK_ROWS,
+    ):  # fmt: skip
+        self.readers, self.widths, self.where = readers, widths, where
+        self.rows, self.kept = range(cut), range(cut, n_rows)
+        self.positions, self.seed = positions, seed
+        n = max(1, min(block_rows, BLOCK_BYTES // (4 * sum(widths.values()))))
+        self.block_rows = n - n % positions if positions < n else n
+        self.n_passes = self.block = 0
+        self._shuffle()
+
+    def held_out(self) -> BlockSource:
+        """The rows kept for validation, as a source of their own."""
+        other = copy.copy(self)
+        other.rows, other.kept = self.kept, range(0)
+        other.n_passes = other.block = 0
+        other._shuffle()
+        return other
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _shuffle(self) -> None:
+        n = -(-len(self.rows) // self.block_rows)
+        if self.seed is None:
+            self.order = torch.arange(n)
+        else:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.n_passes)
+            self.order = torch.randperm(n, generator=generator)
+
+    def read(self, n: int) -> Acts:
+        del n  # one block; the stream keeps what it has no room for
+        if self.block == len(self.order):
+            return {}
+        at = int(self.order[self.block]) * self.block_rows
+        rows = self.rows[at : at + self.block_rows]
+        try:
+            acts = {name: read(rows.start, rows.stop) for name, read in self.readers.items()}
+        except UserError:
+            raise
+        except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as e:
+            reason = (str(e).splitlines() or ["it ends too early"])[0]
+            raise UserError(f"'{self.where}' cannot be read at row {rows.start} ({reason}); write it again") from e
+        for name, x in acts.items():
+            if not torch.isfinite(x).all():
+                bad = rows[int((~torch.isfinite(x)).any(1).nonzero()[0])]
+                place = f" (sequence {bad // self.positions}, position {bad % self.positions})"
+                raise UserError(
+                    f"row {bad}{place if self.positions > 1 else ''} of '{name}' in '{self.where}' holds NaN or "
+                    "infinity as float32; collect it again, or leave that row out"
+                )
+        self.block += 1
+        return acts
+
+    def rewind(self) -> None:
+        self.block, self.n_passes = 0, self.n_passes + 1
+        self._shuffle()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"block": self.block, "n_passes": self.n_passes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.block, self.n_passes = state["block"], state["n_passes"]
+        self._shuffle()
+
+
+def first_held_out(n: int, share: float) -> int:
+    """From which of n sequences on they are held out: the last ones, at least one of them and never all."""
+    return n if n < 2 or share <= 0 else min(n - 1, max(1, round(n * (1 - share))))
+
+
+# --------------------------------------------------------------------------------------------------
+# writing a cache
 
 
 def provenance(lm: LanguageModel, dataset: Dataset, *, ctx_len: int, skip_first: bool) -> dict[str, Any]:
@@ -128,61 +224,38 @@ def _write_rows(file: Any, x: Tensor) -> None:
     file.write(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
-class CacheSource:
-    """Collected activations, read in order from memory-mapped shards. part: "train", or "val" for the last sequences.
+# --------------------------------------------------------------------------------------------------
+# reading a cache
+
+
+class CacheSource(BlockSource):
+    """The activations in a folder that sae_collect wrote, some of its sequences (the last ones) held out.
 
     Raises UserError for a folder that is not a whole cache, with the reason.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        part: str = "train",
-        hookpoints: Sequence[str] = (),
-        val_split: float = 0.05,
-    ):
+        self, folder: str | Path, *, hookpoints: Sequence[str] = (), val_split: float = 0.05,
+        seed: int | None = None, block_rows: int = BLOCK_ROWS,
+    ):  # fmt: skip
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         known = self.manifest["hookpoints"]
         for name in hookpoints:
             if name not in known:
                 raise UserError(f"'{folder}' holds {', '.join(known)}, not '{name}'; collect that hookpoint first")
-        self.hookpoints = list(hookpoints or known)
-        self.widths = {name: known[name]["d_in"] for name in self.hookpoints}
+        widths = {name: known[name]["d_in"] for name in hookpoints or known}
+        readers: dict[str, Reader] = {name: partial(self._rows, name) for name in widths}
         n = self.manifest["n_tokens"]
         # Whole sequences are held out: neighbours in one text are too alike to validate on.
-        last = int(self._numbers(n - 1, n)[0])
-        cut = self._first_row_of(max(1, round((last + 1) * (1 - val_split)))) if last > 0 and val_split > 0 else n
-        self.first: int = 0 if part == "train" else cut
-        self.stop: int = cut if part == "train" else n
-        self.start = self.first
-
-    def __len__(self) -> int:
-        return self.stop - self.first
-
-    def read(self, n: int) -> Acts:
-        stop = min(self.stop, self.start + n)
-        if stop <= self.start:
-            return {}
-        acts = {name: self._rows(name, self.start, stop).float() for name in self.hookpoints}
-        check_finite(acts)
-        self.start = stop
-        return acts
-
-    def rewind(self) -> None:
-        self.start = self.first
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"start": self.start}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.start = state["start"]
+        n_sequences = int(self._numbers(n - 1, n)[0]) + 1
+        cut = self._first_row_of(first_held_out(n_sequences, val_split))
+        super().__init__(readers, widths, n, cut, where=str(folder), seed=seed, block_rows=block_rows)
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
-        width, dtype = self.widths[name], DTYPES[self.manifest["dtype"]]
-        file = self.manifest["hookpoints"][name]["file"]
-        return self._read(file, start, stop, width * dtype.itemsize).view(dtype).view(stop - start, width)
+        place, dtype = self.manifest["hookpoints"][name], DTYPES[self.manifest["dtype"]]
+        raw = self._read(place["file"], start, stop, place["d_in"] * dtype.itemsize)
+        return raw.view(dtype).view(stop - start, place["d_in"]).float()
 
     def _numbers(self, start: int, stop: int) -> Tensor:
         return self._read("seq", start, stop, 8).view(torch.int64)
@@ -220,7 +293,10 @@ class CacheSource:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a cache whose files all have the size it says."""
     if not (folder / "manifest.json").is_file():
-        raise UserError(f"'{folder}' is not a cache of activations (no manifest.json); make one with sae_collect")
+        raise UserError(
+            f"'{folder}' is not a cache of activations (no manifest.json); make one with sae_collect, or give a .npy, "
+            ".h5, .pt or .safetensors file"
+        )
     manifest = read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("version") != CACHE_VERSION:
         raise UserError(f"'{folder}' was written by another version; collect it again with --overwrite")

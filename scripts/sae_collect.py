@@ -19,6 +19,9 @@ def main(argv: list[str]) -> None:
     lm = load_language_model(c.model, device=best_device(c.device), dataset=c.dataset)
     layers = (c.layer,) if c.layer is not None else c.layers
     hookpoints = hooks.resolve(lm.module, hookpoints=c.hookpoints, layers=layers, hook_type=c.hook_type)
+    if c.transcode:  # of each module what goes in and what comes out
+        pairs = [(module, f"{module}@in") for module, _ in map(hooks.split, hookpoints)]
+        hookpoints = list(dict.fromkeys(name for pair in pairs for name in pair))
     dataset = open_dataset(c.dataset, text_column=c.text_column or "text")
     rows = TokenRows(lm, dataset, "train", c.ctx_len)
     source = ModelSource(lm, rows, hookpoints, model_batch_size=c.model_batch_size, skip_first=c.skip_first)

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from sae import formats, log, plots
-from sae.config import EvalConfig, UserError, from_cli
-from sae.evaluator import evaluate, summary
+from sae import formats, hooks, log, plots
+from sae.activations import Acts
+from sae.assessment import assess, decoder_similarity
+from sae.config import EvalConfig, TrainConfig, UserError, from_cli
+from sae.evaluator import SAEEvaluator, evaluate, summary
 from sae.language_model import LanguageModel, best_device, load_language_model
 from sae.models import SAE
 from sae.tokens import Dataset, open_dataset
 
 
-def open_sae(c: EvalConfig) -> tuple[LanguageModel, SAE, str, Dataset, dict, Path]:
-    """The SAE a config means, with the model, hookpoint and text it belongs to, and its folder."""
+class Opened(NamedTuple):
+    """An SAE with the model, hookpoint and text it belongs to, what its cfg.json says of them, and its folder."""
+
+    lm: LanguageModel
+    sae: SAE
+    hookpoint: str
+    dataset: Dataset
+    trained_on: dict[str, Any]
+    folder: Path
+
+
+def open_sae(c: EvalConfig, lm: LanguageModel | None = None) -> Opened:
+    """The SAE a config means and what it belongs to. lm: its model, where that is loaded already."""
     path = Path(c.sae_path) if c.sae_path else formats.newest_run("sae_models")
     device = best_device(c.device)
     sae = formats.load_sae(c.sae_path or path, device=device)
@@ -22,16 +37,25 @@ def open_sae(c: EvalConfig) -> tuple[LanguageModel, SAE, str, Dataset, dict, Pat
     hookpoint = trained_on.get("hookpoint")
     if not hookpoint:
         raise UserError(f"'{path}' does not say which hookpoint it belongs to; its cfg.json needs metadata.hookpoint")
+    model = c.model or trained_on.get("model_name")
+    if not model:
+        origin = trained_on.get("activations_file", "activations")
+        raise UserError(
+            f"'{path}' was trained on '{origin}', which names no model; give --model and --dataset, and train with "
+            f"--hook_point if '{hookpoint}' is not the module in it that the activations come from"
+        )
     name = trained_on.get("dataset_path")
     dataset_name = c.dataset if c.dataset is not None else None if name == "embedded" else name
-    lm = load_language_model(c.model or trained_on.get("model_name", "pygpt"), device=device, dataset=dataset_name)
+    lm = lm or load_language_model(model, device=device, dataset=dataset_name)
     dataset = open_dataset(dataset_name, text_column=trained_on.get("text_column", "text"))
-    return lm, sae, hookpoint, dataset, trained_on, folder
+    if "model_name" not in trained_on:
+        hookpoint = hooks.resolve(lm.module, hookpoints=[hookpoint])[0]
+    return Opened(lm, sae, hookpoint, dataset, trained_on, folder)
 
 
-def main(argv: list[str]) -> None:
-    c = from_cli(EvalConfig, argv, prog="python -m scripts.sae_eval", description=__doc__)
-    lm, sae, hookpoint, dataset, trained_on, folder = open_sae(c)
+def measure(c: EvalConfig, opened: Opened) -> None:
+    """Write eval.json, final_assessment.json and the plots, and say what stands in them."""
+    lm, sae, hookpoint, dataset, trained_on, folder = opened
     out = Path(c.output_dir) if c.output_dir else folder
     report, totals = evaluate(
         lm, sae, hookpoint, dataset, n_tokens=c.eval_tokens, mean_tokens=c.mean_tokens,
@@ -44,7 +68,41 @@ def main(argv: list[str]) -> None:
         pictures += plots.plot_training(folder / "metrics.jsonl", out / "plots")
     for line in summary(report):
         log.say(line)
+    write_assessment(report.to_dict(), sae, out)
     log.say(f"written to {out / 'eval.json'} and {', '.join(str(p) for p in pictures)}")
+
+
+def write_assessment(metrics: Mapping[str, Any], sae: SAE, out: Path) -> None:
+    """Write final_assessment.json to `out`, and say what stands in it."""
+    assessment = assess(metrics, decoder_similarity(sae.W_dec))
+    formats.write_json(assessment.to_dict(), out / "final_assessment.json")
+    for line in assessment.lines():
+        log.say(line)
+
+
+def assess_run(c: TrainConfig, folders: Mapping[str, Path], val: Acts, lm: LanguageModel | None = None) -> None:
+    """Measure every SAE of a run that has just ended: {hookpoint: folder}. lm: its model, where that is loaded.
+
+    Where the run knows no model, having trained on a file, its held-out activations `val` must do.
+    """
+    for hookpoint, folder in folders.items():
+        if not formats.load_cfg(folder).get("activations_file"):
+            one = EvalConfig(sae_path=str(folder), device=c.device, model_batch_size=c.model_batch_size)
+            opened = open_sae(one, lm)
+            lm = opened.lm
+            measure(one, opened)
+        elif hookpoint.split("/")[0] in val and not c.transcode:
+            sae = formats.load_sae(folder, device=best_device(c.device))
+            settings = {"architecture": sae.config.activation, "d_in": sae.d_in, "d_sae": sae.d_sae}
+            metrics = SAEEvaluator(sae).evaluate(val[hookpoint.split("/")[0]])
+            write_assessment({**metrics, **settings, "hookpoint": hookpoint}, sae, folder)
+        else:
+            log.say(f"'{hookpoint}' cannot be assessed: the run held nothing out; give --val_split 0.05")
+
+
+def main(argv: list[str]) -> None:
+    c = from_cli(EvalConfig, argv, prog="python -m scripts.sae_eval", description=__doc__ or "")
+    measure(c, open_sae(c))
 
 
 if __name__ == "__main__":

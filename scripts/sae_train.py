@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae import cache, formats, hooks, log, sweep
+from sae.activation_files import FileSource, is_activation_file
 from sae.activations import Acts, ModelSource, Source, Stream, gather
 from sae.config import REPLACED, TrainConfig, UserError, from_cli, variants
 from sae.end_to_end import EndToEnd, RowStream, held_out
@@ -17,6 +18,7 @@ from sae.models import SAE, create_sae
 from sae.schedules import tokens_per_step
 from sae.tokens import TokenRows, open_dataset
 from sae.trainer import SAETrainer, refuse_existing, shuffle_seed
+from scripts.sae_eval import assess_run
 
 
 class Data(NamedTuple):
@@ -52,8 +54,33 @@ def cached_data(c: TrainConfig) -> Data:
     assert c.activations is not None
     if c.layer is not None or c.layers:
         raise UserError("--activations has its own hookpoints; choose among them with --hookpoints, not by layer")
-    source = cache.CacheSource(c.activations, hookpoints=c.hookpoints, val_split=c.val_split)
-    manifest = source.manifest
+    options: dict[str, Any] = {
+        "hookpoints": [*c.hookpoints, *(f"{name}@in" for name in c.hookpoints if c.transcode)], "val_split": c.val_split,
+        "seed": shuffle_seed(c),
+        "block_rows": min(cache.BLOCK_ROWS, max(64, c.buffer_tokens // 16)),  # small beside what the buffer mixes
+    }  # fmt: skip
+    source: cache.BlockSource
+    if is_activation_file(c.activations):
+        source = FileSource(c.activations, hook_point=c.hook_point, **options)
+        origin = {"provenance": source.provenance(), "activations_file": source.path.name}
+    else:
+        source = cache.CacheSource(c.activations, **options)
+        origin = cache_origin(c, source.manifest)
+    held_out = source.held_out()
+    val = gather(held_out, c.val_tokens, "validation") if len(held_out) > 1 else {}
+    if val and isinstance(source, FileSource) and source.positions == 1:
+        log.say(f"the file says nothing of sequences: its last {len(held_out):,} rows are held out")
+    n = len(source)
+    if c.max_tokens < n:
+        log.say(f"training on {c.max_tokens:,} of {n:,} collected tokens; --max_tokens takes more")
+    # all of it is read anew for each epoch, in a new order; of a part, rows are used again while they are at hand
+    n_tokens, uses = (n * c.num_epochs, 1) if c.max_tokens >= n else (c.max_tokens, c.num_epochs)
+    return Data(source, val, n_tokens, uses, origin)
+
+
+def cache_origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Where a cache's activations come from. Raises UserError if that is here and has changed."""
+    assert c.activations is not None
     model = manifest["model"] if c.model == TrainConfig.model else c.model
     dataset = c.dataset or (None if manifest["dataset"] == "embedded" else manifest["dataset"])
     try:
@@ -64,14 +91,11 @@ def cached_data(c: TrainConfig) -> Data:
     else:
         made_from = cache.provenance(lm, opened, ctx_len=manifest["ctx_len"], skip_first=manifest["skip_first"])
         cache.refuse_stale(manifest, made_from, c.activations)
-    held_out = cache.CacheSource(c.activations, part="val", hookpoints=c.hookpoints, val_split=c.val_split)
-    val = gather(held_out, c.val_tokens, "validation") if len(held_out) else {}
-    origin = {
+    return {
         "provenance": {key: manifest[key] for key in ("model_hash", "dataset_hash", "n_tokens")},
         "model_name": manifest["model"], "dataset_path": manifest["dataset"], "text_column": manifest["text_column"],
         "context_size": manifest["ctx_len"], "skip_first": manifest["skip_first"],
     }  # fmt: skip
-    return Data(source, val, min(c.max_tokens, len(source)), c.num_epochs, origin)
 
 
 def run_folder(c: TrainConfig, hookpoints: list[str]) -> Path:
@@ -212,6 +236,8 @@ def main(argv: list[str]) -> None:
     if stream.n_passes:
         log.say(f"the text was read again from its start {stream.n_passes} times")
     finish(trainer, metrics, folder)
+    if c.assess:
+        assess_run(c, {name: trainer.folder(name) for name in saes}, data.val, lm)
 
 
 def finish(trainer: SAETrainer, metrics: dict[str, float], folder: Path) -> None:

@@ -149,7 +149,8 @@ def test_cache_holds_what_the_model_gave(lm, text_file, collected):
 
 def test_validation_is_split_off_by_sequence(collected):
     folder, _, _ = collected
-    train, val = CacheSource(folder, val_split=0.1), CacheSource(folder, part="val", val_split=0.1)
+    train = CacheSource(folder, val_split=0.1)
+    val = train.held_out()
     assert len(train) + len(val) == 3000
     assert 0.05 < len(val) / 3000 < 0.15
     numbers = train._numbers(0, 3000)

@@ -79,7 +79,7 @@ def test_a_finished_sae_takes_raw_activations(how):
     if how == "layer_norm":
         assert float(z.std(1).mean()) == pytest.approx(1, rel=1e-3)
     assert sae.layer_norm == (how == "layer_norm")
-    x_hat = sae(x).x_hat
+    x_hat = sae(x).x_hat.detach()
     fvu = float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
     assert fvu < 0.6
 
@@ -91,7 +91,7 @@ def test_a_transcoder_predicts_raw_targets():
     for fields in ({}, skip):
         c = SAEConfig(d_sae=96, k=8, transcode=True, batch_size=100, num_epochs=4, learning_rate=3e-3, **fields)
         sae, t = train_sae_from_activations(x, c, targets=y, verbose=False)
-        fvu = float((y - sae(x).x_hat).square().sum() / (y - y.mean(0)).square().sum())
+        fvu = float((y - sae(x).x_hat.detach()).square().sum() / (y - y.mean(0)).square().sum())
         assert fvu < 0.35
         assert t.val_losses[-1]["fvu"] == pytest.approx(fvu, abs=0.1)
     with pytest.raises(UserError, match="go together"):
@@ -100,7 +100,7 @@ def test_a_transcoder_predicts_raw_targets():
 
 @pytest.mark.parametrize("activation", ["relu", "gated", "jumprelu"])
 def test_target_l0_is_reached(activation):
-    x, _ = planted(60_000, 16, 32, 3)
+    x, _ = planted(30_000, 16, 32, 3)
     c = SAEConfig(
         d_in=16, d_sae=64, activation=activation, target_l0=6, batch_size=128, num_epochs=3, learning_rate=2e-3,
         eval_every=10_000,
@@ -116,11 +116,11 @@ def test_dead_by_tokens_by_share_and_by_rate():
         {"dead_latent_threshold": 1e-3},
         {"dead_percentage_threshold": 0.05},
     ):
-        one = learner(n_steps=1000, **fields)
+        one = learner(n_steps=300, **fields)
         one.start_from({"": x})
         with torch.no_grad():
             one.sae.b_enc[:10] = -100.0
-        for _ in range(400 if "dead_feature_threshold" not in fields else 4):
+        for _ in range(150 if "dead_feature_threshold" not in fields else 4):
             one.learn({"": x}, 0)
             one.update(0)
             with torch.no_grad():
@@ -190,7 +190,7 @@ def test_every_optimiser_learns(optimizer):
         with pytest.raises(UserError, match="needs torch 2.9"):
             learner(optimizer="muon")
         return
-    _, t = train_sae_from_activations(data(64 * 200), c, verbose=False)
+    _, t = train_sae_from_activations(data(64 * 100), c, verbose=False)
     assert t.val_losses[-1]["fvu"] < 0.5
     sae = t.sae
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
@@ -226,13 +226,13 @@ def test_float16_with_a_scaler_survives_an_overflow():
     x = data(64)
     one = learner(dtype="float16")
     one.start_from({"": x})
-    one.scaler.update(new_scale=2.0**40)  # overflows: the step must be skipped and the scale halved
+    one.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # overflows: the step is skipped, the scale halved
     before = one.sae.W_dec.detach().clone()
     one.learn({"": x}, 0)
     one.update(0)
     assert torch.equal(before, one.sae.W_dec)
     assert one.scaler.get_scale() == 2.0**39
-    one.scaler.update(new_scale=2.0**8)
+    one.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     one.learn({"": x}, 1)
     one.update(1)
     assert not torch.equal(before, one.sae.W_dec)
