@@ -92,10 +92,10 @@ class SAEConfig:
     multi_topk: bool = knob(False, "also reconstruct from 4k latents, with weight 1/8 (topk)")
     k_decay_steps: int = knob(0, "steps over which k falls to --k from min(d_in, d_sae) (topk family)")
     auxk_alpha: float = knob(
-        1 / 32, "weight of the AuxK loss that revives dead latents", alias=("auxk_coef",), sweep=True
+        1 / 8, "weight of the AuxK loss that revives dead latents", alias=("auxk_coef",), sweep=True
     )
     dead_feature_threshold: int | None = knob(
-        None, "tokens without firing until a latent is dead (default: 5% of the run, at most 10M)",
+        None, "tokens without firing until a latent is dead (default: 1/40 of the run, at most 10M)",
         alias=("dead_toks_threshold",),
     )  # fmt: skip
     dead_percentage_threshold: float | None = knob(

@@ -63,7 +63,7 @@ class Learner:
         self.config = replace(config, d_in=sae.d_in, d_sae=sae.d_sae, d_out=sae.d_out)
         self.n_steps, self.device, self.hookpoint = n_steps, device, hookpoint
         self.reads = f"{hookpoint}@in" if config.transcode else hookpoint
-        self.optimizer = Optimizer(sae, self.config, device)
+        self.optimizer = Optimizer(sae, self.config, n_steps, device)
         self.scaler = torch.amp.GradScaler(device.type) if config.dtype == "float16" else None
         self.scale, self.scale_out = 1.0, 1.0
         self.variance = float(sae.d_out)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.config import SAEConfig, UserError
-from sae.schedules import peak_lr
+from sae.schedules import adam_betas, peak_lr
 
 
 class ScheduleFreeSignum(torch.optim.Optimizer):
@@ -48,8 +48,8 @@ class Optimizer:
     The weights in the SAE are those that gradients are taken at; `averaged` gives those to use, where they differ.
     """
 
-    def __init__(self, sae: nn.Module, c: SAEConfig, device: torch.device):
-        self.parts = BUILDERS[c.optimizer](sae, c, device)
+    def __init__(self, sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device):
+        self.parts = BUILDERS[c.optimizer](sae, c, n_steps, device)
 
     def step(self, lr: float, scaler: torch.amp.GradScaler | None = None) -> None:
         """One step at this step size, through the gradient scaler if there is one."""
@@ -94,27 +94,28 @@ class Optimizer:
         return p.detach()
 
 
-def _adam(sae: nn.Module, c: SAEConfig, device: torch.device) -> list[Any]:
+def _adam(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
     fused = device.type in ("cpu", "cuda")  # one pass over memory, where torch has it
-    return [_adam_over(list(sae.parameters()), c, fused)]
+    return [_adam_over(list(sae.parameters()), c, n_steps, fused)]
 
 
-def _adam_over(params: list[nn.Parameter], c: SAEConfig, fused: bool) -> torch.optim.Optimizer:
+def _adam_over(params: list[nn.Parameter], c: SAEConfig, n_steps: int, fused: bool) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if c.weight_decay else torch.optim.Adam
-    return kind(params, lr=peak_lr(c), fused=fused, weight_decay=c.weight_decay)
+    return kind(params, lr=peak_lr(c), betas=adam_betas(n_steps), fused=fused, weight_decay=c.weight_decay)
 
 
-def _adam8bit(sae: nn.Module, c: SAEConfig, device: torch.device) -> list[Any]:
+def _adam8bit(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
     try:
         import bitsandbytes
     except ImportError as e:
         raise UserError("--optimizer adam8bit needs bitsandbytes; run: pip install 'nanosae[optim]'") from e
     if device.type != "cuda":
         raise UserError(f"--optimizer adam8bit runs on CUDA and this is {device}; give --optimizer adam")
-    return [bitsandbytes.optim.AdamW8bit(sae.parameters(), lr=peak_lr(c), weight_decay=c.weight_decay)]
+    adam = bitsandbytes.optim.AdamW8bit
+    return [adam(sae.parameters(), lr=peak_lr(c), betas=adam_betas(n_steps), weight_decay=c.weight_decay)]
 
 
-def _muon(sae: nn.Module, c: SAEConfig, device: torch.device) -> list[Any]:
+def _muon(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"--optimizer muon needs torch 2.9 and this is {torch.__version__}; give --optimizer adam")
     matrices = [p for p in sae.parameters() if p.ndim == 2]
@@ -123,17 +124,17 @@ def _muon(sae: nn.Module, c: SAEConfig, device: torch.device) -> list[Any]:
     muon = torch.optim.Muon(
         matrices, lr=peak_lr(c), weight_decay=c.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
-    return [muon, _adam_over(rest, c, device.type in ("cpu", "cuda"))]
+    return [muon, _adam_over(rest, c, n_steps, device.type in ("cpu", "cuda"))]
 
 
-def _signum(sae: nn.Module, c: SAEConfig, device: torch.device) -> list[Any]:  # noqa: ARG001
+def _signum(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:  # noqa: ARG001
     return [ScheduleFreeSignum(sae.parameters(), lr=peak_lr(c), weight_decay=c.weight_decay)]
 
 
-def _sgd(sae: nn.Module, c: SAEConfig, device: torch.device) -> list[Any]:  # noqa: ARG001
+def _sgd(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:  # noqa: ARG001
     return [torch.optim.SGD(sae.parameters(), lr=peak_lr(c), momentum=0.9, weight_decay=c.weight_decay)]
 
 
-BUILDERS: dict[str, Callable[[nn.Module, SAEConfig, torch.device], list[Any]]] = {
+BUILDERS: dict[str, Callable[[nn.Module, SAEConfig, int, torch.device], list[Any]]] = {
     "adam": _adam, "adam8bit": _adam8bit, "muon": _muon, "signum": _signum, "sgd": _sgd,
 }  # fmt: skip

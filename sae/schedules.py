@@ -25,7 +25,7 @@ def tokens_per_step(c: SAEConfig) -> int:
 
 
 # Step sizes at F = 1536; they fall as 1/sqrt(F) (Gao et al. 2024, arxiv.org/abs/2406.04093). How found: dev/LOG.md.
-PEAK_LR = {"adam": 4e-3, "adam8bit": 4e-3, "muon": 4e-3, "signum": 4e-3, "sgd": 1.0}
+PEAK_LR = {"adam": 4e-3, "adam8bit": 4e-3, "muon": 4e-3, "signum": 1e-3, "sgd": 0.05}
 
 
 def peak_lr(c: SAEConfig) -> float:
@@ -33,6 +33,14 @@ def peak_lr(c: SAEConfig) -> float:
     if c.learning_rate is not None:
         return c.learning_rate
     return PEAK_LR[c.optimizer] / math.sqrt(n_latents(c) / 1536)
+
+
+def adam_betas(n_steps: int) -> tuple[float, float]:
+    """Adam's memories: 10 steps, and a twentieth of the run, 1000 steps at most.
+
+    Latents fire seldom, so that their gradients' size changes fast; the usual 1000 steps are longer than many runs.
+    """
+    return 0.9, 1 - 1 / min(1000, max(10, n_steps // 20))
 
 
 def warmup_steps(c: SAEConfig, n_steps: int) -> int:
@@ -89,7 +97,7 @@ def dead_after_tokens(c: SAEConfig, n_tokens: int) -> int:
     """Tokens without firing until a latent counts as dead in a run of n_tokens."""
     if c.dead_feature_threshold is not None:
         return c.dead_feature_threshold
-    return max(1, min(10_000_000, n_tokens // 20))
+    return max(1, min(10_000_000, n_tokens // 40))
 
 
 def dead_below(c: SAEConfig) -> float | None:

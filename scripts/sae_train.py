@@ -55,7 +55,8 @@ def cached_data(c: TrainConfig) -> Data:
     if c.layer is not None or c.layers:
         raise UserError("--activations has its own hookpoints; choose among them with --hookpoints, not by layer")
     options: dict[str, Any] = {
-        "hookpoints": [*c.hookpoints, *(f"{name}@in" for name in c.hookpoints if c.transcode)], "val_split": c.val_split,
+        "hookpoints": [*c.hookpoints, *(f"{name}@in" for name in c.hookpoints if c.transcode)],
+        "val_split": c.val_split,
         "seed": shuffle_seed(c),
         "block_rows": min(cache.BLOCK_ROWS, max(64, c.buffer_tokens // 16)),  # small beside what the buffer mixes
     }  # fmt: skip

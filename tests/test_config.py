@@ -182,7 +182,9 @@ def test_schedules():
     assert sched.n_latents(SAEConfig(d_in=8, expansion_factor=4)) == 32
     with pytest.raises(UserError, match="neither"):
         sched.n_latents(SAEConfig())
-    assert math.isclose(SAEConfig().auxk_alpha, 1 / 32)
+    assert math.isclose(SAEConfig().auxk_alpha, 1 / 8)
+    assert sched.adam_betas(976) == (0.9, 1 - 1 / 48)
+    assert sched.adam_betas(10**6) == (0.9, 0.999)
 
 
 def test_settings_that_do_not_go_together():
