@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sae import kernels
 from sae.config import SAEConfig, UserError, require
 from sae.kernels import Codes
-from sae.schedules import n_latents
+from sae.schedules import n_latents, target_l0
 
 Kind = TypeVar("Kind", bound="SAE")
 LN_EPS = 1e-5  # added to the standard deviation, as OpenAI and SAELens do
@@ -165,6 +165,9 @@ class SAE(nn.Module):
         """What a part of a batch must know of the whole to be treated alike; None where tokens are independent."""
         return None
 
+    def raise_threshold_(self, by: Tensor | float) -> None:
+        """Make all latents harder (by > 0) or easier to activate, at once; kinds with a penalty have a way."""
+
     def observe_(self, out: Output, step: int, whole: Tensor | None = None) -> None:
         """Move what follows training without a gradient, after a step."""
 
@@ -245,6 +248,12 @@ class SAE(nn.Module):
             size = (self(x).x_hat - self.b_dec).norm(dim=1).mean() / (x - x.mean(0)).norm(dim=1).mean()
             if size > 0 and not self.config.tied and not self.config.transcode:
                 self.W_enc.div_(size)
+        target = target_l0(self.config)
+        if target is not None:  # begin as sparse as asked: latents that begin dense mostly die on the way down
+            part = x[:4096]
+            n = min(self.d_sae * len(part), max(1, round(len(part) * target)))
+            passing = self.pre_activations(part).flatten().topk(n, sorted=False).values
+            self.raise_threshold_(passing.min().clamp(min=0))
 
     def _shift_biases_(self, by: Tensor) -> None:
         self.b_enc.add_(by)

@@ -24,7 +24,7 @@ from sae.optim import Optimizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUMS = ("loss", "objective", "sparsity", "aux", "grad_norm", "penalty_weight")
-CONTROL = (0.02, 0.5)  # gains of the L0 controller: per step, and on the difference at hand
+STEER, STEER_WEIGHT = 0.1, 0.01  # what a step does to thresholds and to the log of the weight, per error of log L0
 
 
 class Terms(NamedTuple):
@@ -76,7 +76,6 @@ class Learner:
             config.l1_coefficient if config.l1_coefficient is not None else sched.L1_START.get(config.activation, 0)
         )
         self.log_weight = torch.tensor(math.log(max(weight, 1e-12)), device=device)
-        self.l0_error = torch.zeros((), device=device)
         self.average = {n: torch.zeros_like(p) for n, p in sae.named_parameters()} if config.ema else {}
         self.n_updates = 0
         self.n_dead = 0  # as last read by the log: AuxK is computed only where something was dead
@@ -162,7 +161,7 @@ class Learner:
         c = self.config
         k = sched.k_at(step, c)
         ramp = sched.sparsity_at(step, c, self.n_steps) if sched.target_l0(c) is None else 1.0
-        sparsity = ramp * (self.log_weight + CONTROL[1] * self.l0_error).exp()
+        sparsity = ramp * self.log_weight.exp()
         own_variance = c.loss_fn == "fvu"
         return Terms(
             k=k, p=sched.p_at(step, c, self.n_steps), sparsity=sparsity,
@@ -229,7 +228,7 @@ class Learner:
             self.sums["grad_norm"] += torch.where(norm.isfinite(), norm, 0.0)
             self.sums["penalty_weight"] += self.log_weight.exp()
             self.n_sums += 1
-            self._control(step)
+            self._control()
             for name, p in sae.named_parameters() if self.average else ():
                 self.average[name].lerp_(self.optimizer.averaged(p), 1 - (c.ema or 0.0))
         self.n_updates += 1
@@ -242,16 +241,18 @@ class Learner:
         self.feature_counts += fired
         self.rate.lerp_(fired / n, min(1.0, n / self.dead_after))
 
-    def _control(self, step: int) -> None:
-        """Move the penalty's weight towards the asked L0: a proportional-integral controller on log L0."""
+    def _control(self) -> None:
+        """Keep L0 where it was asked: thresholds follow its error at once, the penalty's weight follows slowly.
+
+        The weight alone acts through many steps of learning, and overshoots; thresholds act on the next batch, and what
+        they would have to do again and again is left to the weight.
+        """
         target = sched.target_l0(self.config)
         if target is None or self.config.jumprelu_penalty == "quadratic":
             return
-        # kinds that start dense are led down in a straight line of log L0 while the penalty would have risen
-        ramp = sched.sparsity_at(step, self.config, self.n_steps) if self.config.activation != "jumprelu" else 1.0
-        aim = (1 - ramp) * math.log(self.sae.d_sae / 2) + ramp * math.log(target)
-        self.l0_error = (self.counts.l0.clamp(min=1e-3).log() - aim).clamp(-1.0, 1.0)
-        self.log_weight = self.log_weight + CONTROL[0] * self.l0_error
+        error = (self.counts.l0.clamp(min=1e-3).log() - math.log(target)).clamp(-1.0, 1.0)
+        self.sae.raise_threshold_(STEER * error)
+        self.log_weight = self.log_weight + STEER_WEIGHT * error
 
     # ----------------------------------------------------------------------------------------------
     # end-to-end training: the SAE stands in the model while it runs
@@ -380,7 +381,7 @@ class Learner:
         return sae
 
     STATE = (
-        "tokens_since_fired", "feature_counts", "rate", "residual", "log_weight", "l0_error", "average", "n_updates",
+        "tokens_since_fired", "feature_counts", "rate", "residual", "log_weight", "average", "n_updates",
         "scale", "scale_out", "variance", "n_dead", "best_val_loss", "sums", "n_sums",
     )  # fmt: skip
 

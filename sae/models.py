@@ -159,6 +159,10 @@ class ReLU(SAE):
         f = f if p == 1.0 else (f + 1e-3) ** p - 1e-3**p
         return f.sum(-1).mean()
 
+    @torch.no_grad()
+    def raise_threshold_(self, by: Tensor | float) -> None:
+        self.b_enc.sub_(by)
+
 
 class Gated(SAE):
     """A gate chooses latents, a magnitude path sizes them (Rajamanoharan et al. 2024, arxiv.org/abs/2404.16014).
@@ -189,6 +193,11 @@ class Gated(SAE):
         if self.config.skip_connection:
             x_hat = x_hat + x @ self.W_skip.detach().t()
         return (y - x_hat).square().sum(-1).mean()
+
+    @torch.no_grad()
+    def raise_threshold_(self, by: Tensor | float) -> None:
+        self.b_gate.sub_(by)
+        self.b_mag.sub_(by)
 
     def _encoder_bias(self) -> Tensor:
         return self.b_gate
@@ -271,13 +280,8 @@ class JumpReLU(SAE):
         return active / sum(len(x) for x in parts)
 
     @torch.no_grad()
-    def start_from_(self, x: Tensor, y: Tensor) -> None:
-        """Thresholds start where the asked number of latents passes, so that training begins sparse."""
-        super().start_from_(x, y)
-        x = x[:4096]
-        n = min(self.d_sae * len(x), max(1, round(len(x) * (self.config.target_l0 or self.config.k))))
-        passing = self.pre_activations(x).flatten().topk(n, sorted=False).values
-        self.threshold.fill_(float(passing.min().clamp(min=0)))
+    def raise_threshold_(self, by: Tensor | float) -> None:
+        self.threshold.add_(by)
 
     @torch.no_grad()
     def observe_(self, out: Output, step: int, whole: Tensor | None = None) -> None:  # noqa: ARG002

@@ -76,7 +76,7 @@ def target_l0(c: SAEConfig) -> float | None:
 
 # The penalty is counted in units of the activations' own spread (models.py), so that one value serves models of
 # different scale; a controller starts from these.
-L1_START = {"relu": 0.1, "gated": 0.3, "jumprelu": 0.003}
+L1_START = {"relu": 0.1, "gated": 0.15, "jumprelu": 0.001}
 
 
 def sparsity_at(step: int, c: SAEConfig, n_steps: int) -> float:

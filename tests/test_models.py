@@ -379,10 +379,15 @@ def test_starting_biases():
     assert float(got.norm(dim=1).mean()) == pytest.approx(float(want.norm(dim=1).mean()), rel=1e-3)
 
 
-def test_jumprelu_starts_as_sparse_as_asked():
-    sae, x = make("jumprelu"), data(1000)
-    sae.start_from_(x, x)
-    assert float(sae(x).codes.l0().float().mean()) == pytest.approx(5, rel=0.01)
+def test_kinds_with_a_penalty_start_as_sparse_as_asked():
+    x = data(1000)
+    for activation in ("relu", "gated", "jumprelu"):
+        sae = make(activation)
+        sae.start_from_(x, x)
+        assert float(sae(x).codes.l0().float().mean()) == pytest.approx(5, rel=0.01)
+        dense = make(activation, l1_coefficient=0.1)
+        dense.start_from_(x, x)
+        assert float(dense(x).codes.l0().float().mean()) > 10  # a weight of one's own: nothing is steered
 
 
 @pytest.mark.parametrize("activation", ALL)
