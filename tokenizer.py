@@ -61,12 +61,17 @@ class Tokenizer:
         return self._bos() + self.encode(doc) if isinstance(doc, str) else self.render_chat(doc)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]], *, reply: bool = False) -> list[int]:
-        """Encode a chat; reply=True leaves the assistant's turn open. No chat tokens: lines `role: text`."""
+        """Encode a chat; reply=True leaves the assistant's turn open. No chat tokens: lines `role: text`.
+
+        A system message goes before what the user says first, as in nanochat.
+        """
         for message in messages:
             role, content = message.get("role"), message.get("content")
-            if role not in ("user", "assistant") or not isinstance(content, str):
-                raise ValueError(f"{message!r} is no chat message; wanted a role, user or assistant, and content")
-        turns = [(message["role"], message["content"]) for message in messages]
+            if role not in ("user", "assistant", "system") or not isinstance(content, str):
+                raise ValueError(f"{message!r} is no chat message; wanted content and a role: user, assistant, system")
+        turns = [("user" if m["role"] == "system" else m["role"], m["content"]) for m in messages]
+        if [m["role"] for m in messages[:2]] == ["system", "user"]:
+            turns[:2] = [("user", "\n\n".join(content for _, content in turns[:2]))]
         if reply and (not turns or turns[-1][0] != "assistant"):
             turns.append(("assistant", ""))
         if not self.specials.keys() >= set(CHAT_TOKENS):

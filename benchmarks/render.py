@@ -57,6 +57,29 @@ def quality() -> str:
     return "\n".join(lines)
 
 
+def architectures() -> str:
+    """Architecture x {SAE, transcoder, skip transcoder}: explained variance, L0, dead latents, seconds."""
+    result = load("architectures")
+    cells = {(r["activation"], r["form"]): r for r in result["cells"]}
+    forms = ("sae", "transcoder", "skip")
+    head = "| | " + " | ".join(f"{form}: explained variance | L0 | dead | seconds" for form in forms) + " |"
+    lines = [head, "|---" * (1 + 4 * len(forms)) + "|"]
+    for activation in dict.fromkeys(r["activation"] for r in result["cells"]):
+        row = [f"`{activation}`"]
+        for form in forms:
+            r = cells.get((activation, form))
+            row += [
+                f"{r['explained_variance']:.3f}", f"{r['l0']:.1f}", f"{100 * r['dead_fraction']:.2f}%",
+                f"{r['seconds']:.0f}",
+            ] if r else ["(not measured yet)", "", "", ""]  # fmt: skip
+        lines.append(f"| {' | '.join(row)} |")
+    r, about = result["cells"][0], result["about"]
+    lines += ["", f"({r['n_tokens']:,} tokens once, {r['d_sae']} latents, batch {r['batch_size']}, held out "
+              f"{r['n_held_out']:,} tokens; torch {about['torch']}, {about['threads']} of {about['cores']} "
+              f"{about['machine']} cores, {about['date']})"]  # fmt: skip
+    return "\n".join(lines)
+
+
 def demo() -> str:
     """The demo's own figures, one line."""
     r = load("demo")
@@ -83,7 +106,14 @@ def samples() -> str:
     return "\n\n".join(f"`{r['command']}`:\n\n~~~\n{r['text']}\n~~~" for r in load("pygpt")["samples"])
 
 
-TABLES = {"samples": samples, "quality": quality, "demo": demo, "pygpt": pygpt, "flags": lambda: flags(TrainConfig)}
+TABLES = {
+    "samples": samples,
+    "architectures": architectures,
+    "quality": quality,
+    "demo": demo,
+    "pygpt": pygpt,
+    "flags": lambda: flags(TrainConfig),
+}
 
 
 def table(name: str) -> str:

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sae import hooks
+from sae import hooks, log
 from sae.config import UserError
 from sae.formats import read_safetensors, write_safetensors
 from sae.language_model import LanguageModel
-from sae.tokens import HOLD_OUT, TokenRows, kept_positions
+from sae.tokens import HOLD_OUT, PIECE_CHARS, TokenRows, kept_positions
 
 Acts = dict[str, Tensor]  # hookpoint -> (tokens, D)
 
@@ -46,11 +46,16 @@ class ModelSource:
 
     def __init__(
         self, lm: LanguageModel, rows: TokenRows, hookpoints: Sequence[str],
-        *, model_batch_size: int = 16, skip_first: bool = False,
+        *, model_batch_size: int = 16, skip_first: bool = False, exclude_tokens: Sequence[int] = (),
     ):  # fmt: skip
         self.lm, self.rows, self.hookpoints = lm, rows, list(hookpoints)
-        self.model_batch_size, self.skip_first = model_batch_size, skip_first
+        self.model_batch_size = model_batch_size
+        self.skip_first, self.exclude_tokens = skip_first, tuple(exclude_tokens)
         self.widths = {name: lm.width(name) for name in self.hookpoints}
+
+    def kept(self, ids: Tensor, valid: Tensor) -> Tensor:
+        """(N, T) bool: the positions that train and count."""
+        return kept_positions(self.lm, ids, valid, skip_first=self.skip_first, exclude_tokens=self.exclude_tokens)
 
     def read(self, n: int) -> Acts:
         del n  # one forward's worth; the buffer keeps what it has no room for
@@ -62,7 +67,7 @@ class ModelSource:
             ids, valid = self.rows.take(self.model_batch_size)
             if len(ids) == 0:
                 return {}, torch.empty(0, dtype=torch.int64)
-            keep = kept_positions(self.lm, ids, valid, skip_first=self.skip_first)
+            keep = self.kept(ids, valid)
             if not keep.any():
                 continue
             at = keep.flatten().nonzero()[:, 0]  # found on the CPU: masks on a GPU make it wait
@@ -125,14 +130,16 @@ def gather(source: Source, n: int, what: str) -> Acts:
     """The first n rows of a source, in memory; fewer where it holds fewer. Raises UserError for none, or for NaN."""
     blocks: dict[str, list[Tensor]] = {name: [] for name in source.widths}
     have = 0
-    while have < n and (acts := source.read(n - have)):
-        for name, x in acts.items():
-            blocks[name].append(x[: n - have])
-        have += len(next(iter(acts.values())))
+    with log.progress(n, what) as bar:
+        while have < n and (acts := source.read(n - have)):
+            for name, x in acts.items():
+                blocks[name].append(x[: n - have])
+            have += len(next(iter(acts.values())))
+            bar.update(min(have, n) - bar.n)
     if have < 2:
         raise UserError(
-            f"the data gave {have} tokens for {what}; give a longer text (without a validation split of its own "
-            f"every {HOLD_OUT}th sequence is held out), or lower --ctx_len"
+            f"the data gave {have} tokens for {what}; give a longer text (without a validation split of its own, "
+            f"every {HOLD_OUT}th piece of {PIECE_CHARS} characters is held out)"
         )
     acts = {name: torch.cat(xs) for name, xs in blocks.items()}
     check_finite(acts)

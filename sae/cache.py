@@ -26,10 +26,10 @@ from torch import Tensor
 from sae import log
 from sae.activations import Acts, ModelSource
 from sae.config import UserError, read_json, require
+from sae.datasets import Dataset
 from sae.language_model import LanguageModel
-from sae.tokens import Dataset
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 CACHE_FILE = re.compile(r"manifest\.json|\d{5}_(\d\d|seq)\.bin")
 HOOKPOINT = re.compile(r"[\w.-]*\w(@in)?")  # names become folders: nothing in one may lead elsewhere
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -127,12 +127,15 @@ def first_held_out(n: int, share: float) -> int:
 # writing a cache
 
 
-def provenance(lm: LanguageModel, dataset: Dataset, *, ctx_len: int, skip_first: bool) -> dict[str, Any]:
+def provenance(
+    lm: LanguageModel, dataset: Dataset, *, ctx_len: int, skip_first: bool, exclude_tokens: Sequence[int] = ()
+) -> dict[str, Any]:
     """What decides activations, as a cache's manifest records it."""
     return {
         "model": lm.name, "model_hash": lm.weights_hash, "tokenizer_hash": lm.tokenizer.content_hash(),
         "dataset": dataset.name, "dataset_hash": dataset.fingerprint(), "text_column": dataset.text_column,
-        "ctx_len": min(ctx_len, lm.max_len), "skip_first": skip_first,
+        "split": dataset.split, "streaming": dataset.streaming, "ctx_len": min(ctx_len, lm.max_len),
+        "skip_first": skip_first, "exclude_tokens": sorted(exclude_tokens),
     }  # fmt: skip
 
 
@@ -304,7 +307,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         sizes = {h["file"]: h["d_in"] * DTYPES[manifest["dtype"]].itemsize for h in manifest["hookpoints"].values()}
         odd = [name for name in manifest["hookpoints"] if not HOOKPOINT.fullmatch(name) or ".." in name]
         odd += [file for file in sizes if not re.fullmatch(r"\d\d", file)]
-        missing = [key for key in ("model", "dataset", "ctx_len", "skip_first", "text_column") if key not in manifest]
+        needed = ("model", "dataset", "ctx_len", "skip_first", "exclude_tokens", "text_column", "split", "streaming")
+        missing = [key for key in needed if key not in manifest]
         if odd or missing or sum(manifest["shards"]) != manifest["n_tokens"]:
             raise KeyError((odd + missing + ["n_tokens"])[0])
         for shard, n in enumerate(manifest["shards"]):

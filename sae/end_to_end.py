@@ -20,7 +20,6 @@ from sae.activations import Acts, ModelSource, gather
 from sae.config import UserError
 from sae.language_model import LanguageModel
 from sae.learner import Learner
-from sae.tokens import TokenRows, kept_positions
 
 
 class Rows(NamedTuple):
@@ -37,13 +36,10 @@ class RowStream:
     Has the face of activations.Stream. A dataset that ends is read again; n_passes counts.
     """
 
-    def __init__(
-        self, lm: LanguageModel, rows: TokenRows, source: ModelSource, *, n_tokens: int, batch_size: int,
-        skip_first: bool = False,
-    ):  # fmt: skip
-        self.lm, self.rows, self.source, self.skip_first = lm, rows, source, skip_first
-        self.n_rows = max(1, round(batch_size / rows.ctx_len))
-        self.batch_size = self.n_rows * rows.ctx_len
+    def __init__(self, source: ModelSource, *, n_tokens: int, batch_size: int):
+        self.source, self.rows = source, source.rows
+        self.n_rows = max(1, round(batch_size / self.rows.ctx_len))
+        self.batch_size = self.n_rows * self.rows.ctx_len
         self.n_batches = n_tokens // self.batch_size
         if self.n_batches < 1:
             raise UserError(f"{n_tokens} tokens do not fill one batch of {self.batch_size}; lower --batch_size")
@@ -73,7 +69,7 @@ class RowStream:
                 raise UserError("the dataset is empty, or too short for one sequence; give a longer text")
             ids, valid = torch.cat((ids, more)), torch.cat((valid, more_valid))
         self.n_given += self.batch_size
-        return Rows(ids, valid, kept_positions(self.lm, ids, valid, skip_first=self.skip_first))
+        return Rows(ids, valid, self.source.kept(ids, valid))
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows.state_dict(), "n_given": self.n_given, "n_passes": self.n_passes}
@@ -178,14 +174,14 @@ def _counted(rows: Rows) -> Tensor:
     return rows.keep[:, :-1] & rows.valid[:, 1:]
 
 
-def held_out(lm: LanguageModel, rows: TokenRows, n_tokens: int, n_rows: int, *, skip_first: bool = False) -> list[Rows]:
-    """The first held-out sequences with about n_tokens kept tokens, n_rows at a time."""
+def held_out(source: ModelSource, n_tokens: int) -> list[Rows]:
+    """The next sequences of a held-out source with about n_tokens kept tokens, a forward's worth at a time."""
     found: list[Rows] = []
     n = 0
     while n < n_tokens:
-        ids, valid = rows.take(n_rows)
+        ids, valid = source.rows.take(source.model_batch_size)
         if not len(ids):
             break
-        found.append(Rows(ids, valid, kept_positions(lm, ids, valid, skip_first=skip_first)))
+        found.append(Rows(ids, valid, source.kept(ids, valid)))
         n += int(found[-1].keep.sum())
     return found

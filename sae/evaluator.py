@@ -20,10 +20,11 @@ from torch import Tensor
 from sae import hooks, log
 from sae.activations import ModelSource, gather
 from sae.config import PENALISED, SAEConfig, UserError
+from sae.datasets import Dataset
 from sae.kernels import Codes, count
 from sae.language_model import LanguageModel
 from sae.models import SAE, Output
-from sae.tokens import Dataset, TokenRows, kept_positions
+from sae.tokens import TokenRows, kept_positions
 
 DENSITY_PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
@@ -208,7 +209,8 @@ class _Loss:
 
 def evaluate(
     lm: LanguageModel, sae: SAE, hookpoint: str, dataset: Dataset,
-    *, n_tokens: int, ctx_len: int, skip_first: bool = False, model_batch_size: int = 16, mean_tokens: int = 16_384,
+    *, n_tokens: int, ctx_len: int, skip_first: bool = False, exclude_tokens: Sequence[int] = (),
+    model_batch_size: int = 16, mean_tokens: int = 16_384,
 ) -> tuple[Report, Totals]:  # fmt: skip
     """Measure an SAE on held-out text, alone and inside the model.
 
@@ -218,12 +220,12 @@ def evaluate(
     reads = f"{hookpoint}@in" if sae.config.transcode else hookpoint
     source = lambda: ModelSource(
         lm, TokenRows(lm, dataset, "val", ctx_len), list({reads: 0, hookpoint: 0}),
-        model_batch_size=model_batch_size, skip_first=skip_first,
+        model_batch_size=model_batch_size, skip_first=skip_first, exclude_tokens=exclude_tokens,
     )  # fmt: skip
-    for name, wanted in ((reads, sae.d_in), (hookpoint, sae.d_out)):
+    for name, does, wanted in ((reads, "reads", sae.d_in), (hookpoint, "predicts", sae.d_out)):
         width = source().widths[name]
         if width != wanted:
-            raise UserError(f"'{name}' is {width} wide and the SAE wants {wanted}; give the SAE's own model")
+            raise UserError(f"'{name}' is {width} wide and the SAE {does} {wanted}; give the SAE's own model")
     head = gather(source(), min(mean_tokens, n_tokens), "the mean activation")[hookpoint]
     mean = head.cpu().double().mean(0)
     totals = Totals(sae.d_out, sae.d_sae, device=sae.W_dec.device, mean=mean)
@@ -238,7 +240,7 @@ def evaluate(
             ids, valid = rows.take(model_batch_size)
             if len(ids) == 0:
                 break
-            keep = kept_positions(lm, ids, valid, skip_first=skip_first)
+            keep = kept_positions(lm, ids, valid, skip_first=skip_first, exclude_tokens=exclude_tokens)
             before = totals.n
             # up to the sequence in which n_tokens is reached, so that batches of any size see the same sequences
             n = int((keep.sum(1).cumsum(0) < n_tokens - before).sum()) + 1

@@ -27,11 +27,12 @@ from torch import Tensor
 from sae import log
 from sae.activations import check_finite
 from sae.config import UserError, VizConfig, require
+from sae.datasets import Dataset, open_dataset
 from sae.evaluator import Totals
 from sae.kernels import Codes
 from sae.language_model import LanguageModel
 from sae.models import SAE
-from sae.tokens import Dataset, TokenRows, kept_positions, open_dataset
+from sae.tokens import TokenRows, kept_positions
 
 # Eighths of an octave over 32 octaves: an activation has its bin before the largest is known, so one pass is enough.
 # The first and the last bin also hold what lies beyond.
@@ -358,11 +359,11 @@ class FeatureVisualizer:
 
     def __init__(
         self, sae: SAE, config: VizConfig | None = None, *, lm: LanguageModel, hookpoint: str | None = None,
-        dataset: Dataset | None = None, ctx_len: int = 256, skip_first: bool = False,
+        dataset: Dataset | None = None, ctx_len: int = 256, skip_first: bool = False, exclude_tokens: Sequence[int] = ()
     ):  # fmt: skip
         self.sae, self.lm, self.config = sae, lm, config or VizConfig()
         self.hookpoint, self.dataset = hookpoint or sae.config.hook_point, dataset or open_dataset()
-        self.ctx_len, self.skip_first = self.config.ctx_len or ctx_len, skip_first
+        self.ctx_len, self.skip_first, self.exclude_tokens = self.config.ctx_len or ctx_len, skip_first, exclude_tokens
 
     @cached_property
     @torch.no_grad()
@@ -377,7 +378,7 @@ class FeatureVisualizer:
             ids, valid = text.take(c.model_batch_size)
             if len(ids) == 0:
                 break
-            keep = kept_positions(lm, ids, valid, skip_first=self.skip_first)
+            keep = kept_positions(lm, ids, valid, skip_first=self.skip_first, exclude_tokens=self.exclude_tokens)
             counts = keep.sum(1)
             n = int((totals.n + counts.cumsum(0) - counts < c.eval_tokens).sum())  # the same however it is batched
             ids, valid, keep = ids[:n], valid[:n], keep[:n]

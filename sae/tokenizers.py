@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sae import log
 from sae.config import UserError
 
 MAX_PIECE = 900_000  # characters: tiktoken's matcher dies of a run of a million spaces
@@ -159,25 +160,64 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 class HFTokenizer:
-    """A HuggingFace tokenizer with the surface of tokenizer.py."""
+    """A HuggingFace tokenizer with the surface of tokenizer.py. Threads may share it once it has encoded something."""
 
     def __init__(self, inner: Any):
         self.inner = inner
-        self.special_ids = frozenset(inner.all_special_ids)
+        added = getattr(inner, "added_tokens_decoder", {})  # chat tokens often are special without having a name
+        self.special_ids = frozenset(inner.all_special_ids) | {i for i, token in added.items() if token.special}
         self.bos_id = inner.bos_token_id
         self.vocab_size = len(inner)
 
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text, add_special_tokens=False, verbose=False)
+    @cached_property
+    def _rust(self) -> Any:
+        """The tokenizer below transformers', set to neither cut nor pad; None where it is Python."""
+        rust = getattr(self.inner, "backend_tokenizer", None)
+        if rust is None or not hasattr(rust, "encode_batch_fast"):
+            return None
+        rust.no_truncation()
+        rust.no_padding()
+        rust.encode_special_tokens = bool(getattr(self.inner, "split_special_tokens", False))
+        return rust
 
-    def encode_document(self, document: str | Sequence[dict[str, str]]) -> list[int]:
-        """bos before a text, or eos after it where the tokenizer has no bos, so that documents stay apart."""
-        if not isinstance(document, str):
-            document = "\n".join(m["content"] for m in document)
-        ids = self.encode(document)
-        if self.bos_id is not None:
-            return [self.bos_id, *ids]
-        return ids + ([self.inner.eos_token_id] if self.inner.eos_token_id is not None else [])
+    def encode(self, text: str) -> list[int]:
+        if self._rust is None:
+            return self.inner.encode(text, add_special_tokens=False, verbose=False)
+        text = text.encode("utf-8", "replace").decode()  # half a character, as json can hold, is an error there
+        # leaves out what transformers' encode computes beside the ids: offsets, masks, types
+        return self._rust.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def encode_document(self, document: Document) -> list[int]:
+        """One bos before a text or chat, or an eos after it where the tokenizer has no bos: documents stay apart.
+
+        What a chat's template, or the text itself, has of them already is not added again.
+        """
+        is_chat = not isinstance(document, str)
+        ids = self.encode(self.render_chat(document) if is_chat else document)  # type: ignore[arg-type]
+        bos, eos = self.bos_id, self.inner.eos_token_id
+        if bos is not None:
+            while bos == eos and ids[-1:] == [eos]:  # the next document begins with it
+                ids.pop()
+            return ids if ids[:1] == [bos] else [bos, *ids]
+        return ids if eos is None or ids[-1:] == [eos] or (is_chat and eos in ids) else [*ids, eos]
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """A chat as the model's own template writes it; without one, lines `role: content`."""
+        if getattr(self.inner, "chat_template", None):
+            from jinja2 import TemplateError
+
+            attempts = [list(messages)]
+            if [m["role"] for m in messages[:2]] == ["system", "user"]:  # which not every template allows
+                both = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+                attempts.append([both, *messages[2:]])
+            for attempt in attempts:
+                try:
+                    # a date, because some templates would write today's
+                    return self.inner.apply_chat_template(attempt, tokenize=False, date_string="26 Jul 2024")
+                except (TemplateError, ValueError, TypeError, LookupError) as e:
+                    reason = str(e)
+            log.once(f"the model's chat template refuses some chats ({reason}); they are read as lines 'role: content'")
+        return plain_text(messages)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.inner.decode(list(ids))

@@ -1,4 +1,4 @@
-"""From the name of a dataset to rows of token ids: documents, packing, the held-out split, which positions count.
+"""From documents to rows of token ids: the held-out part, tokenising in threads, packing, which positions count.
 
 Every reader is a place in the data: it can be saved and gone on from. Knows nothing of activations or SAEs.
 
@@ -7,126 +7,119 @@ Letters: N sequences, T positions.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sae.config import UserError, require
-from sae.language_model import LanguageModel, beside
+from sae.config import UserError
+from sae.datasets import Dataset
+from sae.language_model import LanguageModel
 
-HOLD_OUT = 20  # every 20th sequence validates where a dataset has no split of its own
-PIECE_BYTES = 1 << 20  # a longer text file is read as several documents, cut at line ends
+HOLD_OUT = 20  # every 20th piece of a text validates where a dataset has no split of its own
+PIECE_CHARS = 8192
+LONGEST_CHARS = 1 << 20  # a longer document is encoded, and packed, as several
+CHARS_PER_TOKEN = 4  # roughly, for documents that are token ids
+BATCH_DOCUMENTS, BATCH_CHARS = 64, 1 << 18  # what a thread gets to encode at a time
 
 # --------------------------------------------------------------------------------------------------
-# datasets: names -> documents
+# documents -> those of one split
 
 
-@dataclass
-class Dataset:
-    """Where documents come from. A document is a text, a chat (list of role/content) or an array of token ids.
+def documents_of_split(dataset: Dataset, split: str) -> Iterator[Any]:
+    """The documents that are "train", or those that are "val"; long ones in parts.
 
-    documents(split) starts from the first document every time; split is "train" or "val", which differ only if
-    has_split. fingerprint() is a sha256 of the content.
+    Where a dataset has no split of its own, texts are cut into pieces of about 8000 characters (a short document or a
+    chat is one piece), and every 20th of them is held out: the second, the 22nd and so on, so that a short text has one
+    too. The text alone decides, not the context length or the model. Neighbouring pieces stay together.
     """
-
-    name: str
-    has_split: bool
-    documents: Callable[[str], Iterator[Any]]
-    fingerprint: Callable[[], str]
-    text_column: str = "text"
-
-
-def open_dataset(name: str | None = None, *, text_column: str = "text") -> Dataset:
-    """The dataset `name` means: None for the embedded corpus, else a file or folder (see DataConfig.dataset)."""
-    if name is None:
-        corpus = beside("assets/pygpt/corpus.py")
-        sources = lambda: [Path(str(corpus.__file__)), *(file for file, _ in corpus.library_files())]
-        return Dataset("embedded", True, corpus.documents, lambda: _hash_files(sources()))
-    path = Path(name)
-    if not name or not _exists(path):
-        raise UserError(f"dataset '{name}' does not exist; give a text, jsonl or .bin file, or a folder of them")
-    if path.is_dir() and (path / "train.bin").is_file():
-        files = {split: path / f"{split}.bin" for split in ("train", "val")}
-        has_val = files["val"].is_file()
-        read = lambda split: _token_pieces(files[split] if has_val else files["train"])
-        return Dataset(name, has_val, read, lambda: _hash_files([f for f in files.values() if f.is_file()]))
-    hidden = lambda p: any(part.startswith(".") for part in p.relative_to(path).parts)
-    files_ = sorted(p for p in path.rglob("*") if p.is_file() and not hidden(p)) if path.is_dir() else [path]
-    require(bool(files_), f"folder '{name}' holds no files; give text, jsonl or .bin files")
-
-    def documents(_split: str) -> Iterator[Any]:
-        for file in files_:
-            yield from _file_documents(file, text_column)
-
-    return Dataset(name, False, documents, lambda: _hash_files(files_), text_column)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name too long to be one
-        return False
-
-
-def _file_documents(file: Path, text_column: str) -> Iterator[Any]:
-    if file.suffix == ".bin":
-        yield from _token_pieces(file)
+    if dataset.has_split:
+        for document in dataset.documents(split):
+            first = 0
+            for end in _piece_ends(document, LONGEST_CHARS):
+                yield document[first:end]
+                first = end
         return
-    try:
-        with file.open(encoding="utf-8") as f:
-            if file.suffix in (".jsonl", ".ndjson"):
-                for number, line in enumerate(f, 1):
-                    if line.strip():
-                        yield _json_text(line, text_column, f"{file}:{number}")
-                return
-            while piece := f.read(PIECE_BYTES):
-                yield piece + f.readline()
-    except UnicodeDecodeError as e:
-        raise UserError(f"'{file}' is not utf-8 text ({e.reason} at byte {e.start}); convert it or leave it out") from e
-    except OSError as e:
-        raise UserError(f"cannot read '{file}': {e.strerror}") from e
+    number = 0
+    for document in dataset.documents(split):
+        first = last = 0  # the neighbours found so far
+        for end in _piece_ends(document, PIECE_CHARS):
+            if (number % HOLD_OUT == 1) == (split == "val"):
+                last = end
+            else:
+                if first < last:
+                    yield document[first:last]
+                first = last = end
+            number += 1
+        if first < last:
+            yield document[first:last]
 
 
-def _json_text(line: str, column: str, where: str) -> Any:
-    try:
-        record = json.loads(line)
-    except ValueError as e:
-        raise UserError(f"{where} is not json ({e}); a jsonl file holds one object a line") from e
-    text = record if isinstance(record, str) else record.get(column) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{where} has no text field '{column}' (it has: {fields}); choose one with --text_column")
-    return text
+def _piece_ends(document: Any, n_chars: int) -> Iterator[int]:
+    """Where the pieces of a document end: a text's at the end of a line, or else of a word."""
+    n, end = len(document), 0
+    size = n_chars if isinstance(document, str) else n_chars // CHARS_PER_TOKEN if _is_ids(document) else n
+    while end < n:
+        end += size
+        if n - end < size // 2:
+            end = n
+        elif isinstance(document, str):
+            line, space = document.find("\n", end, end + size), document.find(" ", end, end + size)
+            end = line + 1 if line >= 0 else space if space >= 0 else end
+        yield end
 
 
-def _token_pieces(file: Path) -> Iterator[np.ndarray]:
-    """A nanoGPT .bin (uint16 ids) in pieces, so that nothing of its size is held in memory."""
-    if file.stat().st_size % 2:
-        raise UserError(f"'{file}' has an odd number of bytes; a nanoGPT .bin holds uint16 token ids")
-    if file.stat().st_size == 0:
+def _is_ids(document: Any) -> bool:
+    return isinstance(document, np.ndarray)
+
+
+# --------------------------------------------------------------------------------------------------
+# encoding in threads
+
+
+def _batches(documents: Iterator[Any]) -> Iterator[list[Any]]:
+    """Documents in batches; an error of the reader stands where the document would that it could not read."""
+    batch: list[Any] = []
+    n_chars = 0
+    while True:
+        try:
+            document = next(documents, None)
+        except UserError as e:
+            yield [*batch, e]
+            return
+        if document is None:
+            break
+        batch.append(document)
+        n_chars += len(document)
+        if len(batch) == BATCH_DOCUMENTS or n_chars >= BATCH_CHARS:
+            yield batch
+            batch, n_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _in_order(work: Callable[[Any], Any], items: Iterable[Any], n_threads: int) -> Iterator[Any]:
+    """work(item) for each, in order; several threads work ahead of who reads."""
+    if n_threads == 1:
+        yield from map(work, items)
         return
-    ids = np.memmap(file, dtype=np.uint16, mode="r")
-    for start in range(0, len(ids), PIECE_BYTES):
-        yield ids[start : start + PIECE_BYTES]
-
-
-def _hash_files(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as f:
-            while block := f.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    pending: deque[Future] = deque()
+    with ThreadPoolExecutor(n_threads, "tokenise") as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                while pending and (len(pending) > 2 * n_threads or pending[0].done()):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -136,16 +129,21 @@ def _hash_files(files: Sequence[Path]) -> str:
 class TokenRows:
     """Documents cut into rows of T tokens, from any place on: `state_dict` is a place.
 
-    For a next-token model documents are packed one behind the other (each begins with its bos); for an encoder every
-    row is a piece of one document wrapped in [CLS] ... [SEP]. Without a split of the dataset's own, every 20th row
-    is "val". The last row may be short; `take` pads it and says which positions are real.
+    For a next-token model documents are packed one behind the other (each begins with its bos, or ends with its eos
+    where there is no bos); for an encoder every row is a piece of one document wrapped in [CLS] ... [SEP]. Documents
+    that are token ids are taken as they are. The last row may be short; `take` pads it and says which positions are
+    real, which no token id does: padding and the end of a text are one token in many models.
+
+    n_threads encode ahead of `take`; the rows are the same for any number.
     """
 
-    def __init__(self, lm: LanguageModel, dataset: Dataset, split: str, ctx_len: int):
-        self.lm, self.dataset, self.split = lm, dataset, split
+    def __init__(self, lm: LanguageModel, dataset: Dataset, split: str, ctx_len: int, *, n_threads: int = 1):
+        self.lm, self.dataset, self.split, self.n_threads = lm, dataset, split, n_threads
         self.ctx_len = min(ctx_len, lm.max_len)
         if lm.wrap is not None and self.ctx_len < 3:
             raise UserError(f"ctx_len={self.ctx_len} has no room between an encoder's [CLS] and [SEP]; raise --ctx_len")
+        if n_threads > 1:
+            lm.tokenizer.encode("")  # settles what a tokenizer prepares on first use, before threads share it
         self.rewind()
 
     def rewind(self) -> None:
@@ -162,17 +160,17 @@ class TokenRows:
         self.n_documents, self.n_rows = state["n_documents"], state["n_rows"]
         self.carry, self.ended = list(state["carry"]), state["ended"]
         self.queue = deque(state["queue"])
-        self._documents = islice(self.dataset.documents(self.split), self.n_documents, None)
+        # only documents that were cut count: what was encoded ahead is read again
+        documents = islice(documents_of_split(self.dataset, self.split), self.n_documents, None)
+        batches = _in_order(lambda batch: [self._encode(d) for d in batch], _batches(documents), self.n_threads)
+        self._encoded = chain.from_iterable(batches)
 
     def take(self, n: int) -> tuple[Tensor, Tensor]:
         """The next n rows, fewer at the end of the data: ids (n, T) int64 and valid (n, T) bool."""
         rows: list[list[int]] = []
         while len(rows) < n and self._ready():
-            row = self.queue.popleft()
-            held_out = self.n_rows % HOLD_OUT == HOLD_OUT - 1
-            self.n_rows += 1
-            if self.dataset.has_split or held_out == (self.split == "val"):
-                rows.append(row)
+            rows.append(self.queue.popleft())
+        self.n_rows += len(rows)
         ids = torch.full((len(rows), self.ctx_len), self.lm.pad_id, dtype=torch.int64)
         valid = torch.zeros(len(rows), self.ctx_len, dtype=torch.bool)
         for i, row in enumerate(rows):
@@ -183,7 +181,9 @@ class TokenRows:
     def _ready(self) -> bool:
         """Whether a row is in the queue, after reading on if need be."""
         while not self.queue and not self.ended:
-            document = next(self._documents, None)
+            document = next(self._encoded, None)
+            if isinstance(document, UserError):
+                raise document
             if document is None:
                 self.ended = True
                 if len(self.carry) >= 2:
@@ -194,42 +194,54 @@ class TokenRows:
                 self._cut(document)
         return bool(self.queue)
 
-    def _cut(self, document: Any) -> None:
-        if self.lm.wrap is not None:
-            first, last = self.lm.wrap
-            ids = self._encode(document, whole=False)
-            step = self.ctx_len - 2
-            self.queue.extend([first, *ids[i : i + step], last] for i in range(0, len(ids), step))
+    def _cut(self, ids: list[int]) -> None:
+        if self.lm.wrap is None:
+            ids = self.carry + ids
+            n = len(ids) // self.ctx_len * self.ctx_len
+            self.queue.extend(ids[i : i + self.ctx_len] for i in range(0, n, self.ctx_len))
+            self.carry = ids[n:]
             return
-        ids = self.carry + self._encode(document, whole=True)
-        n = len(ids) // self.ctx_len * self.ctx_len
-        self.queue.extend(ids[i : i + self.ctx_len] for i in range(0, n, self.ctx_len))
-        self.carry = ids[n:]
+        first, last = self.lm.wrap
+        start = 1 if ids[:1] in ([first], [self.lm.tokenizer.bos_id]) else 0  # wrapped already
+        stop = len(ids) - 1 if ids[-1:] == [last] else len(ids)
+        step = self.ctx_len - 2
+        self.queue.extend([first, *ids[i : min(i + step, stop)], last] for i in range(start, stop, step))
 
-    def _encode(self, document: Any, *, whole: bool) -> list[int]:
-        if isinstance(document, np.ndarray):
-            if len(document) and int(document.max()) >= self.lm.tokenizer.vocab_size:
-                raise UserError(
-                    f"'{self.dataset.name}' holds token {int(document.max())} and the model knows "
-                    f"{self.lm.tokenizer.vocab_size}; the .bin was made with another tokenizer"
+    def _encode(self, document: Any) -> list[int] | UserError:
+        """A document's ids, or what is wrong with it: that is told when its turn comes."""
+        if isinstance(document, UserError):
+            return document
+        name, n_known = self.dataset.name, self.lm.tokenizer.vocab_size
+        if _is_ids(document):
+            low, high = int(document.min()), int(document.max())
+            if low < 0 or high >= n_known:
+                return UserError(
+                    f"'{name}' holds token {low if low < 0 else high} and the model knows {n_known}; "
+                    "it was made with another tokenizer"
                 )
             return document.tolist()
         try:
-            if whole:
-                return self.lm.tokenizer.encode_document(document)
-            text = document if isinstance(document, str) else "\n".join(m["content"] for m in document)
-            return self.lm.tokenizer.encode(text)
+            return self.lm.tokenizer.encode_document(document)
         except ValueError as e:
-            raise UserError(f"dataset '{self.dataset.name}': {e}") from e
+            return UserError(f"dataset '{name}': {e}")
 
 
-def kept_positions(lm: LanguageModel, ids: Tensor, valid: Tensor, *, skip_first: bool = False) -> Tensor:
+def kept_positions(
+    lm: LanguageModel, ids: Tensor, valid: Tensor, *, skip_first: bool = False, exclude_tokens: Sequence[int] = ()
+) -> Tensor:
     """(N, T) bool: positions that train and count: real, not a special token, and not the first if so asked.
 
-    Attention sinks at the first position and special tokens carry norms that would drown everything else.
+    Attention sinks at the first position and special tokens carry norms that would drown everything else;
+    exclude_tokens are left out too. Raises UserError for one that the model does not know.
     """
-    special = torch.tensor(sorted(lm.tokenizer.special_ids), dtype=ids.dtype, device=ids.device)
-    keep = valid & ~torch.isin(ids, special)
+    for token in exclude_tokens:
+        if not 0 <= token < lm.tokenizer.vocab_size:
+            raise UserError(
+                f"token {token} cannot be excluded: '{lm.name}' knows 0 to {lm.tokenizer.vocab_size - 1}; "
+                "see --exclude_tokens"
+            )
+    left_out = torch.tensor(sorted({*lm.tokenizer.special_ids, *exclude_tokens}), dtype=ids.dtype, device=ids.device)
+    keep = valid & ~torch.isin(ids, left_out)
     if skip_first:
         keep[:, 0] = False
     return keep

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sae import cache, hooks, log
 from sae.activations import ModelSource
 from sae.config import CollectConfig, UserError, from_cli
+from sae.datasets import open_dataset
 from sae.language_model import best_device, load_language_model
-from sae.tokens import TokenRows, open_dataset
+from sae.tokens import TokenRows
 
 
 def main(argv: list[str]) -> None:
@@ -22,10 +24,11 @@ def main(argv: list[str]) -> None:
     if c.transcode:  # of each module what goes in and what comes out
         pairs = [(module, f"{module}@in") for module, _ in map(hooks.split, hookpoints)]
         hookpoints = list(dict.fromkeys(name for pair in pairs for name in pair))
-    dataset = open_dataset(c.dataset, text_column=c.text_column or "text")
-    rows = TokenRows(lm, dataset, "train", c.ctx_len)
-    source = ModelSource(lm, rows, hookpoints, model_batch_size=c.model_batch_size, skip_first=c.skip_first)
-    made_from = cache.provenance(lm, dataset, ctx_len=c.ctx_len, skip_first=c.skip_first)
+    dataset = open_dataset(c.dataset, text_column=c.text_column, split=c.split, streaming=c.streaming)
+    rows = TokenRows(lm, dataset, "train", c.ctx_len, n_threads=c.data_preprocessing_num_proc)
+    left_out: Any = {"skip_first": c.skip_first, "exclude_tokens": c.exclude_tokens}
+    source = ModelSource(lm, rows, hookpoints, model_batch_size=c.model_batch_size, **left_out)
+    made_from = cache.provenance(lm, dataset, ctx_len=c.ctx_len, **left_out)
     manifest = cache.write_cache(
         folder, source, made_from, n_tokens=c.max_tokens, dtype=c.storage_dtype,
         shard_tokens=c.shard_tokens, overwrite=c.overwrite,

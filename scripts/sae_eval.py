@@ -10,10 +10,10 @@ from sae import formats, hooks, log, plots
 from sae.activations import Acts
 from sae.assessment import assess, decoder_similarity
 from sae.config import EvalConfig, TrainConfig, UserError, from_cli
+from sae.datasets import Dataset, open_dataset
 from sae.evaluator import SAEEvaluator, evaluate, summary
 from sae.language_model import LanguageModel, best_device, load_language_model
 from sae.models import SAE
-from sae.tokens import Dataset, open_dataset
 
 
 class Opened(NamedTuple):
@@ -47,7 +47,9 @@ def open_sae(c: EvalConfig, lm: LanguageModel | None = None) -> Opened:
     name = trained_on.get("dataset_path")
     dataset_name = c.dataset if c.dataset is not None else None if name == "embedded" else name
     lm = lm or load_language_model(model, device=device, dataset=dataset_name)
-    dataset = open_dataset(dataset_name, text_column=trained_on.get("text_column", "text"))
+    # how its own text was read says nothing about another
+    how = {k: trained_on[k] for k in ("text_column", "split", "streaming") if k in trained_on and not c.dataset}
+    dataset = open_dataset(dataset_name, **how)
     if "model_name" not in trained_on:
         hookpoint = hooks.resolve(lm.module, hookpoints=[hookpoint])[0]
     return Opened(lm, sae, hookpoint, dataset, trained_on, folder)
@@ -60,7 +62,7 @@ def measure(c: EvalConfig, opened: Opened) -> None:
     report, totals = evaluate(
         lm, sae, hookpoint, dataset, n_tokens=c.eval_tokens, mean_tokens=c.mean_tokens,
         ctx_len=c.ctx_len or trained_on.get("context_size", 256), skip_first=trained_on.get("skip_first", False),
-        model_batch_size=c.model_batch_size,
+        exclude_tokens=trained_on.get("exclude_tokens", ()), model_batch_size=c.model_batch_size,
     )  # fmt: skip
     formats.write_json(report.to_dict(), out / "eval.json")
     pictures = plots.plot_evaluation(totals, out / "plots")

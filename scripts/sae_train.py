@@ -12,11 +12,12 @@ from sae import cache, formats, hooks, log, sweep
 from sae.activation_files import FileSource, is_activation_file
 from sae.activations import Acts, ModelSource, Source, Stream, gather
 from sae.config import REPLACED, TrainConfig, UserError, from_cli, variants
+from sae.datasets import open_dataset
 from sae.end_to_end import EndToEnd, RowStream, held_out
 from sae.language_model import LanguageModel, best_device, load_language_model
 from sae.models import SAE, create_sae
 from sae.schedules import tokens_per_step
-from sae.tokens import TokenRows, open_dataset
+from sae.tokens import TokenRows
 from sae.trainer import SAETrainer, refuse_existing, shuffle_seed
 from scripts.sae_eval import assess_run
 
@@ -29,24 +30,24 @@ class Data(NamedTuple):
     n_tokens: int
     uses: int
     metadata: dict[str, Any]
+    held_out: ModelSource | None = None  # the held-out text itself, where a model is at hand
 
 
 def live_data(c: TrainConfig, lm: LanguageModel, hookpoints: list[str]) -> Data:
-    dataset = open_dataset(c.dataset, text_column=c.text_column or "text")
+    dataset = open_dataset(c.dataset, text_column=c.text_column, split=c.split, streaming=c.streaming)
+    left_out: Any = {"skip_first": c.skip_first, "exclude_tokens": c.exclude_tokens}
 
     def source(split: str) -> ModelSource:
-        rows = TokenRows(lm, dataset, split, c.ctx_len)
-        return ModelSource(
-            lm, rows, hookpoints, model_batch_size=c.model_batch_size, skip_first=c.skip_first
-        )  # fmt: skip
+        rows = TokenRows(lm, dataset, split, c.ctx_len, n_threads=c.data_preprocessing_num_proc)
+        return ModelSource(lm, rows, hookpoints, model_batch_size=c.model_batch_size, **left_out)
 
     val = gather(source("val"), c.val_tokens, "validation")
     origin = {
-        "provenance": cache.provenance(lm, dataset, ctx_len=c.ctx_len, skip_first=c.skip_first),
-        "model_name": lm.name, "dataset_path": dataset.name, "text_column": c.text_column or "text",
-        "context_size": min(c.ctx_len, lm.max_len), "skip_first": c.skip_first,
+        "provenance": cache.provenance(lm, dataset, ctx_len=c.ctx_len, **left_out),
+        "model_name": lm.name, "dataset_path": dataset.name, "text_column": dataset.text_column,
+        "split": dataset.split, "streaming": dataset.streaming, "context_size": min(c.ctx_len, lm.max_len), **left_out,
     }  # fmt: skip
-    return Data(source("train"), val, c.max_tokens, c.num_epochs, origin)
+    return Data(source("train"), val, c.max_tokens, c.num_epochs, origin, source("val"))
 
 
 def cached_data(c: TrainConfig) -> Data:
@@ -82,20 +83,28 @@ def cached_data(c: TrainConfig) -> Data:
 def cache_origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
     """Where a cache's activations come from. Raises UserError if that is here and has changed."""
     assert c.activations is not None
+    if c.exclude_tokens and sorted(c.exclude_tokens) != manifest["exclude_tokens"]:
+        raise UserError(
+            f"'{c.activations}' was collected without --exclude_tokens {c.exclude_tokens}; collect it again"
+        )
     model = manifest["model"] if c.model == TrainConfig.model else c.model
     dataset = c.dataset or (None if manifest["dataset"] == "embedded" else manifest["dataset"])
     try:
         lm = load_language_model(model, device="cpu", dataset=dataset)
-        opened = open_dataset(dataset, text_column=manifest["text_column"])
+        opened = open_dataset(
+            dataset, text_column=manifest["text_column"], split=manifest["split"], streaming=manifest["streaming"]
+        )
     except UserError as e:
         log.say(f"the cache's own model and text are not here to compare with ({e})")
     else:
-        made_from = cache.provenance(lm, opened, ctx_len=manifest["ctx_len"], skip_first=manifest["skip_first"])
+        left_out: Any = {key: manifest[key] for key in ("skip_first", "exclude_tokens")}
+        made_from = cache.provenance(lm, opened, ctx_len=manifest["ctx_len"], **left_out)
         cache.refuse_stale(manifest, made_from, c.activations)
     return {
         "provenance": {key: manifest[key] for key in ("model_hash", "dataset_hash", "n_tokens")},
         "model_name": manifest["model"], "dataset_path": manifest["dataset"], "text_column": manifest["text_column"],
-        "context_size": manifest["ctx_len"], "skip_first": manifest["skip_first"],
+        "split": manifest["split"], "streaming": manifest["streaming"], "context_size": manifest["ctx_len"],
+        "skip_first": manifest["skip_first"], "exclude_tokens": manifest["exclude_tokens"],
     }  # fmt: skip
 
 
@@ -160,13 +169,9 @@ def pretrained_saes(c: TrainConfig, saes: dict[str, SAE]) -> dict[str, SAE]:
 def end_to_end(c: TrainConfig, lm: LanguageModel, data: Data) -> tuple[RowStream, EndToEnd]:
     """The stream of sequences and the objective of --loss_fn ce or kl."""
     assert isinstance(data.source, ModelSource) and c.loss_fn in ("ce", "kl")
-    dataset = data.source.rows.dataset
-    val_rows = TokenRows(lm, dataset, "val", c.ctx_len)
-    val = held_out(lm, val_rows, min(c.val_tokens, 8192), c.model_batch_size, skip_first=c.skip_first)
-    stream = RowStream(
-        lm, data.source.rows, data.source, n_tokens=data.n_tokens * data.uses, batch_size=tokens_per_step(c),
-        skip_first=c.skip_first,
-    )  # fmt: skip
+    assert data.held_out is not None
+    val = held_out(data.held_out, min(c.val_tokens, 8192))
+    stream = RowStream(data.source, n_tokens=data.n_tokens * data.uses, batch_size=tokens_per_step(c))
     return stream, EndToEnd(lm, c.loss_fn, val, model_batch_size=c.model_batch_size)
 
 

@@ -18,6 +18,7 @@ def main(argv: list[str]) -> None:
     viz = FeatureVisualizer(
         sae, c, lm=lm, hookpoint=hookpoint, dataset=dataset,
         ctx_len=trained_on.get("context_size", 256), skip_first=trained_on.get("skip_first", False),
+        exclude_tokens=trained_on.get("exclude_tokens", ()),
     )  # fmt: skip
     index = viz.save(out / "features")
     totals = viz.tables.totals

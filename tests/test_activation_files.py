@@ -20,7 +20,8 @@ from sae.activation_files import FileSource, is_activation_file
 from sae.activations import ActivationCollector, ModelSource, Stream, gather
 from sae.cache import BlockSource, first_held_out
 from sae.config import UserError
-from sae.tokens import TokenRows, open_dataset
+from sae.datasets import open_dataset
+from sae.tokens import TokenRows
 from scripts import sae_collect, sae_eval, sae_train
 from tests.conftest import ROOT, planted
 from tests.test_scripts import SMALL, call

@@ -13,7 +13,8 @@ from sae import cache
 from sae.activations import ActivationCollector, ModelSource, Stream, TensorSource, gather
 from sae.cache import CacheSource, provenance, read_manifest, refuse_stale, write_cache
 from sae.config import UserError
-from sae.tokens import TokenRows, kept_positions, open_dataset
+from sae.datasets import open_dataset
+from sae.tokens import TokenRows, kept_positions
 
 HOOK = "transformer.h.1"
 
@@ -200,7 +201,7 @@ def test_a_stale_or_foreign_cache_is_refused(lm, text_file, collected, tmp_path)
         (lambda f: (f / "manifest.json").unlink(), "is not a cache"),
         (lambda f: (f / "manifest.json").write_text("{}"), "another version"),
         (lambda f: (f / "manifest.json").write_text("{"), "not valid json"),
-        (lambda f: (f / "manifest.json").write_text('{"version": 1}'), "damaged"),
+        (lambda f: (f / "manifest.json").write_text(json.dumps({"version": cache.CACHE_VERSION})), "damaged"),
         (lambda f: (f / "00001_00.bin").unlink(), "has 0 bytes and should have 140800"),
         (lambda f: (f / "00002_seq.bin").write_bytes(b"12345"), "has 5 bytes"),
     ],

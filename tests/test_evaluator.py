@@ -8,10 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from sae.config import SAEConfig, UserError
+from sae.datasets import open_dataset
 from sae.evaluator import SAEEvaluator, Totals, evaluate, summary
 from sae.kernels import Codes
 from sae.models import KINDS, SAE, Output, create_sae
-from sae.tokens import TokenRows, kept_positions, open_dataset
+from sae.tokens import TokenRows, kept_positions
 
 HOOK = "transformer.h.1"
 
@@ -24,7 +25,7 @@ def data(n=500, d=8):
 @pytest.mark.parametrize("activation", sorted(KINDS))
 def test_metrics_equal_their_definitions(activation):
     x = data()
-    sae = create_sae(SAEConfig(d_in=8, d_sae=24, activation=activation, k=3))
+    sae = create_sae(SAEConfig(d_in=8, d_sae=24, activation=activation, k=3)).eval()
     m = SAEEvaluator(sae).evaluate(x)
     with torch.no_grad():
         f, x_hat = sae.encode(x).double(), sae(x).x_hat.double()

@@ -24,6 +24,7 @@ from playwright.sync_api import sync_playwright
 
 from sae import formats, log
 from sae.config import SAEConfig, UserError, VizConfig
+from sae.datasets import open_dataset
 from sae.evaluator import Totals
 from sae.feature_viz import (
     EDGES,
@@ -36,7 +37,7 @@ from sae.feature_viz import (
 from sae.kernels import Codes
 from sae.models import create_sae
 from sae.plots import plot_evaluation, plot_training
-from sae.tokens import TokenRows, kept_positions, open_dataset
+from sae.tokens import TokenRows, kept_positions
 from scripts import sae_viz
 from tests.conftest import ROOT, make_text
 

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from sae import formats, hooks
 from sae.config import SAEConfig, UserError
+from sae.datasets import open_dataset
 from sae.evaluator import evaluate
 from sae.language_model import load_language_model
 from sae.models import create_sae
-from sae.tokens import open_dataset
 from scripts import sae_collect, sae_eval, sae_train
 
 GPT = """

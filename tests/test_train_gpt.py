@@ -524,10 +524,14 @@ def test_chat_template(bpe):
     assert bpe.render_chat([user], reply=True) == [bos, user_start, x, user_end, start]
     assert bpe.render_chat([user, answer], reply=True) == [bos, user_start, x, user_end, start, y]
     assert bpe.encode_document([user, answer]) == bpe.render_chat([user, answer])
+    system = {"role": "system", "content": "be kind"}
+    asked = {"role": "user", "content": "be kind\n\nx"}
+    assert bpe.render_chat([system, user, answer]) == bpe.render_chat([asked, answer])
+    assert bpe.render_chat([system, answer]) == bpe.render_chat([{**system, "role": "user"}, answer])
     assert bpe.encode_document("x") == [bos, x]
     plain = BPETokenizer(bpe.pattern, bpe.ranks, [])
     assert plain.bos_id is None and plain.decode(plain.render_chat([user], reply=True)) == "user: x\nassistant:"
-    refused(ValueError, bpe.render_chat, [{"role": "system", "content": "x"}])
+    refused(ValueError, bpe.render_chat, [{"role": "tool", "content": "x"}])
     refused(ValueError, bpe.render_chat, [{"role": "user"}])
 
 

@@ -17,8 +17,9 @@ import torch
 from sae import formats
 from sae.activations import ModelSource, Stream, TensorSource
 from sae.config import SAEConfig, TrainConfig, UserError
+from sae.datasets import open_dataset
 from sae.models import KINDS, create_sae
-from sae.tokens import TokenRows, open_dataset
+from sae.tokens import TokenRows
 from sae.trainer import SAETrainer, checkpoints, train_sae_from_activations
 from tests.conftest import ROOT, planted
 
