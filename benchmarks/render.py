@@ -29,10 +29,15 @@ def flags(config: type) -> str:
     """Every field of a config as a flag."""
     lines = ["| flag | default | meaning |", "|---|---|---|"]
     for f in dataclasses.fields(config):
+        if f.name == "sweep":  # no flag of its own
+            continue
         names = " ".join(f"`--{name}`" for name in (f.name, *f.metadata["alias"]))
         default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         shown = "" if default is None else default
-        lines.append(f"| {names} | {shown} | {f.metadata['help'].replace('|', chr(92) + '|')} |")
+        text = f.metadata["help"].replace("|", chr(92) + "|") + (
+            " [several: an SAE for each]" if f.metadata.get("sweep") else ""
+        )
+        lines.append(f"| {names} | {shown} | {text} |")
     return "\n".join(lines)
 
 

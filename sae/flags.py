@@ -186,8 +186,6 @@ def from_cli(
     fields = vars(given)
     several = {f.name: fields.pop(f.name) for f in dataclasses.fields(cls) if f.name in swept & fields.keys()}  # type: ignore[arg-type]
     fields |= {name: values[0] for name, values in several.items()}
-    if several:
-        fields["sweep"] = {name: values for name, values in several.items() if len(values) > 1}
     path = fields.pop("config", None)
     start = read_json(path) if path else {}
     if isinstance(start, dict):
@@ -195,4 +193,7 @@ def from_cli(
     require(isinstance(start, dict), f"'{path}' does not hold a json object of settings")
     # whether to resume or overwrite is a matter of this call, not of the run whose settings are taken over
     start = {name: value for name, value in start.items() if name not in ("resume", "overwrite")}
+    if several:
+        kept = {name: values for name, values in (start.get("sweep") or {}).items() if name not in several}
+        fields["sweep"] = kept | {name: values for name, values in several.items() if len(values) > 1}
     return build(cls, {**start, **fields})
