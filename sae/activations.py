@@ -51,7 +51,7 @@ class ModelSource:
         self.lm, self.rows, self.hookpoints = lm, rows, list(hookpoints)
         self.model_batch_size = model_batch_size
         self.skip_first, self.exclude_tokens = skip_first, tuple(exclude_tokens)
-        self.widths = {name: lm.width(name) for name in self.hookpoints}
+        self.widths = lm.widths(self.hookpoints)
 
     def kept(self, ids: Tensor, valid: Tensor) -> Tensor:
         """(N, T) bool: the positions that train and count."""

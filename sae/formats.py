@@ -171,11 +171,16 @@ def load_cfg(path: str | Path) -> dict[str, Any]:
 def load_saes(
     folder: str | Path, *, device: torch.device | str = "cpu", hook_points: list[str] | None = None
 ) -> dict[str, SAE]:
-    """Every SAE below a folder, by hookpoint in natural order (hook_points: only these)."""
-    found = {}
-    for weights in Path(folder).rglob(WEIGHTS):
-        name = load_cfg(weights.parent).get("hookpoint") or weights.parent.name
-        found[name] = weights.parent
+    """Every SAE below a folder, by hookpoint in natural order (hook_points: only these).
+
+    Where a hookpoint has several, as after a sweep, each has the name of its folder too: `transformer.h.3/k32`.
+    """
+    folders = [weights.parent for weights in Path(folder).rglob(WEIGHTS)]
+    hookpoints = [load_cfg(inner).get("hookpoint") or inner.name for inner in folders]
+    found = {
+        name if hookpoints.count(name) == 1 else f"{name}/{inner.name}": inner
+        for name, inner in zip(hookpoints, folders, strict=True)
+    }
     wanted = hook_points if hook_points is not None else sorted(found, key=natural)
     missing = [name for name in wanted if name not in found]
     if missing or not found:

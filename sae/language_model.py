@@ -125,15 +125,16 @@ class LanguageModel:
                 logits = self.logits(ids, valid)
         return logits
 
-    def width(self, hookpoint: str) -> int:
-        """Width of what a hookpoint holds, from one tiny forward."""
+    def widths(self, hookpoints: Sequence[str]) -> dict[str, int]:
+        """Width of what each hookpoint holds, from one tiny forward."""
         ids = torch.full((1, 2), max(0, self.pad_id), dtype=torch.int64)
-        x = self.hidden(ids, torch.ones_like(ids, dtype=torch.bool), [hookpoint])[hookpoint]
-        if x.ndim != 3 or x.shape[:2] != ids.shape or not x.is_floating_point():
-            raise UserError(
-                f"'{hookpoint}' holds {x.dtype} of shape {tuple(x.shape)}, not one vector a token; choose another"
-            )
-        return x.shape[-1]
+        found = self.hidden(ids, torch.ones_like(ids, dtype=torch.bool), hookpoints)
+        for name, x in found.items():
+            if x.ndim != 3 or x.shape[:2] != ids.shape or not x.is_floating_point():
+                raise UserError(
+                    f"'{name}' holds {x.dtype} of shape {tuple(x.shape)}, not one vector a token; choose another"
+                )
+        return {name: found[name].shape[-1] for name in hookpoints}
 
     @cached_property
     def _final_norm(self) -> nn.Module | None:

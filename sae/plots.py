@@ -80,16 +80,22 @@ def plot_evaluation(totals: Totals, folder: Path) -> list[Path]:
 
 
 def plot_pareto(table: list[dict[str, Any]], front: list[str], path: Path) -> Path:
-    """Explained variance against L0, one point (with its spread over seeds) a row; front: names on the frontier."""
+    """Explained variance against L0, one point (with its spread over seeds) a row, one line a hookpoint; front: names
+    on the frontier."""
     figure, (axes,) = _axes(1, 1)
     figure.set_size_inches(6.4, 4.2)
+    hookpoints = list(dict.fromkeys(row["name"].split("/")[0] for row in table))
+    colours = {name: f"C{i % 10}" for i, name in enumerate(hookpoints)}
     for row in table:
-        at, colour = (row["l0"], row["explained_variance"]), "C0" if row["name"] in front else "0.6"
+        hookpoint = row["name"].split("/")[0]
+        at, colour = (row["l0"], row["explained_variance"]), colours[hookpoint] if row["name"] in front else "0.6"
         spread = {"xerr": row["l0_sd"], "yerr": row["explained_variance_sd"]}
         axes.errorbar(*at, **spread, fmt="o", capsize=2, color=colour)
         axes.annotate(row["name"], at, xytext=(5, 4), textcoords="offset points", fontsize=7)
-    best = sorted((r["l0"], r["explained_variance"]) for r in table if r["name"] in front)
-    axes.plot(*zip(*best, strict=True), color="C0", lw=1, zorder=0)
+    for hookpoint, colour in colours.items():
+        mine = [r for r in table if r["name"] in front and r["name"].split("/")[0] == hookpoint]
+        best = sorted((r["l0"], r["explained_variance"]) for r in mine)
+        axes.plot(*zip(*best, strict=True), color=colour, lw=1, zorder=0)
     axes.set(xlabel="active latents per token (L0)", ylabel="explained variance", title="Which SAE for which L0")
     axes.margins(x=0.2)
     return _save(figure, path)

@@ -33,10 +33,12 @@ def rows(last: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
 
 
 def pareto(table: list[dict[str, Any]]) -> list[str]:
-    """Names of the rows that no other beats: none of at most as many active latents explains as much or more."""
+    """Names of the rows that no other of their hookpoint beats: none with at most as many active latents explains as
+    much or more."""
     best = []
     for row in table:
-        others = (o for o in table if o is not row and o["l0"] <= row["l0"])
+        same = lambda o, row=row: o["name"].split("/")[0] == row["name"].split("/")[0]
+        others = (o for o in table if o is not row and same(o) and o["l0"] <= row["l0"])
         if not any(o["explained_variance"] >= row["explained_variance"] for o in others):
             best.append(row["name"])
     return best

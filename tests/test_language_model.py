@@ -36,7 +36,8 @@ def test_nanogpt(lm, gpt_folder):
     norm = lm.module.transformer.ln_f
     torch.testing.assert_close(seen["transformer.h.2"] @ torch.eye(32), seen["transformer.h.2"])
     torch.testing.assert_close(lm.module.lm_head(norm(seen["transformer.h.2"])), logits)
-    assert lm.width("transformer.h.1.mlp.c_proj@in") == 128
+    wide = "transformer.h.1.mlp.c_proj@in"
+    assert lm.widths([wide, "transformer.h.1"]) == {wide: 128, "transformer.h.1": 32}
     assert not any(p.requires_grad for p in lm.module.parameters())
     again = load_language_model(str(gpt_folder), device="cpu")  # the folder means its ckpt.pt
     assert again.weights_hash == lm.weights_hash

@@ -360,7 +360,8 @@ def test_logits_are_the_models_own(base):
     assert torch.equal(logits, lm.module(ids))
     assert float(logits.abs().max()) <= 15
     for hook_type, width in zip(HOOK_TYPES, (D, D, D, D, 4 * D), strict=True):
-        assert lm.width(hooks.at_layer(lm.module, 1, hook_type)) == width
+        hookpoint = hooks.at_layer(lm.module, 1, hook_type)
+        assert lm.widths([hookpoint])[hookpoint] == width
     # padding on the right is not seen
     padded = torch.cat((ids, torch.zeros(2, 3, dtype=torch.int64)), 1)
     seen = torch.cat((valid, torch.zeros(2, 3, dtype=torch.bool)), 1)

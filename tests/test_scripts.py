@@ -231,3 +231,104 @@ def test_help_and_typos_as_real_processes(name, tmp_path):
     assert helped.returncode == 0, helped.stderr
     assert "--model" in helped.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_takes_one_pass_over_the_model(here, base, capsys, monkeypatch):
+    """3 layers x 2 k x 2 seeds: the model runs as often as for one SAE, and each SAE is the one trained alone."""
+    from sae.language_model import LanguageModel
+
+    forwards = []
+    hidden = LanguageModel.hidden
+    monkeypatch.setattr(LanguageModel, "hidden", lambda *a, **k: forwards.append(1) or hidden(*a, **k))
+    assert call(sae_train, "--layer", 2, *base, *SMALL[2:], "--k", 4, "--init_seeds", 1, "--shuffle_seed", 0) == 0
+    n_alone = len(forwards)
+    forwards.clear()
+    lists = ["--layers", 0, 1, 2, "--k", 2, 4, "--init_seeds", 0, 1, "--shuffle_seed", 0]
+    capsys.readouterr()
+    assert call(sae_train, *base, *SMALL[2:], *lists, "--run_name", "all") == 0
+    assert len(forwards) == n_alone > 0
+    out = capsys.readouterr().out
+    saes = formats.load_saes(here / "sae_models" / "all")
+    assert len(saes) == 12
+    alone = formats.load_sae(here / "sae_models" / "layer_2")
+    same = saes["transformer.h.2/k4_seed1"]
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), same.parameters(), strict=True))
+    result = json.loads((here / "sae_models" / "all" / "sweep.json").read_text())
+    assert len(result["saes"]) == 12
+    assert [row["n_seeds"] for row in result["table"]] == [2] * 6
+    row = next(r for r in result["table"] if r["name"] == "transformer.h.1/k2")
+    two = [result["saes"][f"transformer.h.1/k2_seed{s}"]["explained_variance"] for s in (0, 1)]
+    assert row["explained_variance"] == pytest.approx(sum(two) / 2)
+    assert row["explained_variance_sd"] == pytest.approx(abs(two[0] - two[1]) / 2**0.5)
+    assert f"transformer.h.1/k2  {row['explained_variance']:.4f} +- " in out
+    assert (here / "sae_models" / "all" / "plots" / "pareto.png").stat().st_size > 5000
+    # every one of them is an SAE like any other, and the sweep resumes
+    assert call(sae_eval, "--eval_tokens", 200, "--sae_path", "sae_models/all/transformer.h.0/k2_seed1") == 0
+    before = formats.read_safetensors(here / "sae_models/all/transformer.h.0/k2_seed1" / formats.WEIGHTS)
+    assert call(sae_train, *base, *SMALL[2:], *lists, "--run_name", "all", "--resume") == 0
+    after = formats.read_safetensors(here / "sae_models/all/transformer.h.0/k2_seed1" / formats.WEIGHTS)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_sweep_resumes_to_the_bit_in_the_middle_of_an_epoch(here, base):
+    """Several hookpoints and seeds, averaged weights, a text read again from its start, resampling."""
+    lists = ["--layers", 0, 1, "--init_seeds", 0, 1, "--ema", 0.9, "--save_every", 5, "--resample_every", 4]
+    flags = [*base, "--k", 4, "--batch_size", 64, "--buffer_tokens", 256, "--max_tokens", 1280, "--val_tokens", 200,
+             "--dead_feature_threshold", 100, "--num_epochs", 3]  # fmt: skip
+    runs = here / "elsewhere"
+    for name in ("whole", "cut"):
+        assert call(sae_train, *flags, *lists, "--save_dir", runs, "--run_name", name) == 0
+    newest = sorted((runs / "cut").glob("checkpoint_step*.pt"), key=lambda p: int(p.stem[15:]))[-1]
+    newest.unlink()
+    assert call(sae_train, *flags, *lists, "--save_dir", runs, "--run_name", "cut", "--resume") == 0
+    assert newest.is_file()
+    assert not (here / "sae_models").exists()
+    names = list(formats.load_saes(runs / "whole"))
+    assert len(names) == 4
+    for name in names:
+        a, b = (formats.read_safetensors(runs / run / name / formats.WEIGHTS) for run in ("whole", "cut"))
+        assert all(torch.equal(a[n], b[n]) for n in a), name
+
+
+@pytest.mark.parametrize("form", [[], ["--skip_connection"]])
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
+def test_transcoders_through_every_script(here, base, activation, form):
+    flags = ["--layer", 1, "--hook_type", "mlp", "--transcode", "--activation", activation, *form]
+    assert call(sae_train, *flags, *base, *SMALL) == 0
+    folder = here / "sae_models" / "layer_1_mlp"
+    sae = formats.load_sae(folder)
+    assert sae.config.transcode
+    assert ("W_skip" in dict(sae.named_parameters())) == bool(form)
+    assert call(sae_eval, "--eval_tokens", 300) == 0
+    report = json.loads((folder / "eval.json").read_text())
+    assert report["n_tokens"] >= 300
+    assert call(sae_viz, "--eval_tokens", 300, "--top_k", 2) == 0
+    # the same from collected pairs
+    assert call(sae_collect, *base, "--layer", 1, "--hook_type", "mlp", "--transcode", "--max_tokens", 1500) == 0
+    flags = ["--activations", "activations/default", "--transcode", "--activation", activation, *form]
+    assert call(sae_train, *flags, *SMALL, "--run_name", "cached") == 0
+    assert call(sae_eval, "--eval_tokens", 300, "--sae_path", "sae_models/cached") == 0
+
+
+def test_finetuning_and_assessment(here, base, capsys):
+    assert call(sae_train, "--layer", 1, *base, *SMALL, "--assess") == 0
+    first = here / "sae_models" / "layer_1"
+    assert json.loads((first / "final_assessment.json").read_text())
+    assert (first / "eval.json").is_file()
+    flags = ["--layer", 1, *base, *SMALL[2:], "--k", 4, "--lr", 1e-9, "--finetune", first, "--run_name", "second"]
+    assert call(sae_train, *flags) == 0
+    a, b = (formats.load_sae(f) for f in (first, here / "sae_models" / "second"))
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):  # a step size of nothing keeps what was given
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    capsys.readouterr()
+    assert call(sae_train, *flags, "--activation", "relu", "--overwrite") == 2
+    assert "set --activation topk" in capsys.readouterr().err
+    assert call(sae_train, *flags, "--finetune", "nowhere", "--overwrite") == 2
+
+
+def test_layer_stride_and_matched_lists(here, base):
+    assert call(sae_train, "--layer_stride", 2, *base, *SMALL) == 0
+    assert list(formats.load_saes(here / "sae_models" / "layers_0_2")) == ["transformer.h.0", "transformer.h.2"]
+    flags = ["--hookpoints", "transformer.h.*.mlp", "--layer_stride", 2, "--run_name", "mlps"]
+    assert call(sae_train, *flags, *base, *SMALL) == 0
+    assert list(formats.load_saes(here / "sae_models" / "mlps")) == ["transformer.h.0.mlp", "transformer.h.2.mlp"]
