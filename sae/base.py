@@ -204,12 +204,13 @@ class SAE(nn.Module):
     ) -> Tensor:  # fmt: skip
         """AuxK: let dead latents explain the residual (Gao et al. 2024, A.2, arxiv.org/abs/2406.04093).
 
-        dead (F,) bool. The D/2 largest dead pre-activations of each token rebuild e = y - x_hat, which is held
-        constant; b_dec is in x_hat already and is not added again. Returns error over residual energy, 0 when
+        dead (F,) bool. The k largest dead pre-activations of each token rebuild e = y - x_hat, which is held constant;
+        b_dec is in x_hat already and is not added again. (Of D/2, as there, each learns a little of everything and
+        wins nowhere: dev/LOG.md.) Returns error over residual energy, 0 when
         nothing is dead or nothing is left to explain; never NaN.
         """
-        half = max(1, self.d_in // 2)
-        k_aux = min(half, self.d_sae, half if n_dead is None else max(1, n_dead))
+        k = min(self.config.k, self.d_sae)
+        k_aux = k if n_dead is None else min(k, max(1, n_dead))
         masked = self._strength(out.pre.detach()).masked_fill(~dead, -torch.inf)
         indices = kernels.top_k(masked, k_aux)
         alive = masked.gather(1, indices).isfinite()
@@ -218,7 +219,7 @@ class SAE(nn.Module):
         values = self._value(pre) * alive
         left = ((x if y is None else y) - out.x_hat).detach()
         error = (kernels.decode(indices, values, self.W_dec) - left).square().sum(-1).mean()
-        share = (dead.sum() / half).clamp(max=1.0)
+        share = (dead.sum() / k).clamp(max=1.0)
         energy = left.square().sum(-1).mean() if residual is None else torch.as_tensor(residual, device=x.device)
         return torch.where((share > 0) & (energy > 0), share * error / energy.clamp(min=1e-30), 0.0)
 

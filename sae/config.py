@@ -92,10 +92,10 @@ class SAEConfig:
     multi_topk: bool = knob(False, "also reconstruct from 4k latents, with weight 1/8 (topk)")
     k_decay_steps: int = knob(0, "steps over which k falls to --k from min(d_in, d_sae) (topk family)")
     auxk_alpha: float = knob(
-        1 / 8, "weight of the AuxK loss that revives dead latents", alias=("auxk_coef",), sweep=True
+        1 / 32, "weight of the AuxK loss that revives dead latents", alias=("auxk_coef",), sweep=True
     )
     dead_feature_threshold: int | None = knob(
-        None, "tokens without firing until a latent is dead (default: 1/40 of the run, at most 10M)",
+        None, "tokens without firing until a latent is dead (default: 25 d_sae / k, at most 10M)",
         alias=("dead_toks_threshold",),
     )  # fmt: skip
     dead_percentage_threshold: float | None = knob(
@@ -119,7 +119,7 @@ class SAEConfig:
     warmup_steps: int | None = knob(
         None, "steps of linear warm-up (default: 5% of the run, at most 1000)", alias=("lr_warmup_steps",)
     )
-    decay_fraction: float = knob(0.5, "last part of the run over which the step size falls to 0")
+    decay_fraction: float = knob(0.4, "last part of the run over which the step size falls to 0")
     sparsity_warmup: float = knob(0.2, "first part of the run over which the penalty rises from 0")
     clip_norm: float | None = knob(1.0, "largest gradient norm, or none", alias=("clip_grad",))
     ema: float | None = knob(

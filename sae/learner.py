@@ -70,7 +70,7 @@ class Learner:
         F = sae.d_sae
         self.tokens_since_fired = torch.zeros(F, dtype=torch.int64, device=device)
         self.feature_counts = torch.zeros(F, dtype=torch.int64, device=device)
-        self.rate = torch.ones(F, device=device)  # running share of tokens a latent fires on
+        self.rate = torch.full((F,), self.fresh_rate, device=device)  # running share of tokens a latent fires on
         self.residual = torch.zeros((), device=device)  # mean squared error of the step before
         weight = (
             config.l1_coefficient if config.l1_coefficient is not None else sched.L1_START.get(config.activation, 0)
@@ -86,8 +86,13 @@ class Learner:
 
     @property
     def dead_after(self) -> int:
-        """Tokens without firing until a latent is dead; also the memory, in tokens, of the firing rates."""
-        return sched.dead_after_tokens(self.config, self.n_steps * sched.tokens_per_step(self.config))
+        """Tokens without firing until a latent is dead."""
+        return sched.dead_after_tokens(self.config)
+
+    @property
+    def fresh_rate(self) -> float:
+        """Where the running firing rates start: without firing they fall below the least rate in its memory's time."""
+        return math.e * (sched.dead_below(self.config) or 0.0)
 
     def is_dead(self) -> Tensor:
         """(F,) bool."""
@@ -239,7 +244,9 @@ class Learner:
         self.tokens_since_fired += n
         self.tokens_since_fired.masked_fill_(fired > 0, 0)
         self.feature_counts += fired
-        self.rate.lerp_(fired / n, min(1.0, n / self.dead_after))
+        least = sched.dead_below(self.config)
+        if least is not None:  # remember as long as three firings at the least rate take
+            self.rate.lerp_(fired / n, min(1.0, n * least / 3))
 
     def _control(self) -> None:
         """Keep L0 where it was asked: thresholds follow its error at once, the penalty's weight follows slowly.
@@ -315,7 +322,7 @@ class Learner:
                 next(iter(self.optimizer.parts)).state[p]["z"][at] = p[at]
             if self.average:
                 self.average[name][at] = p[at] * (1 - (c.ema or 0.0) ** self.n_updates)
-        self.tokens_since_fired[dead], self.rate[dead] = 0, 1.0
+        self.tokens_since_fired[dead], self.rate[dead] = 0, self.fresh_rate
         return len(dead)
 
     # ----------------------------------------------------------------------------------------------

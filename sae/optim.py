@@ -5,13 +5,14 @@ Letters: D width, F latents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sae.config import SAEConfig, UserError
+from sae.config import PENALISED, SAEConfig, UserError
 from sae.schedules import adam_betas, peak_lr
 
 
@@ -55,7 +56,7 @@ class Optimizer:
         """One step at this step size, through the gradient scaler if there is one."""
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("reach", 1.0)
             if scaler is None:
                 part.step()
             else:
@@ -95,13 +96,30 @@ class Optimizer:
 
 
 def _adam(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
-    fused = device.type in ("cpu", "cuda")  # one pass over memory, where torch has it
-    return [_adam_over(list(sae.parameters()), c, n_steps, fused)]
+    return [_adam_over(dict(sae.named_parameters()), c, n_steps, device)]
 
 
-def _adam_over(params: list[nn.Parameter], c: SAEConfig, n_steps: int, fused: bool) -> torch.optim.Optimizer:
+def _adam_over(
+    params: dict[str, nn.Parameter], c: SAEConfig, n_steps: int, device: torch.device
+) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if c.weight_decay else torch.optim.Adam
-    return kind(params, lr=peak_lr(c), betas=adam_betas(n_steps), fused=fused, weight_decay=c.weight_decay)
+    fused = device.type in ("cpu", "cuda")  # one pass over memory, where torch has it
+    return kind(_groups(params, c), lr=peak_lr(c), betas=adam_betas(n_steps), fused=fused, weight_decay=c.weight_decay)
+
+
+def _groups(params: dict[str, nn.Parameter], c: SAEConfig) -> list[dict[str, Any]]:
+    """Biases reach sqrt(D) times as far in a step as weights do, in kinds that select.
+
+    Adam moves every number by about the step size, and activations have norm sqrt(D) here: beside rows of unit norm,
+    whose entries are 1/sqrt(D), biases would hardly move. Kinds with a penalty have theirs steered (learner.py).
+    """
+    reach = 1.0 if c.activation in PENALISED else math.sqrt(c.d_in or 1)
+    is_bias = lambda name: name.startswith("b_")
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in params.items() if not is_bias(name)]},
+        {"params": [p for name, p in params.items() if is_bias(name)], "reach": reach},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _adam8bit(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
@@ -112,19 +130,20 @@ def _adam8bit(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) 
     if device.type != "cuda":
         raise UserError(f"--optimizer adam8bit runs on CUDA and this is {device}; give --optimizer adam")
     adam = bitsandbytes.optim.AdamW8bit
-    return [adam(sae.parameters(), lr=peak_lr(c), betas=adam_betas(n_steps), weight_decay=c.weight_decay)]
+    groups = _groups(dict(sae.named_parameters()), c)
+    return [adam(groups, lr=peak_lr(c), betas=adam_betas(n_steps), weight_decay=c.weight_decay)]
 
 
 def _muon(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"--optimizer muon needs torch 2.9 and this is {torch.__version__}; give --optimizer adam")
     matrices = [p for p in sae.parameters() if p.ndim == 2]
-    rest = [p for p in sae.parameters() if p.ndim != 2]
+    rest = {name: p for name, p in sae.named_parameters() if p.ndim != 2}
     # updates of the size that Adam's have, so that one step size serves both (Moonlight, arxiv.org/abs/2502.16982)
     muon = torch.optim.Muon(
         matrices, lr=peak_lr(c), weight_decay=c.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
-    return [muon, _adam_over(rest, c, n_steps, device.type in ("cpu", "cuda"))]
+    return [muon, _adam_over(rest, c, n_steps, device)]
 
 
 def _signum(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:  # noqa: ARG001

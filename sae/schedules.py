@@ -93,11 +93,14 @@ def p_at(step: int, c: SAEConfig, n_steps: int) -> float:
     return 1.0 + (c.p_anneal - 1.0) * done
 
 
-def dead_after_tokens(c: SAEConfig, n_tokens: int) -> int:
-    """Tokens without firing until a latent counts as dead in a run of n_tokens."""
+def dead_after_tokens(c: SAEConfig) -> int:
+    """Tokens without firing until a latent counts as dead: as given, or the 25 firings of an average latent.
+
+    A fixed 10M tokens, as is usual, is longer than many runs; AuxK then never acts.
+    """
     if c.dead_feature_threshold is not None:
         return c.dead_feature_threshold
-    return max(1, min(10_000_000, n_tokens // 40))
+    return min(10_000_000, 25 * n_latents(c) // c.k)
 
 
 def dead_below(c: SAEConfig) -> float | None:

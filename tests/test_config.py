@@ -177,12 +177,13 @@ def test_schedules():
     assert sched.dead_below(SAEConfig(dead_latent_threshold=1e-3)) == 1e-3
     assert sched.dead_below(SAEConfig()) is None
     assert sched.peak_lr(SAEConfig(d_sae=1536 * 4)) == pytest.approx(sched.peak_lr(SAEConfig(d_sae=1536)) / 2)
-    assert sched.dead_after_tokens(SAEConfig(), 10**12) == 10_000_000
-    assert sched.dead_after_tokens(SAEConfig(dead_feature_threshold=7), 10**12) == 7
+    assert sched.dead_after_tokens(SAEConfig(d_sae=3200, k=32)) == 2500
+    assert sched.dead_after_tokens(SAEConfig(d_sae=1 << 24, k=32)) == 10_000_000
+    assert sched.dead_after_tokens(SAEConfig(dead_feature_threshold=7)) == 7
     assert sched.n_latents(SAEConfig(d_in=8, expansion_factor=4)) == 32
     with pytest.raises(UserError, match="neither"):
         sched.n_latents(SAEConfig())
-    assert math.isclose(SAEConfig().auxk_alpha, 1 / 8)
+    assert math.isclose(SAEConfig().auxk_alpha, 1 / 32)
     assert sched.adam_betas(976) == (0.9, 1 - 1 / 48)
     assert sched.adam_betas(10**6) == (0.9, 0.999)
 
