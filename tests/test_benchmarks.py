@@ -24,7 +24,7 @@ def planted():
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         sae.W_enc.add_(0.3 * torch.randn(D, F, generator=generator))
-        sae.b_enc.copy_(0.1 * torch.randn(F, generator=generator))
+        sae.b_enc.copy_(torch.randn(F, generator=generator) - 1.5)
         sae.b_dec.copy_(torch.randn(D, generator=generator))
     return sae, torch.randn(300, D, generator=generator)
 
