@@ -118,7 +118,7 @@ def matched(width: int, tokens: int) -> dict[str, Any]:
 
 
 def jobs(args: argparse.Namespace, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """All runs, the first seed of every library first. nanoSAE is its own match."""
+    """All runs, seed by seed. nanoSAE is its own match."""
     (hook,) = manifest["hookpoints"].values()
     same = matched(hook["d_in"], args.tokens)
     data = {key: manifest[key] for key in ("model_hash", "dataset_hash", "ctx_len", "n_tokens")}
@@ -127,7 +127,7 @@ def jobs(args: argparse.Namespace, manifest: dict[str, Any]) -> list[dict[str, A
             "library": library, "setting": setting, "seed": seed, "tokens": args.tokens, "k": K,
             "d_sae": EXPANSION * hook["d_in"], "matched": same if setting == "matched" else None, "data": data,
         }
-        for setting in SETTINGS for seed in range(args.seeds) for library in LIBRARIES
+        for seed in range(args.seeds) for setting in SETTINGS for library in LIBRARIES
         if (library, setting) != ("nanosae", "matched")
     ]  # fmt: skip
 
