@@ -83,7 +83,7 @@ def peers() -> str:
     r = load("peers")
     about, same = r["about"], {"nanosae": "nanoSAE"}
     lines = [
-        "| library | setting | optimiser, lr, batch | explained variance | dead | L0 | seconds |",
+        "| library | setting | optimiser, lr, batch | explained variance | dead | L0 | processor seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for s in r["summary"]:
@@ -92,7 +92,7 @@ def peers() -> str:
         cells = (
             f"{same.get(s['library'], s['library'])} {s['version']}", s["setting"],
             f"{how['optimizer']} {how['lr']:.2g}, {how['batch']}", spread("explained_variance", "{:.4f}"),
-            spread("dead_fraction", "{:.2f}", by=100) + "%", f"{s['l0']['mean']:.1f}", f"{s['seconds']['mean']:.0f}",
+            spread("dead_fraction", "{:.2f}", by=100) + "%", f"{s['l0']['mean']:.1f}", f"{s['cpu_seconds']['mean']:.0f}",
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", (
