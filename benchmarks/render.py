@@ -106,6 +106,32 @@ def pygpt() -> str:
     return "\n".join(["| | |", "|---|---|", *rows, "", *head, *(point.format(**p) for p in r["curve"])])
 
 
+def peers() -> str:
+    """nanoSAE and its peers: mean and standard deviation over seeds."""
+    r = load("peers")
+    about, same = r["about"], {"nanosae": "nanoSAE"}
+    lines = [
+        "| library | setting | optimiser, lr, batch | explained variance | dead | L0 | processor seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for s in r["summary"]:
+        spread = lambda name, form, s=s, by=1: " +- ".join(form.format(by * s[name][v]) for v in ("mean", "sd"))
+        how = s["settings"]
+        cells = (
+            f"{same.get(s['library'], s['library'])} {s['version']}", s["setting"],
+            f"{how['optimizer']} {how['lr']:.2g}, {how['batch']}", spread("explained_variance", "{:.4f}"),
+            spread("dead_fraction", "{:.2f}", by=100) + "%", f"{s['l0']['mean']:.1f}",
+            f"{s['cpu_seconds']['mean']:.0f}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", (
+        f"({about['hookpoint']} of MiniLM, {about['tokens']:,} tokens once, F = {about['d_sae']}, k = {about['k']}, "
+        f"{r['summary'][0]['seeds']} seeds, mean +- standard deviation; {about['held_out_tokens']:,} held-out tokens; "
+        f"{about['threads']} thread on a machine of {about['cores']} {about['machine']} cores, {about['date']})"
+    )]  # fmt: skip
+    return "\n".join(lines)
+
+
 def samples() -> str:
     """What the embedded model writes."""
     return "\n\n".join(f"`{r['command']}`:\n\n~~~\n{r['text']}\n~~~" for r in load("pygpt")["samples"])
@@ -117,6 +143,7 @@ TABLES = {
     "quality": quality,
     "demo": demo,
     "pygpt": pygpt,
+    "peers": peers,
     "flags": lambda: flags(TrainConfig),
 }
 
