@@ -95,7 +95,7 @@ class SAEConfig:
         1 / 32, "weight of the AuxK loss that revives dead latents", alias=("auxk_coef",), sweep=True
     )
     dead_feature_threshold: int | None = knob(
-        None, "tokens without firing until a latent is dead (default: 25 d_sae / k, at most 10M)",
+        None, "tokens without firing until a latent is dead (default: 16 d_sae / k, at most 10M)",
         alias=("dead_toks_threshold",),
     )  # fmt: skip
     dead_percentage_threshold: float | None = knob(

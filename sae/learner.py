@@ -24,7 +24,8 @@ from sae.optim import Optimizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUMS = ("loss", "objective", "sparsity", "aux", "grad_norm", "penalty_weight")
-STEER, STEER_WEIGHT = 0.1, 0.01  # what a step does to thresholds and to the log of the weight, per error of log L0
+# What a step does per error of log L0: to thresholds, to what they move by in every step, to the log of the weight.
+STEER, STEER_DRIFT, STEER_WEIGHT = 0.2, 0.004, 0.01
 
 
 class Terms(NamedTuple):
@@ -76,6 +77,7 @@ class Learner:
             config.l1_coefficient if config.l1_coefficient is not None else sched.L1_START.get(config.activation, 0)
         )
         self.log_weight = torch.tensor(math.log(max(weight, 1e-12)), device=device)
+        self.drift = torch.zeros((), device=device)  # of thresholds in a step of full size, against what learning does
         self.average = {n: torch.zeros_like(p) for n, p in sae.named_parameters()} if config.ema else {}
         self.n_updates = 0
         self.n_dead = 0  # as last read by the log: AuxK is computed only where something was dead
@@ -233,7 +235,7 @@ class Learner:
             self.sums["grad_norm"] += torch.where(norm.isfinite(), norm, 0.0)
             self.sums["penalty_weight"] += self.log_weight.exp()
             self.n_sums += 1
-            self._control()
+            self._control(step)
             for name, p in sae.named_parameters() if self.average else ():
                 self.average[name].lerp_(self.optimizer.averaged(p), 1 - (c.ema or 0.0))
         self.n_updates += 1
@@ -248,17 +250,19 @@ class Learner:
         if least is not None:  # remember as long as three firings at the least rate take
             self.rate.lerp_(fired / n, min(1.0, n * least / 3))
 
-    def _control(self) -> None:
+    def _control(self, step: int) -> None:
         """Keep L0 where it was asked: thresholds follow its error at once, the penalty's weight follows slowly.
 
-        The weight alone acts through many steps of learning, and overshoots; thresholds act on the next batch, and what
-        they would have to do again and again is left to the weight.
+        The weight alone acts through many steps of learning, and overshoots; thresholds act on the next batch. What
+        they have to do again and again becomes their drift, which fades with the step size as what causes it does.
         """
         target = sched.target_l0(self.config)
         if target is None or self.config.jumprelu_penalty == "quadratic":
             return
         error = (self.counts.l0.clamp(min=1e-3).log() - math.log(target)).clamp(-1.0, 1.0)
-        self.sae.raise_threshold_(STEER * error)
+        self.drift = self.drift + STEER_DRIFT * error
+        share = sched.lr_at(step, self.config, self.n_steps) / sched.peak_lr(self.config)
+        self.sae.raise_threshold_(STEER * error + self.drift * share)
         self.log_weight = self.log_weight + STEER_WEIGHT * error
 
     # ----------------------------------------------------------------------------------------------
@@ -388,7 +392,7 @@ class Learner:
         return sae
 
     STATE = (
-        "tokens_since_fired", "feature_counts", "rate", "residual", "log_weight", "average", "n_updates",
+        "tokens_since_fired", "feature_counts", "rate", "residual", "log_weight", "drift", "average", "n_updates",
         "scale", "scale_out", "variance", "n_dead", "best_val_loss", "sums", "n_sums",
     )  # fmt: skip
 

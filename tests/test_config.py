@@ -177,8 +177,8 @@ def test_schedules():
     assert sched.dead_below(SAEConfig(dead_latent_threshold=1e-3)) == 1e-3
     assert sched.dead_below(SAEConfig()) is None
     assert sched.peak_lr(SAEConfig(d_sae=1536 * 4)) == pytest.approx(sched.peak_lr(SAEConfig(d_sae=1536)) / 2)
-    assert sched.dead_after_tokens(SAEConfig(d_sae=3200, k=32)) == 2500
-    assert sched.dead_after_tokens(SAEConfig(d_sae=1 << 24, k=32)) == 10_000_000
+    assert sched.dead_after_tokens(SAEConfig(d_sae=3200, k=32)) == 1600
+    assert sched.dead_after_tokens(SAEConfig(d_sae=1 << 25, k=32)) == 10_000_000
     assert sched.dead_after_tokens(SAEConfig(dead_feature_threshold=7)) == 7
     assert sched.n_latents(SAEConfig(d_in=8, expansion_factor=4)) == 32
     with pytest.raises(UserError, match="neither"):
