@@ -107,13 +107,17 @@ def evaluate(sae: Plain, x: Tensor, k: int, *, batch_size: int = 4096) -> dict[s
 
 
 def matched(width: int, tokens: int) -> dict[str, Any]:
-    """What nanoSAE's own defaults come to in a run of so many tokens."""
+    """What nanoSAE's own defaults come to in a run of so many tokens.
+
+    But a latent is dead for the peers after a twentieth of the run, not after two steps as here: their AuxK takes D/2
+    latents and is meant for few.
+    """
     c = SAEConfig(d_in=width, expansion_factor=EXPANSION, k=K)
     n_steps = tokens // c.batch_size
     return {
         "lr": sched.peak_lr(c), "batch": c.batch_size, "warmup_steps": sched.warmup_steps(c, n_steps),
         "decay_steps": round(c.decay_fraction * n_steps), "auxk": c.auxk_alpha,
-        "dead_after_tokens": sched.dead_after_tokens(c),
+        "dead_after_tokens": tokens // 20,
     }  # fmt: skip
 
 
