@@ -263,7 +263,11 @@ class Learner:
         self.drift = self.drift + STEER_DRIFT * error
         share = sched.lr_at(step, self.config, self.n_steps) / sched.peak_lr(self.config)
         self.sae.raise_threshold_(STEER * error + self.drift * share)
-        self.log_weight = self.log_weight + STEER_WEIGHT * error
+        self.log_weight = (
+            self.log_weight
+            + STEER_WEIGHT * error
+            + float(__import__("os").environ.get("RATE", "0.3")) * self.drift * share
+        )
 
     # ----------------------------------------------------------------------------------------------
     # end-to-end training: the SAE stands in the model while it runs
