@@ -254,7 +254,8 @@ class Learner:
         """Keep L0 where it was asked: thresholds follow its error at once, the penalty's weight follows slowly.
 
         The weight alone acts through many steps of learning, and overshoots; thresholds act on the next batch. What
-        they have to do again and again becomes their drift, which fades with the step size as what causes it does.
+        they have to do again and again becomes their drift, which fades with the step size as what causes it does. The
+        drift turns the weight until it is gone itself: thresholds that rise for ever fight what the SAE learns.
         """
         target = sched.target_l0(self.config)
         if target is None or self.config.jumprelu_penalty == "quadratic":
@@ -263,11 +264,7 @@ class Learner:
         self.drift = self.drift + STEER_DRIFT * error
         share = sched.lr_at(step, self.config, self.n_steps) / sched.peak_lr(self.config)
         self.sae.raise_threshold_(STEER * error + self.drift * share)
-        self.log_weight = (
-            self.log_weight
-            + STEER_WEIGHT * error
-            + float(__import__("os").environ.get("RATE", "0.3")) * self.drift * share
-        )
+        self.log_weight = self.log_weight + STEER_WEIGHT * error + self.drift * share
 
     # ----------------------------------------------------------------------------------------------
     # end-to-end training: the SAE stands in the model while it runs

@@ -121,7 +121,7 @@ def test_every_parameter_moves_and_the_loss_falls(activation):
     t = trainer(c, n=64 * 100)
     before = weights(t)
     t.train(verbose=False)
-    assert t.val_losses[-1]["fvu"] < 0.6 * t.val_losses[0]["fvu"]
+    assert t.val_losses[-1]["fvu"] < 0.75 * t.val_losses[0]["fvu"]
     assert all(not torch.equal(a, b) for a, b in zip(before, weights(t), strict=True))
     norms = next(iter(t.learners.values())).sae.W_dec.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(48))
