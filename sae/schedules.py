@@ -96,11 +96,13 @@ def p_at(step: int, c: SAEConfig, n_steps: int) -> float:
 def dead_after_tokens(c: SAEConfig) -> int:
     """Tokens without firing until a latent counts as dead: as given, or in which an average one fires 16 times.
 
-    A fixed 10M tokens, as is usual, is longer than many runs; AuxK then never acts.
+    A fixed 10M tokens, as is usual, is longer than many runs; AuxK then never acts. Latents with a sign wait 16 times as
+    long: AuxK is a linear autoencoder of them, which learns what all residuals share, and does harm early on.
     """
     if c.dead_feature_threshold is not None:
         return c.dead_feature_threshold
-    return min(10_000_000, 16 * n_latents(c) // c.k)
+    firings = 256 if c.activation == "abstopk" else 16
+    return min(10_000_000, firings * n_latents(c) // c.k)
 
 
 def dead_below(c: SAEConfig) -> float | None:
