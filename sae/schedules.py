@@ -96,8 +96,8 @@ def p_at(step: int, c: SAEConfig, n_steps: int) -> float:
 def dead_after_tokens(c: SAEConfig) -> int:
     """Tokens without firing until a latent counts as dead: as given, or in which an average one fires 16 times.
 
-    A fixed 10M tokens, as is usual, is longer than many runs; AuxK then never acts. Latents with a sign wait 16 times as
-    long: AuxK is a linear autoencoder of them, which learns what all residuals share, and does harm early on.
+    A fixed 10M tokens, as is usual, is longer than many runs; AuxK then never acts. Latents with a sign wait 16 times
+    as long: AuxK is a linear autoencoder of them, which learns what all residuals share, and does harm early on.
     """
     if c.dead_feature_threshold is not None:
         return c.dead_feature_threshold
