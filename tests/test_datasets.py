@@ -354,7 +354,9 @@ def test_bad_data_is_one_sentence(tmp_path, name, content, words):
     assert len(str(e.value).splitlines()) == 1
 
 
-def test_missing_and_empty(lm, tmp_path):
+def test_missing_and_empty(lm, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     for name in (str(tmp_path / "none"), "nowhere.txt", "a/b/c", "", "../x", "x" * 5000 + ".txt", "C:\\x"):
         with pytest.raises(UserError, match="does not exist; give a file, a folder, or a HuggingFace dataset"):
             open_dataset(name)
