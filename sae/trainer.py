@@ -150,11 +150,14 @@ class SAETrainer:
             self.stream = self._stream(num_epochs)
             for learner in self.learners.values():
                 learner.n_steps = self.stream.n_batches
-        c, n_steps = self.config, self.stream.n_batches
         if self.step == 0:
             self._begin_run()
         path = self.save_dir / "metrics.jsonl" if self.save_dir is not None else None
-        metric_log = log.MetricLog(path, resume_step=self.step, wandb=self.wandb)
+        with log.MetricLog(path, resume_step=self.step, wandb=self.wandb) as metric_log:
+            return self._loop(metric_log, verbose)
+
+    def _loop(self, metric_log: log.MetricLog, verbose: bool) -> dict[str, float]:
+        c, n_steps = self.config, self.stream.n_batches
         total = n_steps * self.stream.batch_size
         bar = log.progress(total, "training", initial=self.stream.n_given, quiet=not verbose)
         last: dict[str, float] = {}
@@ -181,7 +184,6 @@ class SAETrainer:
             if self.save_dir is not None and (self.step % c.save_every == 0 or done):
                 self.save()
         bar.close()
-        metric_log.close()
         return last
 
     def _step(self, batch: Any) -> None:
