@@ -42,9 +42,17 @@ def weights(t):
     return [p.clone() for p in t.sae.parameters()]
 
 
-@pytest.mark.parametrize("activation", ALL)
-def test_resume_is_bit_exact(activation, tmp_path):
-    c = config(activation=activation, l1_coefficient=0.01)
+RESUMED = [{"activation": kind, **more} for kind in ALL for more in ({"l1_coefficient": 0.01}, {"ema": 0.9})] + [
+    {"optimizer": "muon"}, {"optimizer": "signum", "ema": 0.9}, {"optimizer": "sgd"}, {"dtype": "float16"},
+    {"tied": True}, {"k_decay_steps": 18}, {"resample_every": 4},
+    {"micro_acc_steps": 2, "normalize_activations": "none"},
+    {"activation": "relu", "p_anneal": 0.5}, {"dead_feature_threshold": None, "dead_latent_threshold": 1e-2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", RESUMED, ids=lambda f: "-".join(map(str, f.values())))
+def test_resume_is_bit_exact(fields, tmp_path):
+    c = config(**fields)
     whole = trainer(c)
     whole.train(verbose=False)
     first = trainer(c, tmp_path / "run")
