@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-.venv}"
-EXTRAS="${EXTRAS:-}"
+EXTRAS="${EXTRAS:-[fast]}"
 
 if ! "$PYTHON" -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
     echo "error: $PYTHON is not Python >= 3.10 with venv; set PYTHON=/path/to/python3.10 or install python3-venv" >&2

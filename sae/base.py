@@ -23,20 +23,20 @@ LN_EPS = 1e-5  # added to the standard deviation, as OpenAI and SAELens do
 
 
 class Output(NamedTuple):
-    """What one forward gives: the reconstruction (B, D), the codes, and the pre-activations (B, F) behind them.
-
-    The sparse kinds compute `pre` without a graph; whoever needs its gradient goes through kernels.gather_pre.
-    """
+    """What one forward gives: the reconstruction (B, D), the codes, and from kinds with a penalty the pre-activations
+    (B, F) behind them (kinds that select never hold them all)."""
 
     x_hat: Tensor
     codes: Codes
-    pre: Tensor
+    pre: Tensor | None
 
 
 class Losses(NamedTuple):
-    """Scalars, graph attached to `total` = reconstruction + extra + weight * sparsity + auxk_alpha * aux."""
+    """Scalars, graph attached to `total` = reconstruction + extra + weight * sparsity + auxk_alpha * aux; error is the
+    mean of ||y - x_hat||^2, and reconstruction the same over the variance."""
 
     total: Tensor
+    error: Tensor
     reconstruction: Tensor
     extra: Tensor
     sparsity: Tensor
@@ -53,6 +53,7 @@ class SAE(nn.Module):
     """
 
     uses_auxk = True  # whether AuxK can revive its dead latents: their pre-activations must not all be below 0
+    signed = False  # whether latents are chosen by size and keep their sign
 
     def __init__(self, config: SAEConfig, *, generator: torch.Generator | None = None):
         super().__init__()
@@ -149,8 +150,8 @@ class SAE(nn.Module):
     # ----------------------------------------------------------------------------------------------
     # what a kind defines
 
-    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor]:
-        """Codes of x (B, D), and the pre-activations (B, F) they were chosen from."""
+    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:
+        """Codes of x (B, D); kinds with a penalty also give the pre-activations (B, F) they come from."""
         raise NotImplementedError
 
     def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
@@ -188,7 +189,8 @@ class SAE(nn.Module):
         `survey` said of the batch that x is a part of.
         """
         target = x if y is None else y
-        reconstruction = (target - out.x_hat).square().sum(-1).mean() / variance
+        error = kernels.squared_error(target, out.x_hat).mean()
+        reconstruction = error / variance
         extra = self.extra(x, target, out) / variance
         penalty = self.penalty(out, p=p, whole=whole)
         aux = out.x_hat.new_zeros(())
@@ -196,7 +198,7 @@ class SAE(nn.Module):
         if dead is not None and self.uses_auxk and self.config.auxk_alpha > 0:
             aux = self.dead_loss(x, out, dead, y=y, n_dead=n_dead, residual=residual)
             total = total + self.config.auxk_alpha * aux
-        return Losses(total, reconstruction, extra, penalty, aux)
+        return Losses(total, error, reconstruction, extra, penalty, aux)
 
     def dead_loss(
         self, x: Tensor, out: Output, dead: Tensor, *, y: Tensor | None = None, n_dead: int | None = None,
@@ -209,27 +211,21 @@ class SAE(nn.Module):
         wins nowhere: dev/LOG.md.) Returns error over residual energy, 0 when
         nothing is dead or nothing is left to explain; never NaN.
         """
+        n_dead = int(dead.sum()) if n_dead is None else n_dead
         k = min(self.config.k, self.d_sae)
-        k_aux = k if n_dead is None else min(k, max(1, n_dead))
-        masked = self._strength(out.pre.detach()).masked_fill(~dead, -torch.inf)
-        indices = kernels.top_k(masked, k_aux)
-        alive = masked.gather(1, indices).isfinite()
+        ids = dead.to(torch.uint8).topk(max(1, min(n_dead, self.d_sae))).indices  # n_dead may be of some steps ago
         centred = x if self.config.transcode else x - self.b_dec.detach()
-        pre = kernels.gather_pre(centred, self.W_enc, self._encoder_bias(), out.pre, indices)
-        values = self._value(pre) * alive
+        with torch.no_grad():
+            W, b = self.W_enc[:, ids], self._encoder_bias()[ids]
+            among, values = kernels.choose_top_k(centred, W, b, min(k, len(ids)), absolute=self.signed)
+            indices = ids[among]
+        pre = kernels.gather_pre(centred, self.W_enc, self._encoder_bias(), values, indices)
+        values = (pre if self.signed else pre.relu()) * dead[indices]
         left = ((x if y is None else y) - out.x_hat).detach()
-        error = (kernels.decode(indices, values, self.W_dec) - left).square().sum(-1).mean()
+        error = kernels.squared_error(left, kernels.decode(indices, values, self.W_dec)).mean()
         share = (dead.sum() / k).clamp(max=1.0)
         energy = left.square().sum(-1).mean() if residual is None else torch.as_tensor(residual, device=x.device)
         return torch.where((share > 0) & (energy > 0), share * error / energy.clamp(min=1e-30), 0.0)
-
-    def _strength(self, pre: Tensor) -> Tensor:
-        """What latents are ranked by."""
-        return pre
-
-    def _value(self, pre: Tensor) -> Tensor:
-        """Activation of a chosen latent."""
-        return pre.relu()
 
     def _encoder_bias(self) -> Tensor:
         return self.b_enc

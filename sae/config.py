@@ -130,6 +130,7 @@ class SAEConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = knob(
         "float32", "dtype of the matrix products (weights stay float32; float16 with a gradient scaler)"
     )
+    kernels: Literal["auto", "plain"] = knob("auto", "the fastest kernels that run here, or plain torch")
     batch_size: int = knob(1024, "tokens per step", alias=("bs",))
     grad_acc_steps: int = knob(1, "a step takes this many times batch_size tokens, in as many passes")
     micro_acc_steps: int = knob(1, "each of these passes is cut into this many, to save memory")

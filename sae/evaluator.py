@@ -21,7 +21,7 @@ from sae import hooks, log
 from sae.activations import ModelSource, gather
 from sae.config import PENALISED, SAEConfig, UserError
 from sae.datasets import Dataset
-from sae.kernels import Codes, count
+from sae.kernels import Codes, count, moments
 from sae.language_model import LanguageModel
 from sae.models import SAE, Output
 from sae.tokens import TokenRows, kept_positions
@@ -66,12 +66,11 @@ class Totals:
         self.l0 += l0.sum()
         self.l0_squared += l0.double().square().sum()
         self.l0_counts += count(l0, len(self.l0_counts))
-        x, x_hat = x.to(device).double(), x_hat.to(device).double()
-        e2 = (x - x_hat).square().sum(-1)
-        x2, x_hat2, dot = x.square().sum(-1), x_hat.square().sum(-1), (x * x_hat).sum(-1)
+        x, x_hat = x.to(device), x_hat.to(device)
+        (x2, x_hat2, dot, e2), total = moments(x, x_hat)
         lengths = (x2 * x_hat2).sqrt()
         self.n += len(x)
-        self.x += x.sum(0)
+        self.x += total
         self.x2 += x2.sum()
         self.e2 += e2.sum()
         self.x_hat2 += x_hat2.sum()
@@ -79,7 +78,7 @@ class Totals:
         self.cosine += (dot / lengths.clamp(min=1e-30)).sum()
         self.l2_ratio += (x_hat2 / x2.clamp(min=1e-30)).sqrt().sum()
         if self.mean is not None:
-            self.legacy += (1 - e2 / (x - self.mean).square().sum(-1).clamp(min=1e-30)).sum()
+            self.legacy += (1 - e2 / (x.double() - self.mean).square().sum(-1).clamp(min=1e-30)).sum()
 
     def metrics(self) -> dict[str, float]:
         """All metrics as plain numbers (reads the device).

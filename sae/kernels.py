@@ -1,7 +1,8 @@
-"""Sparse encode and decode, forward and backward: tensors in, tensors out. Knows no module, config or device policy.
+"""Sparse encode and decode, forward and backward: tensors in, tensors out. Knows no module and no config.
 
 Each operation has a plain twin (`*_reference`) that defines it in dense autograd; tests hold them together.
 Only the K kept latents of a token take part in the backward pass: no (B, F) gradient, no (B*K, D) tensor is made.
+On CPUs, float32 goes through native.cpp where that can be compiled (native.py).
 
 Letters: B tokens in a batch, D width, F latents, K kept latents.
 """
@@ -13,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sae import native
 
 
 class Codes(NamedTuple):
@@ -77,6 +80,31 @@ def top_k(pre: Tensor, k: int) -> Tensor:
     return pre.topk(k, dim=-1, sorted=False).indices
 
 
+def choose_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: bool = False) -> tuple[Tensor, Tensor]:
+    """The k largest pre-activations x @ W_enc + b_enc of each token: indices and values (B, k), in no particular order.
+
+    x (B, D), W_enc (D, F), b_enc (F,). absolute: largest in size, with their sign. No graph; see gather_pre.
+    """
+    with torch.no_grad():
+        if k * 8 <= len(b_enc) and (ops := native.ops(x, W_enc, b_enc)):
+            indices, values, _ = ops.encode_top_k(
+                x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), k, absolute
+            )
+            return indices, values
+        pre = torch.addmm(b_enc, x, W_enc)
+        indices = top_k(pre.abs() if absolute else pre, k)
+        return indices, pre.gather(1, indices)
+
+
+def choose_top_k_reference(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Twin of choose_top_k: all pre-activations, sorted; of equal ones the first latents."""
+    pre = x @ W_enc + b_enc
+    indices = (pre.abs() if absolute else pre).sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return indices, pre.gather(1, indices)
+
+
 def batch_top_k(pre: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The n largest of all of pre (B, F): flat indices (n,) in the order of tokens, and offsets (B,)."""
     n_latents = pre.shape[1]
@@ -100,6 +128,8 @@ def _sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: T
     Sorting the places by latent turns the sum into an embedding bag whose bags are latents: deterministic, and the
     (places, D) products are never stored.
     """
+    if offsets is None and (ops := native.ops(x, values)):
+        return ops.sum_by_latent(indices.contiguous(), values.contiguous(), x.contiguous(), n_latents)
     order = torch.argsort(indices.reshape(-1), stable=True)
     tokens = order // indices.shape[1] if offsets is None else rows_of(indices, offsets)[order]
     counts = count(indices, n_latents)
@@ -109,6 +139,8 @@ def _sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: T
 
 def _dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """Like indices: left[token] . right[indices[place]], for left (B, D) and right (F, D), (places, D) never stored."""
+    if offsets is None and (ops := native.ops(left, right)):
+        return ops.dot_at(indices.contiguous(), left.contiguous(), right.contiguous())
     flat = indices.reshape(-1).contiguous()
     if offsets is None:
         starts = torch.arange(0, len(flat), indices.shape[1], device=flat.device)
@@ -135,26 +167,26 @@ class _Gather(torch.autograd.Function):
     """Pre-activations at chosen latents, with a backward that touches those latents only."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, pre, indices, offsets):
-        del b_enc  # it is in pre already; an argument so that its gradient comes back
-        ctx.save_for_backward(x, W_enc, indices, offsets)
-        if offsets is None:
-            return pre.gather(1, indices).to(x.dtype)
-        return pre[rows_of(indices, offsets), indices].to(x.dtype)
+    def forward(ctx, x, centre, W_enc, b_enc, values, indices, offsets):
+        del b_enc  # it is in the values already; an argument so that its gradient comes back
+        ctx.save_for_backward(x, centre, W_enc, indices, offsets)
+        return values.to(x.dtype, copy=True)
 
     @staticmethod
     def backward(ctx, grad):
-        x, W_enc, indices, offsets = ctx.saved_tensors
+        x, centre, W_enc, indices, offsets = ctx.saved_tensors
         n_latents = W_enc.shape[1]
         grad = grad.contiguous()
-        grad_x = grad_W = grad_b = None
+        grad_x = grad_centre = grad_W = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_x = _bag(indices, offsets, grad, W_enc.t().contiguous())
-        if ctx.needs_input_grad[1]:
-            grad_W = _sum_by_latent(indices, offsets, grad, x, n_latents).t()
         if ctx.needs_input_grad[2]:
+            grad_W = _sum_by_latent(indices, offsets, grad, x if centre is None else x - centre, n_latents).t()
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
             grad_b = grad.new_zeros(n_latents).index_add_(0, indices.reshape(-1), grad.reshape(-1))
-        return grad_x, grad_W, grad_b, None, None, None
+        if ctx.needs_input_grad[1]:
+            grad_centre = -(W_enc @ grad_b)  # of the sum over tokens, which is cheaper than the sum of theirs
+        return grad_x, grad_centre, grad_W, grad_b, None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -176,24 +208,30 @@ class _Decode(torch.autograd.Function):
 
 
 def gather_pre(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, pre: Tensor, indices: Tensor, offsets: Tensor | None = None
-) -> Tensor:
-    """Pre-activations of the chosen latents, differentiable in x, W_enc and b_enc.
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None = None,
+    *, centre: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Pre-activations of the chosen latents, differentiable in x, centre, W_enc and b_enc.
 
-    x (B, D), W_enc (D, F), b_enc (F,), pre (B, F) = x @ W_enc + b_enc computed without a graph, indices (B, K), or
-    (n,) with offsets (B,). Returns the shape of indices. Every use of pre (main code, AuxK, multi-TopK) comes through
-    here, so each one trains the encoder.
+    x (B, D), W_enc (D, F), b_enc (F,), centre (D,); values (x - centre) @ W_enc + b_enc at indices (B, K), or (n,) with
+    offsets (B,), found without a graph. Returns the values. Every use of pre-activations of the kinds that select
+    (main code, AuxK, multi-TopK) comes through here, so each one trains the encoder.
     """
-    return _Gather.apply(x, W_enc, b_enc, pre, indices, offsets)
+    return _Gather.apply(x, centre, W_enc, b_enc, values, indices, offsets)
 
 
 def gather_pre_reference(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, pre: Tensor, indices: Tensor, offsets: Tensor | None = None
-) -> Tensor:
-    """Twin of gather_pre: the dense product, then a gather (pre is ignored)."""
-    del pre
-    dense = x @ W_enc + b_enc
-    return dense.gather(1, indices) if offsets is None else dense[rows_of(indices, offsets), indices]
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None = None,
+    *, centre: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Twin of gather_pre: the dense product, then a gather (values are ignored)."""
+    del values
+    return at((x if centre is None else x - centre) @ W_enc + b_enc, indices, offsets)
+
+
+def at(pre: Tensor, indices: Tensor, offsets: Tensor | None) -> Tensor:
+    """Like indices: pre (B, F) at these latents."""
+    return pre.gather(1, indices) if offsets is None else pre[rows_of(indices, offsets), indices]
 
 
 def decode(indices: Tensor, values: Tensor, W_dec: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -204,3 +242,44 @@ def decode(indices: Tensor, values: Tensor, W_dec: Tensor, offsets: Tensor | Non
 def decode_reference(indices: Tensor, values: Tensor, W_dec: Tensor, offsets: Tensor | None = None) -> Tensor:
     """Twin of decode: a dense (B, F) code times W_dec."""
     return Codes(indices, values, offsets).dense(len(W_dec)) @ W_dec
+
+
+def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums in float64: per token |x|^2, |y|^2, x.y and |x - y|^2 as (4, B), and x over tokens (D,). x, y (B, D)."""
+    if ops := native.ops(x, y):
+        return ops.moments(x.contiguous(), y.contiguous())
+    return moments_reference(x, y)
+
+
+def moments_reference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Twin of moments."""
+    x, y = x.double(), y.double()
+    rows = torch.stack([x.square().sum(-1), y.square().sum(-1), (x * y).sum(-1), (x - y).square().sum(-1)])
+    return rows, x.sum(0)
+
+
+def variance(x: Tensor) -> Tensor:
+    """Scalar: mean over the tokens of x (B, D) of |x - their mean|^2."""
+    if ops := native.ops(x):
+        rows, total = ops.moments(x.contiguous(), x.contiguous())
+        return ((rows[0].sum() - total.square().sum() / len(x)) / len(x)).clamp(min=0).to(x.dtype)
+    return (x - x.mean(0)).square().sum(-1).mean()
+
+
+class _SquaredError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y):
+        error = y - x
+        ctx.save_for_backward(error)
+        return torch.linalg.vector_norm(error, dim=-1).square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (error,) = ctx.saved_tensors
+        grad_y = error * (2 * grad)[:, None]
+        return -grad_y if ctx.needs_input_grad[0] else None, grad_y if ctx.needs_input_grad[1] else None
+
+
+def squared_error(x: Tensor, y: Tensor) -> Tensor:
+    """(B,): |x - y|^2 per token, for x and y (B, D), in one pass either way."""
+    return _SquaredError.apply(x, y)

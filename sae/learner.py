@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sae import kernels
 from sae import schedules as sched
 from sae.activations import Acts, check_finite
 from sae.base import SAE, Losses, Output, layer_norm
@@ -172,8 +173,7 @@ class Learner:
         own_variance = c.loss_fn == "fvu"
         return Terms(
             k=k, p=sched.p_at(step, c, self.n_steps), sparsity=sparsity,
-            variance=(target - target.mean(0)).square().sum(-1).mean() if own_variance else
-            torch.tensor(self.variance, device=self.device),
+            variance=kernels.variance(target) if own_variance else torch.tensor(self.variance, device=self.device),
             dead=self.is_dead() if self.n_dead and self.sae.uses_auxk else None,
             residual=torch.where(self.residual > 0, self.residual, 1.0) if self.n_updates else None,
             whole=self.sae.survey(parts, k) if len(parts) > 1 else None,
@@ -208,7 +208,7 @@ class Learner:
         counts = self.counts
         counts.fired += out.codes.fired(self.sae.d_sae)
         counts.l0 += share * out.codes.l0().float().mean()
-        counts.error += share * (target - out.x_hat).square().sum(-1).mean()
+        counts.error += share * losses.error
         counts.n_tokens += len(target)
 
     def update(self, step: int) -> None:

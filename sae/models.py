@@ -27,43 +27,44 @@ K_MULTI = 4  # multi-TopK: the second reconstruction keeps 4k latents (Gao et al
 class TopK(SAE):
     """The k largest pre-activations of a token, then ReLU, so fewer than k may be active (Gao et al. 2024, 2.3)."""
 
-    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor]:
-        centred = self._centre(x)
+    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:
         with torch.no_grad():
-            pre = torch.addmm(self.b_enc, centred, self.W_enc)
-            indices, offsets = self._choose(self._strength(pre), k or self.config.k, whole)
-        values = self._value(kernels.gather_pre(centred, self.W_enc, self.b_enc, pre, indices, offsets))
-        return Codes(indices, values, offsets), pre
+            chosen = self._choose(self._centre(x), k or self.config.k, whole)
+        return self._codes(x, *chosen), None
 
-    def _choose(self, strength: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
-        return kernels.top_k(strength, k), None
+    def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
+        """The latents that the centred x (B, D) keeps and their pre-activations, flat with offsets if there are any."""
+        return *kernels.choose_top_k(x, self.W_enc, self.b_enc, k, absolute=self.signed), None
+
+    def _codes(self, x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor | None = None) -> Codes:
+        """Codes of chosen latents, with a graph."""
+        centre = None if self.config.transcode else self.b_dec
+        pre = kernels.gather_pre(x, self.W_enc, self.b_enc, values, indices, offsets, centre=centre)
+        return Codes(indices, pre if self.signed else pre.relu(), offsets)
 
     def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
         if not self.config.multi_topk:
             return out.x_hat.new_zeros(())
-        indices = kernels.top_k(out.pre, min(K_MULTI * self.config.k, self.d_sae))
-        values = kernels.gather_pre(self._centre(x), self.W_enc, self.b_enc, out.pre, indices).relu()
-        x_hat = self._predict(x, Codes(indices, values))
-        return (y - x_hat).square().sum(-1).mean() / 8
+        k = min(K_MULTI * self.config.k, self.d_sae)
+        with torch.no_grad():
+            chosen = TopK._choose(self, self._centre(x), k, None)
+        x_hat = self._predict(x, self._codes(x, *chosen))
+        return kernels.squared_error(y, x_hat).mean() / 8
 
 
 class AbsTopK(TopK):
     """The k pre-activations of largest size, with their sign: a direction and its opposite share a latent."""
 
-    def _strength(self, pre: Tensor) -> Tensor:
-        return pre.abs()
-
-    def _value(self, pre: Tensor) -> Tensor:
-        return pre
+    signed = True
 
 
 class GroupMax(TopK):
     """Latents in k groups; the largest of each group, then ReLU (sparsify). Much cheaper to select than TopK."""
 
-    def _choose(self, strength: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+    def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
         size = self.d_sae // self.config.k
-        best = strength.view(len(strength), -1, size).argmax(-1)
-        return best + torch.arange(0, self.d_sae, size, device=best.device), None
+        values, best = torch.addmm(self.b_enc, x, self.W_enc).view(len(x), -1, size).max(-1)
+        return best + torch.arange(0, self.d_sae, size, device=best.device), values, None
 
 
 class BatchTopK(TopK):
@@ -78,12 +79,15 @@ class BatchTopK(TopK):
         super()._make_biases(F)
         self.register_buffer("threshold", torch.zeros(F))
 
-    def _choose(self, strength: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        pre = torch.addmm(self.b_enc, x, self.W_enc)
         if not self.training:
-            return kernels.above(strength, self.threshold)
-        if whole is not None:  # a part of a batch may hold any number of those that the whole keeps
-            return kernels.above(strength, whole.nextafter(whole.new_tensor(-torch.inf)))
-        return kernels.batch_top_k(strength, k * len(strength))
+            indices, offsets = kernels.above(pre, self.threshold)
+        elif whole is not None:  # a part of a batch may hold any number of those that the whole keeps
+            indices, offsets = kernels.above(pre, whole.nextafter(whole.new_tensor(-torch.inf)))
+        else:
+            indices, offsets = kernels.batch_top_k(pre, k * len(x))
+        return indices, kernels.at(pre, indices, offsets), offsets
 
     @torch.no_grad()
     def survey(self, parts: list[Tensor], k: int | None = None) -> Tensor | None:
@@ -111,10 +115,10 @@ class Matryoshka(BatchTopK):
     general features (Bussmann et al. 2025, arxiv.org/abs/2503.17547). The loss is the mean over prefixes and the whole.
     """
 
-    def _choose(self, strength: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.config.matryoshka_base == "topk":
-            return TopK._choose(self, strength, k, whole)
-        return super()._choose(strength, k, whole)
+            return TopK._choose(self, x, k, whole)
+        return super()._choose(x, k, whole)
 
     def prefixes(self) -> list[int]:
         """Numbers of latents of the partial dictionaries."""
@@ -130,7 +134,7 @@ class Matryoshka(BatchTopK):
 
     def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
         left = y - x @ self.W_skip.t() if self.config.skip_connection else y
-        errors = [(left - self.partial(out.codes, n)).square().sum(-1).mean() for n in self.prefixes()]
+        errors = [kernels.squared_error(left, self.partial(out.codes, n)).mean() for n in self.prefixes()]
         return torch.stack(errors).sum() if errors else out.x_hat.new_zeros(())
 
 
@@ -146,7 +150,7 @@ class ReLU(SAE):
 
     uses_auxk = False
 
-    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor]:  # noqa: ARG002
+    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:  # noqa: ARG002
         pre = self.pre_activations(x)
         return Codes(None, pre.relu()), pre
 
@@ -178,21 +182,23 @@ class Gated(SAE):
         self.b_mag = nn.Parameter(torch.zeros(F))
         self.r_mag = nn.Parameter(torch.zeros(F))
 
-    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor]:  # noqa: ARG002
+    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:  # noqa: ARG002
         projected = self._centre(x) @ self.W_enc
         gate = projected + self.b_gate
         magnitude = (projected * self.r_mag.exp() + self.b_mag).relu()
         return Codes(None, magnitude * (gate > 0)), gate
 
     def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        assert out.pre is not None
         return (out.pre.relu() @ self.W_dec.norm(dim=1)).mean() / math.sqrt(self.d_in)
 
     def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
         # The decoder is held fixed here, or it would be bent towards the gate's unscaled values (eq. 8).
+        assert out.pre is not None
         x_hat = out.pre.relu() @ self.W_dec.detach() + self.b_dec.detach()
         if self.config.skip_connection:
             x_hat = x_hat + x @ self.W_skip.detach().t()
-        return (y - x_hat).square().sum(-1).mean()
+        return kernels.squared_error(y, x_hat).mean()
 
     @torch.no_grad()
     def raise_threshold_(self, by: Tensor | float) -> None:
@@ -254,13 +260,14 @@ class JumpReLU(SAE):
         super()._make_biases(F)
         self.threshold = nn.Parameter(torch.zeros(F))
 
-    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor]:  # noqa: ARG002
+    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:  # noqa: ARG002
         pre = self.pre_activations(x)
         return Codes(None, _Jump.apply(pre, self.threshold, self.config.bandwidth)), pre
 
     def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
         if self.config.jumprelu_penalty == "tanh":
             return torch.tanh(4 * out.codes.values * self.W_dec.norm(dim=1) / math.sqrt(self.d_in)).sum(-1).mean()
+        assert out.pre is not None
         l0 = _Step.apply(out.pre, self.threshold, self.config.bandwidth).sum(-1).mean()
         if self.config.jumprelu_penalty == "step":
             return l0

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sae import config as cfg
-from sae import formats, log
+from sae import formats, log, native
 from sae import schedules as sched
 from sae.activations import Acts, Stream, TensorSource, check_finite
 from sae.config import VERSION, SAEConfig, UserError
@@ -82,6 +82,8 @@ class SAETrainer:
         self.pretrained, self.objective, self.wandb = pretrained, objective, wandb
         self.save_dir = Path(save_dir) if save_dir is not None else None
         self.device = torch.device(device)
+        native.enabled = config.kernels == "auto"
+        native.keep_memory()
         self._activations = {"": activations} if isinstance(activations, Tensor) else activations
         self.stream = self._stream(config.num_epochs)
         self.learners = {

@@ -31,10 +31,22 @@ def gradients(f, *inputs, out_grad):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_gather_pre_equals_its_twin(size, dtype):
     x, W_enc, b_enc, _, indices, grad, _ = problem(*size, dtype=dtype)
-    pre = x @ W_enc + b_enc
-    run = lambda f: gradients(lambda x, W, b: f(x, W, b, pre, indices), x, W_enc, b_enc, out_grad=grad)
+    values = (x @ W_enc + b_enc).gather(1, indices)
+    run = lambda f: gradients(lambda x, W, b: f(x, W, b, values, indices), x, W_enc, b_enc, out_grad=grad)
     for got, want in zip(run(kernels.gather_pre), run(kernels.gather_pre_reference), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 if dtype is torch.float32 else 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_centre_of_gather_pre_has_the_gradient_of_its_twin(dtype):
+    x, W_enc, b_enc, _, indices, grad, _ = problem(*SIZES[0], dtype=dtype)
+    centre = x.mean(0) + 1
+    values = ((x - centre) @ W_enc + b_enc).gather(1, indices)
+    run = lambda f: gradients(
+        lambda c, W, b: f(x, W, b, values, indices, centre=c), centre, W_enc, b_enc, out_grad=grad
+    )
+    for got, want in zip(run(kernels.gather_pre), run(kernels.gather_pre_reference), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3 if dtype is torch.float32 else 1e-10)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -60,7 +72,7 @@ def ragged(size, dtype=torch.float64):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_ragged_codes_equal_their_twins(size, dtype):
     x, W_enc, b_enc, W_dec, indices, offsets, values, grad = ragged(size, dtype)
-    pre = x @ W_enc + b_enc
+    pre = kernels.at(x @ W_enc + b_enc, indices, offsets)
     gather = lambda f: gradients(
         lambda x, W, b: f(x, W, b, pre, indices, offsets), x, W_enc, b_enc, out_grad=torch.ones_like(values) + values
     )
@@ -101,7 +113,7 @@ def test_a_latent_named_twice_counts_twice():
 
 def test_backward_is_deterministic_to_the_bit():
     x, W_enc, b_enc, _, indices, grad, _ = problem(200, 40, 300, 8, dtype=torch.float32)
-    pre = x @ W_enc + b_enc
+    pre = (x @ W_enc + b_enc).gather(1, indices)
     run = lambda: gradients(lambda W: kernels.gather_pre(x, W, b_enc, pre, indices), W_enc, out_grad=grad)[1]
     assert torch.equal(run(), run())
 
@@ -109,7 +121,7 @@ def test_backward_is_deterministic_to_the_bit():
 def test_double_check_by_finite_differences():
     x, W_enc, b_enc, W_dec, indices, values, _ = problem(4, 3, 6, 2)
     inputs = [t.requires_grad_() for t in (x, W_enc.contiguous(), b_enc)]
-    pre_at = lambda x, W, b: kernels.gather_pre(x, W, b, (x @ W + b).detach(), indices)
+    pre_at = lambda x, W, b: kernels.gather_pre(x, W, b, (x @ W + b).detach().gather(1, indices), indices)
     assert torch.autograd.gradcheck(pre_at, inputs)
     assert torch.autograd.gradcheck(
         lambda v, W: kernels.decode(indices, v, W), [values.requires_grad_(), W_dec.requires_grad_()]

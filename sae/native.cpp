@@ -1,0 +1,515 @@
+// The sparse operations of kernels.py for CPUs, compiled on first use (kernels.py says which it replaces and when).
+//
+// Letters: B tokens in a batch, D width, F latents, K kept latents.
+//
+// encode_top_k finds the K largest of x @ W^T + b per token without writing the (B, F) matrix. Tokens and latents are
+// rounded to 16-bit integers, whose products run at twice the speed of float32's. What rounding can have changed has a
+// bound, by Cauchy-Schwarz: |x.w - x'.w'| <= |x - x'| |w| + |x'| |w - w'|. With it every product becomes an interval;
+// latents whose upper end is below the K-th best lower end cannot be among the K best, and the few others are computed
+// again in float32. A token whose candidates do not prove this is done again with nothing assumed.
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#if defined(__AVX512BW__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+using at::Tensor;
+
+namespace {
+
+constexpr int64_t LANES = 32;   // latents in a tile
+constexpr int64_t PANEL = 252;  // tokens that a thread takes through all latents at a time
+constexpr int64_t PILOT = 28;   // tokens that tell what to expect of the others
+
+// ------------------------------------------------------------------------------------------------
+// integer products: out[r][lane] = sum over d of x[r][d] * w[lane][d], w laid out [D/2][LANES][2]
+
+#if defined(__AVX512BW__)
+
+constexpr int TOKENS = 14;
+
+inline __m512i multiply_add(__m512i sum, __m512i a, __m512i b) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(sum, a, b);
+#else
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
+
+void tile(const int16_t* const* x, const int16_t* w, int64_t n_pairs, int32_t* out) {
+  __m512i low[TOKENS], high[TOKENS];
+  for (int r = 0; r < TOKENS; r++) low[r] = high[r] = _mm512_setzero_si512();
+  for (int64_t d = 0; d < n_pairs; d++, w += 2 * LANES) {
+    const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + LANES);
+#pragma GCC unroll 14
+    for (int r = 0; r < TOKENS; r++) {
+      int32_t pair;
+      std::memcpy(&pair, x[r] + 2 * d, 4);
+      const __m512i both = _mm512_set1_epi32(pair);
+      low[r] = multiply_add(low[r], both, w0);
+      high[r] = multiply_add(high[r], both, w1);
+    }
+  }
+  for (int r = 0; r < TOKENS; r++) {
+    _mm512_storeu_si512(out + LANES * r, low[r]);
+    _mm512_storeu_si512(out + LANES * r + 16, high[r]);
+  }
+}
+
+#elif defined(__AVX2__)
+
+constexpr int TOKENS = 6;
+
+void tile(const int16_t* const* x, const int16_t* w, int64_t n_pairs, int32_t* out) {
+  for (int64_t half = 0; half < 2; half++) {
+    __m256i low[TOKENS], high[TOKENS];
+    for (int r = 0; r < TOKENS; r++) low[r] = high[r] = _mm256_setzero_si256();
+    const int16_t* at = w + half * LANES;
+    for (int64_t d = 0; d < n_pairs; d++, at += 2 * LANES) {
+      const __m256i w0 = _mm256_load_si256((const __m256i*)at), w1 = _mm256_load_si256((const __m256i*)(at + 16));
+#pragma GCC unroll 6
+      for (int r = 0; r < TOKENS; r++) {
+        int32_t pair;
+        std::memcpy(&pair, x[r] + 2 * d, 4);
+        const __m256i both = _mm256_set1_epi32(pair);
+        low[r] = _mm256_add_epi32(low[r], _mm256_madd_epi16(both, w0));
+        high[r] = _mm256_add_epi32(high[r], _mm256_madd_epi16(both, w1));
+      }
+    }
+    for (int r = 0; r < TOKENS; r++) {
+      _mm256_storeu_si256((__m256i*)(out + LANES * r + 16 * half), low[r]);
+      _mm256_storeu_si256((__m256i*)(out + LANES * r + 16 * half + 8), high[r]);
+    }
+  }
+}
+
+#else
+
+constexpr int TOKENS = 4;
+
+void tile(const int16_t* const* x, const int16_t* w, int64_t n_pairs, int32_t* out) {
+  std::memset(out, 0, sizeof(int32_t) * TOKENS * LANES);
+  for (int64_t d = 0; d < n_pairs; d++, w += 2 * LANES)
+    for (int r = 0; r < TOKENS; r++) {
+      const int32_t a = x[r][2 * d], b = x[r][2 * d + 1];
+      for (int64_t l = 0; l < LANES; l++) out[LANES * r + l] += a * w[2 * l] + b * w[2 * l + 1];
+    }
+}
+
+#endif
+
+// ------------------------------------------------------------------------------------------------
+// float32 pieces
+
+float dot(const float* a, const float* b, int64_t n) {
+  constexpr int64_t W = 64;  // sums side by side: the compiler keeps them in registers
+  float sums[W] = {};
+  int64_t i = 0;
+  for (; i + W <= n; i += W)
+    for (int64_t l = 0; l < W; l++) sums[l] += a[i + l] * b[i + l];
+  float rest = 0;
+  for (; i < n; i++) rest += a[i] * b[i];
+  for (int64_t half = W / 2; half; half /= 2)
+    for (int64_t l = 0; l < half; l++) sums[l] += sums[l + half];
+  return sums[0] + rest;
+}
+
+void add_scaled(float* to, const float* from, float by, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] += by * from[i];
+}
+
+float largest(const float* a, int64_t n) {
+  float most = 0;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < n; i++) most = std::max(most, std::fabs(a[i]));
+  return most;
+}
+
+// ------------------------------------------------------------------------------------------------
+// rounding to 16 bits
+
+struct Rounded {
+  std::vector<float> unit;   // a row is unit * integers, about
+  std::vector<float> norm;   // of the row
+  std::vector<float> error;  // norm of what rounding changed
+  int16_t* data = nullptr;
+  Tensor memory;
+};
+
+// Any sum of products stays below 2^31, since no row's integers have a norm above 46340 = sqrt(2^31).
+float unit_of(const float* row, int64_t D, float& norm) {
+  norm = std::sqrt(dot(row, row, D));
+  const float room = 46338.0f - 0.5f * std::sqrt((float)D);
+  const float unit = std::max(norm / room, largest(row, D) / 32766.0f);
+  return unit > 0 ? unit : 1.0f;
+}
+
+Tensor aligned(int64_t n) {  // 64 bytes: torch's own alignment
+  return at::empty({n}, at::TensorOptions().dtype(at::kShort));
+}
+
+Rounded round_tokens(const float* x, int64_t B, int64_t D, int64_t width) {
+  Rounded r{std::vector<float>(B), std::vector<float>(B), std::vector<float>(B)};
+  r.memory = aligned(B * width);
+  r.data = r.memory.mutable_data_ptr<int16_t>();
+  at::parallel_for(0, B, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      r.unit[i] = unit_of(x + i * D, D, r.norm[i]);
+      const float per_unit = 1 / r.unit[i];
+      float error = 0;
+      int16_t* to = r.data + i * width;
+#pragma omp simd reduction(+ : error)
+      for (int64_t d = 0; d < D; d++) {
+        const float q = std::nearbyintf(x[i * D + d] * per_unit);
+        const float left = x[i * D + d] - q * r.unit[i];
+        error += left * left;
+        to[d] = (int16_t)(int32_t)q;
+      }
+      for (int64_t d = D; d < width; d++) to[d] = 0;
+      r.error[i] = std::sqrt(error) * 1.001f;
+    }
+  });
+  return r;
+}
+
+Rounded round_latents(const float* W, int64_t F, int64_t D, int64_t width) {
+  const int64_t n_tiles = (F + LANES - 1) / LANES, padded = n_tiles * LANES;
+  Rounded r{std::vector<float>(padded, 0.f), std::vector<float>(padded, 0.f), std::vector<float>(padded, 0.f)};
+  r.memory = aligned(padded * width);
+  r.data = r.memory.mutable_data_ptr<int16_t>();
+  at::parallel_for(0, n_tiles, 8, [&](int64_t begin, int64_t end) {
+    std::vector<int16_t> row(width);
+    for (int64_t t = begin; t < end; t++) {
+      int32_t* to = (int32_t*)(r.data + t * LANES * width);
+      for (int64_t l = 0; l < LANES; l++) {
+        const int64_t f = t * LANES + l;
+        std::fill(row.begin(), row.end(), 0);
+        if (f < F) {
+          const float* from = W + f * D;
+          r.unit[f] = unit_of(from, D, r.norm[f]);
+          const float per_unit = 1 / r.unit[f];
+          float error = 0;
+#pragma omp simd reduction(+ : error)
+          for (int64_t d = 0; d < D; d++) {
+            const float q = std::nearbyintf(from[d] * per_unit);
+            const float left = from[d] - q * r.unit[f];
+            error += left * left;
+            row[d] = (int16_t)(int32_t)q;
+          }
+          r.error[f] = std::sqrt(error) * 1.001f;
+        }
+        const int32_t* pairs = (const int32_t*)row.data();
+        for (int64_t p = 0; p < width / 2; p++) to[p * LANES + l] = pairs[p];
+      }
+    }
+  });
+  return r;
+}
+
+// ------------------------------------------------------------------------------------------------
+// candidates
+
+struct Candidates {
+  std::vector<float> upper;
+  std::vector<int32_t> latent;
+  int64_t n = 0;
+  float threshold = 0;  // none with an upper end below it was kept
+};
+
+struct Encoder {
+  int64_t B, D, F, k, width;
+  bool absolute;
+  const float *x, *W, *b;
+  Rounded tokens, latents;
+  std::vector<float> upper_bias;  // b + what adding it can change; NaN, which no comparison accepts, in the padding
+  std::vector<float> slack;       // (F,) of the bias
+  std::vector<float> reach;       // (B,) per |w|, how far the true product can be from the rounded one
+  int64_t* indices;
+  float* values;
+
+  float bound(int64_t i, int64_t j) const { return latents.norm[j] * reach[i] + slack[j]; }
+
+  // u[l] = upper end of latent l for token i; returns the latents whose upper end reaches the threshold, as bits
+  uint32_t uppers(const int32_t* sums, int64_t i, int64_t t, float threshold, float* u) const {
+    const float unit = tokens.unit[i], far = reach[i];
+    const float *per = &latents.unit[t * LANES], *norm = &latents.norm[t * LANES], *bias = &upper_bias[t * LANES];
+    if (absolute) {
+      const float* add = &slack[t * LANES];
+      for (int64_t l = 0; l < LANES; l++)
+        u[l] = std::fabs((float)sums[l] * per[l] * unit + bias[l]) + norm[l] * far + add[l];
+    } else {
+      for (int64_t l = 0; l < LANES; l++) u[l] = (float)sums[l] * per[l] * unit + (bias[l] + norm[l] * far);
+    }
+    uint32_t bits = 0;
+#if defined(__AVX512BW__)
+    const __m512 least = _mm512_set1_ps(threshold);
+    bits = _mm512_cmp_ps_mask(_mm512_loadu_ps(u), least, _CMP_GE_OQ) |
+           (uint32_t)_mm512_cmp_ps_mask(_mm512_loadu_ps(u + 16), least, _CMP_GE_OQ) << 16;
+#elif defined(__AVX2__)
+    const __m256 least = _mm256_set1_ps(threshold);
+    for (int q = 0; q < 4; q++)
+      bits |= (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(u + 8 * q), least, _CMP_GE_OQ)) << (8 * q);
+#else
+    for (int64_t l = 0; l < LANES; l++) bits |= (uint32_t)(u[l] >= threshold) << l;
+#endif
+    return bits;
+  }
+
+  // The k-th best lower end among token i's candidates (there are at least k).
+  float kth_lower(const Candidates& c, int64_t i, std::vector<float>& scratch) const {
+    scratch.resize(c.n);
+    for (int64_t p = 0; p < c.n; p++) scratch[p] = c.upper[p] - 2 * bound(i, c.latent[p]);
+    std::nth_element(scratch.begin(), scratch.begin() + (k - 1), scratch.end(), std::greater<float>());
+    return scratch[k - 1];
+  }
+
+  void tighten(Candidates& c, int64_t i, std::vector<float>& scratch) const {
+    c.threshold = std::max(c.threshold, kth_lower(c, i, scratch));
+    int64_t n = 0;
+    for (int64_t p = 0; p < c.n; p++)
+      if (c.upper[p] >= c.threshold) {
+        c.upper[n] = c.upper[p];
+        c.latent[n++] = c.latent[p];
+      }
+    c.n = n;
+    if (n + LANES > (int64_t)c.upper.size()) {  // as many at once only where they are all alike
+      c.upper.resize(2 * c.upper.size());
+      c.latent.resize(2 * c.latent.size());
+    }
+  }
+
+  // The exact k best of the candidates; false if they may not hold them.
+  bool finish(const Candidates& c, int64_t i, std::vector<float>& scratch, std::vector<std::pair<float, int32_t>>& best) const {
+    if (c.n < k) return false;
+    const float least = kth_lower(c, i, scratch);
+    if (!(least >= c.threshold)) return false;
+    best.clear();
+    for (int64_t p = 0; p < c.n; p++)
+      if (c.upper[p] >= least) {
+        const int32_t j = c.latent[p];
+        best.emplace_back(dot(x + i * D, W + j * D, D) + b[j], j);
+      }
+    const bool abs = absolute;
+    std::nth_element(best.begin(), best.begin() + (k - 1), best.end(), [abs](const auto& p, const auto& q) {
+      const float a = abs ? std::fabs(p.first) : p.first, c = abs ? std::fabs(q.first) : q.first;
+      return a != c ? a > c : p.second < q.second;
+    });
+    for (int64_t s = 0; s < k; s++) {
+      values[i * k + s] = best[s].first;
+      indices[i * k + s] = best[s].second;
+    }
+    return true;
+  }
+
+  // Takes some tokens through all latents. start: a token's first threshold, per unit of its norm. failed: which were
+  // left without proof.
+  void panel(const int64_t* rows, int64_t n, float start, std::vector<int64_t>& failed) const {
+    const int64_t capacity = 4 * k + 4 * LANES;
+    std::vector<Candidates> lists(n);
+    for (int64_t r = 0; r < n; r++) {
+      lists[r].upper.resize(capacity);
+      lists[r].latent.resize(capacity);
+      lists[r].threshold = start == -FLT_MAX ? start : start * tokens.norm[rows[r]];
+    }
+    std::vector<float> scratch;
+    alignas(64) int32_t sums[TOKENS * LANES];
+    alignas(64) float u[LANES];
+    const int16_t* x16[TOKENS];
+    for (int64_t t = 0; t * LANES < F; t++) {
+      const int16_t* w = latents.data + t * LANES * width;
+      for (int64_t r0 = 0; r0 < n; r0 += TOKENS) {
+        for (int64_t r = 0; r < TOKENS; r++) x16[r] = tokens.data + rows[std::min(r0 + r, n - 1)] * width;
+        tile(x16, w, width / 2, sums);
+        for (int64_t r = r0; r < std::min(r0 + TOKENS, n); r++) {
+          Candidates& c = lists[r];
+          uint32_t bits = uppers(sums + (r - r0) * LANES, rows[r], t, c.threshold, u);
+          for (; bits; bits &= bits - 1) {
+            const int l = __builtin_ctz(bits);
+            c.upper[c.n] = u[l];
+            c.latent[c.n++] = (int32_t)(t * LANES + l);
+          }
+          if (c.n + LANES > (int64_t)c.upper.size()) tighten(c, rows[r], scratch);
+        }
+      }
+    }
+    std::vector<std::pair<float, int32_t>> best;
+    for (int64_t r = 0; r < n; r++)
+      if (!finish(lists[r], rows[r], scratch, best)) failed.push_back(rows[r]);
+  }
+
+  // All of rows, in parallel; returns the tokens left without proof, in order.
+  std::vector<int64_t> run(const std::vector<int64_t>& rows, float start) const {
+    const int64_t n = rows.size(), threads = std::max(1, at::get_num_threads());
+    const int64_t share = ((n + threads - 1) / threads + TOKENS - 1) / TOKENS * TOKENS;
+    const int64_t size = std::max<int64_t>(TOKENS, std::min(PANEL, share));
+    const int64_t n_panels = (n + size - 1) / size;
+    std::vector<std::vector<int64_t>> failed(n_panels);
+    at::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; p++) panel(&rows[p * size], std::min(size, n - p * size), start, failed[p]);
+    });
+    std::vector<int64_t> all;
+    for (auto& f : failed) all.insert(all.end(), f.begin(), f.end());
+    return all;
+  }
+
+  int64_t all_tokens() {
+    std::vector<int64_t> pilot, rest;
+    const int64_t every = std::max<int64_t>(1, B / PILOT);
+    for (int64_t i = 0; i < B; i++) (i % every == 0 ? pilot : rest).push_back(i);
+    for (int64_t i : run(pilot, -FLT_MAX)) give_up(i);
+    float start = FLT_MAX;  // what the pilot's k-th latents had, per norm, and some room
+    for (int64_t i : pilot) {
+      float least = FLT_MAX;
+      for (int64_t s = 0; s < k; s++) least = std::min(least, absolute ? std::fabs(values[i * k + s]) : values[i * k + s]);
+      if (tokens.norm[i] > 0) start = std::min(start, least / tokens.norm[i]);
+    }
+    start = start < FLT_MAX ? start - 0.05f * std::fabs(start) : -FLT_MAX;
+    const std::vector<int64_t> again = run(rest, start);
+    for (int64_t i : run(again, -FLT_MAX)) give_up(i);
+    return again.size();
+  }
+
+  void give_up(int64_t i) const {  // a token that is not finite: any k latents, with its own NaN
+    for (int64_t s = 0; s < k; s++) {
+      indices[i * k + s] = s;
+      values[i * k + s] = dot(x + i * D, W + s * D, D) + b[s];
+    }
+  }
+};
+
+// x (B, D), W (F, D), b (F,) -> indices (B, k), values (B, k) = (x @ W^T + b) there, tokens that took two attempts
+std::tuple<Tensor, Tensor, int64_t> encode_top_k(const Tensor& x, const Tensor& W, const Tensor& b, int64_t k, bool absolute) {
+  Encoder e;
+  e.B = x.size(0), e.D = x.size(1), e.F = W.size(0), e.k = k, e.absolute = absolute;
+  TORCH_CHECK(x.is_contiguous() && W.is_contiguous() && b.is_contiguous() && W.size(1) == e.D && b.numel() == e.F);
+  TORCH_CHECK(k >= 1 && k <= e.F);
+  Tensor indices = at::empty({e.B, k}, x.options().dtype(at::kLong)), values = at::empty({e.B, k}, x.options());
+  if (e.B == 0) return {indices, values, 0};
+  e.width = (e.D + 1) / 2 * 2;
+  e.x = x.const_data_ptr<float>(), e.W = W.const_data_ptr<float>(), e.b = b.const_data_ptr<float>();
+  e.indices = indices.mutable_data_ptr<int64_t>(), e.values = values.mutable_data_ptr<float>();
+  e.tokens = round_tokens(e.x, e.B, e.D, e.width);
+  e.latents = round_latents(e.W, e.F, e.D, e.width);
+  const int64_t padded = e.latents.norm.size();
+  e.upper_bias.assign(padded, std::numeric_limits<float>::quiet_NaN());
+  e.slack.assign(padded, 0.f);
+  float worst = 0;  // relative rounding error of a latent
+  for (int64_t j = 0; j < e.F; j++) {
+    e.slack[j] = std::fabs(e.b[j]) * 0x1p-21f;
+    e.upper_bias[j] = e.b[j] + (absolute ? 0.f : e.slack[j]);
+    if (e.latents.norm[j] > 0) worst = std::max(worst, e.latents.error[j] / e.latents.norm[j]);
+  }
+  e.reach.resize(e.B);
+  for (int64_t i = 0; i < e.B; i++) {  // 2^-20: what float32 itself can lose on the way
+    const float n = e.tokens.norm[i], error = e.tokens.error[i];
+    e.reach[i] = error + (n + error) * worst + n * 0x1p-20f;
+  }
+  const int64_t again = e.all_tokens();
+  return {indices, values, again};
+}
+
+// ------------------------------------------------------------------------------------------------
+// sparse products
+
+// (F, D): for each latent the sum of values[place] * x[token] over the places (B, K) whose index is that latent
+Tensor sum_by_latent(const Tensor& indices, const Tensor& values, const Tensor& x, int64_t F) {
+  const int64_t B = indices.size(0), K = indices.size(1), D = x.size(1);
+  TORCH_CHECK(indices.is_contiguous() && values.is_contiguous() && x.is_contiguous() && x.size(0) == B);
+  const int64_t* at = indices.const_data_ptr<int64_t>();
+  const float *v = values.const_data_ptr<float>(), *rows = x.const_data_ptr<float>();
+  std::vector<int64_t> starts(F + 1, 0);
+  for (int64_t p = 0; p < B * K; p++) {
+    TORCH_CHECK(at[p] >= 0 && at[p] < F);
+    starts[at[p] + 1] += v[p] != 0;
+  }
+  std::partial_sum(starts.begin(), starts.end(), starts.begin());
+  std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+  std::vector<std::pair<int32_t, float>> places(starts[F]);
+  for (int64_t p = 0; p < B * K; p++)
+    if (v[p] != 0) places[next[at[p]]++] = {(int32_t)(p / K), v[p]};
+  Tensor out = at::empty({F, D}, x.options());
+  float* to = out.mutable_data_ptr<float>();
+  at::parallel_for(0, F, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t f = begin; f < end; f++) {
+      std::memset(to + f * D, 0, sizeof(float) * D);
+      for (int64_t p = starts[f]; p < starts[f + 1]; p++)
+        add_scaled(to + f * D, rows + places[p].first * D, places[p].second, D);
+    }
+  });
+  return out;
+}
+
+// (B, K): left[token] . right[indices[token, place]]
+Tensor dot_at(const Tensor& indices, const Tensor& left, const Tensor& right) {
+  const int64_t B = indices.size(0), K = indices.size(1), D = left.size(1), F = right.size(0);
+  TORCH_CHECK(indices.is_contiguous() && left.is_contiguous() && right.is_contiguous() && right.size(1) == D);
+  Tensor out = at::empty({B, K}, left.options());
+  const int64_t* at = indices.const_data_ptr<int64_t>();
+  const float *a = left.const_data_ptr<float>(), *rows = right.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  at::parallel_for(0, B, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      for (int64_t s = 0; s < K; s++) {
+        const int64_t j = at[i * K + s];
+        TORCH_CHECK(j >= 0 && j < F);
+        to[i * K + s] = dot(a + i * D, rows + j * D, D);
+      }
+  });
+  return out;
+}
+
+// Per token |x|^2, |y|^2, x.y and |x - y|^2 (4, B), and the sum of x over tokens (D,), all in float64
+std::tuple<Tensor, Tensor> moments(const Tensor& x, const Tensor& y) {
+  const int64_t B = x.size(0), D = x.size(1);
+  TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && x.sizes() == y.sizes());
+  const auto options = x.options().dtype(at::kDouble);
+  Tensor rows = at::empty({4, B}, options), columns = at::zeros({D}, options);
+  const float *a = x.const_data_ptr<float>(), *b = y.const_data_ptr<float>();
+  double *out = rows.mutable_data_ptr<double>(), *sums = columns.mutable_data_ptr<double>();
+  at::parallel_for(0, B, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const float *p = a + i * D, *q = b + i * D;
+      double x2 = 0, y2 = 0, xy = 0, e2 = 0;
+#pragma omp simd reduction(+ : x2, y2, xy, e2)
+      for (int64_t d = 0; d < D; d++) {
+        const double u = p[d], v = q[d];
+        x2 += u * u, y2 += v * v, xy += u * v, e2 += (u - v) * (u - v);
+      }
+      out[i] = x2, out[B + i] = y2, out[2 * B + i] = xy, out[3 * B + i] = e2;
+    }
+  });
+  at::parallel_for(0, D, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < B; i++)
+      for (int64_t d = begin; d < end; d++) sums[d] += a[i * D + d];
+  });
+  return {rows, columns};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(nanosae, m) {
+  m.def("encode_top_k(Tensor x, Tensor W, Tensor b, int k, bool absolute) -> (Tensor, Tensor, int)");
+  m.def("sum_by_latent(Tensor indices, Tensor values, Tensor x, int n_latents) -> Tensor");
+  m.def("dot_at(Tensor indices, Tensor left, Tensor right) -> Tensor");
+  m.def("moments(Tensor x, Tensor y) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(nanosae, CPU, m) {
+  m.impl("encode_top_k", encode_top_k);
+  m.impl("sum_by_latent", sum_by_latent);
+  m.impl("dot_at", dot_at);
+  m.impl("moments", moments);
+}

@@ -1,0 +1,207 @@
+"""The C++ kernels choose what plain torch chooses, with proof, and compute what it computes; without them all works.
+
+Run: python -m pytest tests/test_native.py
+"""
+
+import shutil
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from sae import kernels, native
+from sae.config import SAEConfig
+from sae.learner import Learner
+from sae.models import create_sae
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("c++") is None or shutil.which("ninja") is None, reason="needs a C++ compiler and ninja"
+)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+@needs_compiler
+def test_it_compiles_here():
+    assert native.ops(torch.ones(1)) is not None
+    assert native.status().startswith("C++")
+
+
+def assert_best(x, W, b, k, indices, values, absolute=False):
+    """No latent left out is better than one chosen, by more than what float32 can tell; values are those at indices."""
+    exact = x.double() @ W.double() + b.double()
+    blur = 1e-6 * (x.double().norm(dim=1, keepdim=True) * W.double().norm(dim=0).max() + b.abs().max())
+    assert indices.shape == values.shape == (len(x), k)
+    if not len(x):
+        return
+    torch.testing.assert_close(values.double(), exact.gather(1, indices), rtol=0, atol=float(blur.max()))
+    assert all(len(set(row)) == k for row in indices.tolist())
+    rank = exact.abs() if absolute else exact
+    chosen = rank.gather(1, indices).min(1, keepdim=True).values
+    others = rank.scatter(1, indices, -torch.inf).max(1, keepdim=True).values
+    assert (others <= chosen + blur).all()
+
+
+def problems():
+    x, W, b = randn(33, 127), randn(1001, 127).t() / 11, randn(1001) / 10
+    outlier = x.clone()
+    outlier[:, 5] += 3000.0
+    skewed = W.t() * torch.logspace(-3, 3, 1001)[:, None]
+    close = W.t()[:1].repeat(1001, 1) + 1e-6 * randn(1001, 127)
+    return {
+        "plain": (x, W, b, 7), "k = 1": (x, W, b, 1), "one token": (x[:1], W, b, 7), "none": (x[:0], W, b, 7),
+        "many tokens": (randn(700, 64), randn(300, 64).t(), randn(300), 30), "few latents": (x, W[:, :9], b[:9], 1),
+        "outlier dimension": (outlier, W, b, 7), "latents of all sizes": (x, skewed.t(), b, 7),
+        "all negative": (x, W, b - 1000, 7), "bias decides": (x * 1e-4, W, b, 7), "no activation": (x * 0, W, b, 7),
+        "no weights": (x, W * 0, b, 7), "nearly equal latents": (x, close.t(), b * 0, 7),
+        "strided": (randn(33, 254)[:, ::2], W.contiguous(), b, 7), "tiny": (x * 1e-20, W, b * 0, 7),
+        "huge": (x * 1e15, W, b, 7),
+    }  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("name", problems())
+def test_the_selection_is_the_best(name, absolute):
+    x, W, b, k = problems()[name]
+    indices, values = kernels.choose_top_k(x, W, b, k, absolute=absolute)
+    assert_best(x, W, b, k, indices, values, absolute)
+
+
+@needs_compiler
+@pytest.mark.parametrize("absolute", [False, True])
+def test_ties_go_to_the_first_latents_as_in_the_twin(absolute):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-3, 4, (40, 16), generator=g).float()  # whole numbers: no rounding, and ties all over
+    W, b = torch.randint(-2, 3, (200, 16), generator=g).float().t(), torch.zeros(200)
+    indices, values = kernels.choose_top_k(x, W, b, 9, absolute=absolute)
+    want, of = kernels.choose_top_k_reference(x, W, b, 9, absolute=absolute)
+    assert torch.equal(indices.sort(1).values, want.sort(1).values)
+    assert torch.equal(values.sort(1).values, of.sort(1).values)
+
+
+@needs_compiler
+def test_equal_latents_by_the_thousand():
+    x, W, b = randn(20, 8), torch.ones(8, 3000), torch.zeros(3000)
+    indices, values = kernels.choose_top_k(x, W, b, 5)
+    assert torch.equal(indices.sort(1).values, torch.arange(5).expand(20, 5))
+
+
+@needs_compiler
+def test_every_other_path_chooses_the_same(monkeypatch):
+    x, W, b, k = problems()["many tokens"]
+    fast, values = kernels.choose_top_k(x, W, b, k)
+    monkeypatch.setattr(native, "enabled", False)
+    plain, of = kernels.choose_top_k(x, W, b, k)
+    assert torch.equal(fast.sort(1).values, plain.sort(1).values)
+    torch.testing.assert_close(values.sort(1).values, of.sort(1).values, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_a_token_that_is_not_finite_spoils_no_other():
+    x, W, b, k = problems()["plain"]
+    bad = x.clone()
+    bad[3], bad[17, 0] = torch.nan, torch.inf
+    indices, values = kernels.choose_top_k(bad, W, b, k)
+    good = [i for i in range(33) if i not in (3, 17)]
+    assert_best(x[good], W, b, k, indices[good], values[good])
+    assert ((indices >= 0) & (indices < 1001)).all()
+    assert values[3].isnan().all()
+
+
+@needs_compiler
+def test_one_second_look_at_most_where_tokens_are_alike():
+    x, W, b = randn(2000, 64), randn(1000, 64).t(), randn(1000)
+    _, _, again = native.ops(x).encode_top_k(x, W.t(), b, 16, False)
+    assert again < 200  # of 2000 tokens
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [(33, 127, 1001, 7), (1, 5, 9, 1), (300, 64, 40, 3)])
+def test_sparse_products_equal_their_twins(size, monkeypatch):
+    B, D, F, K = size
+    x, W, values = randn(B, D), randn(F, D), randn(B, K)
+    indices = torch.rand(B, F, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :K]
+    fast = kernels._sum_by_latent(indices, None, values, x, F), kernels._dot_at(indices, None, x, W)
+    monkeypatch.setattr(native, "enabled", False)
+    plain = kernels._sum_by_latent(indices, None, values, x, F), kernels._dot_at(indices, None, x, W)
+    for got, want in zip(fast, plain, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+
+
+@needs_compiler
+def test_an_index_out_of_range_is_refused():
+    with pytest.raises(RuntimeError):
+        kernels.decode(torch.tensor([[0, 9]]), torch.ones(1, 2), torch.ones(3, 4))
+    with pytest.raises(RuntimeError):
+        kernels._sum_by_latent(torch.tensor([[0, 9]]), None, torch.ones(1, 2), torch.ones(1, 4), 3)
+    with pytest.raises(RuntimeError):
+        kernels._dot_at(torch.tensor([[-1]]), None, torch.ones(1, 4), torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_moments_equal_their_twin(enabled, monkeypatch):
+    monkeypatch.setattr(native, "enabled", enabled)
+    x, y = randn(100, 37) + 1000, randn(100, 37, seed=1) + 1000
+    for got, want in zip(kernels.moments(x, y), kernels.moments_reference(x, y), strict=True):
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+def test_squared_error_has_the_gradients_of_the_formula():
+    x, y = randn(5, 3).double().requires_grad_(), randn(5, 3, seed=1).double().requires_grad_()
+    assert torch.autograd.gradcheck(kernels.squared_error, (x, y))
+    torch.testing.assert_close(kernels.squared_error(x, y), (x - y).square().sum(-1))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("activation", ["topk", "abstopk"])
+def test_gradients_equal_float64_autograd_of_the_plain_formula(activation, enabled, monkeypatch):
+    monkeypatch.setattr(native, "enabled", enabled)
+    c = SAEConfig(d_in=127, d_sae=1001, k=7, activation=activation)
+    x = randn(33, 127) + 3
+    sae = create_sae(c)
+    with torch.no_grad():
+        sae.b_dec.copy_(x.mean(0) + 0.1), sae.b_enc.copy_(randn(1001) / 10)
+    out = sae(x)
+    sae.loss(x, out, variance=2.0).total.backward()
+    p = {name: v.detach().double().requires_grad_() for name, v in sae.named_parameters()}
+    pre = (x.double() - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
+    values, indices = (pre.abs() if sae.signed else pre).topk(7)
+    kept = pre.gather(1, indices) if sae.signed else values.relu()
+    x_hat = torch.zeros_like(pre).scatter(1, indices, kept) @ p["W_dec"] + p["b_dec"]
+    ((x.double() - x_hat).square().sum(-1).mean() / 2).backward()
+    for name, v in sae.named_parameters():
+        error = (v.grad.double() - p[name].grad).norm() / p[name].grad.norm()
+        assert error < 1e-5, (name, error)
+
+
+@needs_compiler
+def test_bfloat16_products_and_doubles_take_the_plain_path():
+    x, W, b, k = problems()["plain"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert native.ops(x) is None
+        indices, _ = kernels.choose_top_k(x, W, b, k)
+    assert native.ops(x.double()) is None and native.ops(x.bfloat16()) is None
+    exact, _ = kernels.choose_top_k(x.double(), W.double(), b.double(), k)
+    shared = [len(set(p) & set(q)) for p, q in zip(indices.tolist(), exact.tolist(), strict=True)]
+    assert sum(shared) > 0.9 * 33 * k
+
+
+def test_no_compiler_is_one_clear_sentence_and_all_goes_on(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Ninja is required to load C++ extensions (pip install ninja to get it)\nmore")
+
+    monkeypatch.setattr(cpp_extension, "load", refuse)
+    native._compiled.cache_clear()
+    try:
+        assert native.ops(torch.ones(1)) is None
+        assert "plain torch" in native.status() and "Ninja is required" in native.status()
+        assert "\n" not in native.status()
+        learner = Learner(create_sae(SAEConfig(d_in=8, d_sae=64, k=2)), SAEConfig(k=2), 2, torch.device("cpu"))
+        learner.learn({"": randn(32, 8)}, 0)
+        learner.update(0)
+    finally:
+        native._compiled.cache_clear()
