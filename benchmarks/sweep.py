@@ -58,7 +58,8 @@ def main() -> None:
     }  # fmt: skip
     path = ROOT / "benchmarks" / "results" / "sweep.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{trained} SAEs: {together:.1f} s together, {sum(alone.values()):.1f} s one by one, ratio {result['ratio']:.3f}")
+    total = result["sum_alone_seconds"]
+    print(f"{trained} SAEs: {together:.1f} s together, {total:.1f} s one by one, ratio {result['ratio']:.3f}")
 
 
 if __name__ == "__main__":

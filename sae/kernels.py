@@ -9,6 +9,7 @@ Letters: B tokens in a batch, D width, F latents, K kept latents.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ def choose_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: b
     x (B, D), W_enc (D, F), b_enc (F,). absolute: largest in size, with their sign. No graph; see gather_pre.
     """
     with torch.no_grad():
-        if k * 8 <= len(b_enc) and (ops := native.ops(x, W_enc, b_enc)):
+        if k * 8 <= len(b_enc) and (ops := native.encoder(x, W_enc, b_enc)):
             indices, values, _ = ops.encode_top_k(
                 x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), k, absolute
             )
@@ -105,17 +106,40 @@ def choose_top_k_reference(
     return indices, pre.gather(1, indices)
 
 
-def batch_top_k(pre: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n largest of all of pre (B, F): flat indices (n,) in the order of tokens, and offsets (B,)."""
-    n_latents = pre.shape[1]
-    flat = pre.flatten().topk(min(n, pre.numel()), sorted=False).indices.sort().values
-    return flat % n_latents, _offsets(flat // n_latents, len(pre))
+def choose_batch_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The n largest pre-activations of a whole batch: indices and values (n,) in the order of tokens, offsets (B,).
+
+    x (B, D), W_enc (D, F), b_enc (F,). No graph; see gather_pre.
+    """
+    with torch.no_grad():
+        n = min(n, len(x) * len(b_enc))
+        if native.encoder(x, W_enc, b_enc):
+            few = x[:: max(1, len(x) // 64)]  # these tell about where the cut is
+            pre = torch.addmm(b_enc, few, W_enc).flatten()
+            for room in (1.2, 2.0, 4.0, math.inf):
+                wanted = math.ceil(room * n * len(few) / len(x)) if room < math.inf else len(pre) + 1
+                least = pre.topk(wanted, sorted=False).values.min() if wanted <= len(pre) else pre.new_tensor(-math.inf)
+                indices, values, offsets = choose_above(x, W_enc, b_enc, least.repeat(len(b_enc)))
+                if len(values) >= n:  # all above the cut are there, so the best n of them are those of the batch
+                    break
+            best = values.topk(n, sorted=False).indices.sort().values
+            return indices[best], values[best], _offsets(rows_of(indices, offsets)[best], len(x))
+        pre = torch.addmm(b_enc, x, W_enc)
+        flat = pre.flatten().topk(n, sorted=False).indices.sort().values
+        return flat % len(b_enc), pre.flatten()[flat], _offsets(flat // len(b_enc), len(x))
 
 
-def above(pre: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """The places where pre (B, F) exceeds threshold (F,): flat indices and offsets (reads the device)."""
-    rows, indices = (pre > threshold).nonzero(as_tuple=True)
-    return indices, _offsets(rows, len(pre))
+def choose_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where pre-activations exceed threshold (F,): indices and values (n,), offsets (B,).
+
+    Reads the device; no graph, see gather_pre.
+    """
+    with torch.no_grad():
+        if ops := native.encoder(x, W_enc, b_enc, threshold):
+            return ops.encode_above(x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), threshold.contiguous())
+        pre = torch.addmm(b_enc, x, W_enc)
+        rows, indices = (pre > threshold).nonzero(as_tuple=True)
+        return indices, pre[rows, indices], _offsets(rows, len(x))
 
 
 def _offsets(rows: Tensor, n: int) -> Tensor:
@@ -128,8 +152,8 @@ def _sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: T
     Sorting the places by latent turns the sum into an embedding bag whose bags are latents: deterministic, and the
     (places, D) products are never stored.
     """
-    if offsets is None and (ops := native.ops(x, values)):
-        return ops.sum_by_latent(indices.contiguous(), values.contiguous(), x.contiguous(), n_latents)
+    if ops := native.ops(x, values):
+        return ops.sum_by_latent(indices.contiguous(), offsets, values.contiguous(), x.contiguous(), n_latents)
     order = torch.argsort(indices.reshape(-1), stable=True)
     tokens = order // indices.shape[1] if offsets is None else rows_of(indices, offsets)[order]
     counts = count(indices, n_latents)
@@ -139,8 +163,8 @@ def _sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: T
 
 def _dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """Like indices: left[token] . right[indices[place]], for left (B, D) and right (F, D), (places, D) never stored."""
-    if offsets is None and (ops := native.ops(left, right)):
-        return ops.dot_at(indices.contiguous(), left.contiguous(), right.contiguous())
+    if ops := native.ops(left, right):
+        return ops.dot_at(indices.contiguous(), offsets, left.contiguous(), right.contiguous())
     flat = indices.reshape(-1).contiguous()
     if offsets is None:
         starts = torch.arange(0, len(flat), indices.shape[1], device=flat.device)

@@ -80,14 +80,11 @@ class BatchTopK(TopK):
         self.register_buffer("threshold", torch.zeros(F))
 
     def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        pre = torch.addmm(self.b_enc, x, self.W_enc)
-        if not self.training:
-            indices, offsets = kernels.above(pre, self.threshold)
-        elif whole is not None:  # a part of a batch may hold any number of those that the whole keeps
-            indices, offsets = kernels.above(pre, whole.nextafter(whole.new_tensor(-torch.inf)))
-        else:
-            indices, offsets = kernels.batch_top_k(pre, k * len(x))
-        return indices, kernels.at(pre, indices, offsets), offsets
+        if self.training and whole is None:
+            return kernels.choose_batch_top_k(x, self.W_enc, self.b_enc, k * len(x))
+        # a part of a batch may hold any number of those that the whole keeps, the least one included
+        least = self.threshold if whole is None else whole.nextafter(whole.new_tensor(-torch.inf)).repeat(self.d_sae)
+        return kernels.choose_above(x, self.W_enc, self.b_enc, least)
 
     @torch.no_grad()
     def survey(self, parts: list[Tensor], k: int | None = None) -> Tensor | None:
@@ -95,7 +92,7 @@ class BatchTopK(TopK):
         n = (k or self.config.k) * sum(len(x) for x in parts)
         best = parts[0].new_empty(0)
         for x in parts:
-            best = torch.cat((best, self.pre_activations(x).flatten()))
+            best = torch.cat((best, kernels.choose_batch_top_k(self._centre(x), self.W_enc, self.b_enc, n)[1]))
             best = best.topk(min(n, len(best)), sorted=False).values
         return best.min().clamp(min=0)
 

@@ -10,6 +10,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sub.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -227,18 +228,48 @@ struct Candidates {
   std::vector<int32_t> latent;
   int64_t n = 0;
   float threshold = 0;  // none with an upper end below it was kept
+
+  explicit Candidates(int64_t capacity) : upper(capacity), latent(capacity) {}
+
+  void make_room() {  // for one more tile
+    if (n + LANES <= (int64_t)upper.size()) return;
+    upper.resize(2 * upper.size());
+    latent.resize(2 * latent.size());
+  }
 };
 
 struct Encoder {
-  int64_t B, D, F, k, width;
-  bool absolute;
+  int64_t B, D, F, width, k = 1;
+  bool absolute = false;
   const float *x, *W, *b;
   Rounded tokens, latents;
   std::vector<float> upper_bias;  // b + what adding it can change; NaN, which no comparison accepts, in the padding
   std::vector<float> slack;       // (F,) of the bias
   std::vector<float> reach;       // (B,) per |w|, how far the true product can be from the rounded one
-  int64_t* indices;
-  float* values;
+  int64_t* indices = nullptr;
+  float* values = nullptr;
+
+  // bias: what thresholds are compared with the product plus, b or b less a floor
+  Encoder(const Tensor& x_, const Tensor& W_, const Tensor& b_, const float* bias)
+      : B(x_.size(0)), D(x_.size(1)), F(W_.size(0)), width((x_.size(1) + 1) / 2 * 2) {
+    TORCH_CHECK(x_.is_contiguous() && W_.is_contiguous() && b_.is_contiguous() && W_.size(1) == D && b_.numel() == F);
+    x = x_.const_data_ptr<float>(), W = W_.const_data_ptr<float>(), b = b_.const_data_ptr<float>();
+    tokens = round_tokens(x, B, D, width);
+    latents = round_latents(W, F, D, width);
+    upper_bias.assign(latents.norm.size(), std::numeric_limits<float>::quiet_NaN());
+    slack.assign(latents.norm.size(), 0.f);
+    float worst = 0;  // relative rounding error of a latent
+    for (int64_t j = 0; j < F; j++) {
+      slack[j] = std::max(std::fabs(bias[j]), std::fabs(b[j])) * 0x1p-21f;
+      upper_bias[j] = bias[j] + slack[j];
+      if (latents.norm[j] > 0) worst = std::max(worst, latents.error[j] / latents.norm[j]);
+    }
+    reach.resize(B);
+    for (int64_t i = 0; i < B; i++) {  // 2^-20: what float32 itself can lose on the way
+      const float n = tokens.norm[i], error = tokens.error[i];
+      reach[i] = error + (n + error) * worst + n * 0x1p-20f;
+    }
+  }
 
   float bound(int64_t i, int64_t j) const { return latents.norm[j] * reach[i] + slack[j]; }
 
@@ -247,9 +278,9 @@ struct Encoder {
     const float unit = tokens.unit[i], far = reach[i];
     const float *per = &latents.unit[t * LANES], *norm = &latents.norm[t * LANES], *bias = &upper_bias[t * LANES];
     if (absolute) {
-      const float* add = &slack[t * LANES];
+      const float* add = &slack[t * LANES];  // is in bias already: less and more of it here, for either sign
       for (int64_t l = 0; l < LANES; l++)
-        u[l] = std::fabs((float)sums[l] * per[l] * unit + bias[l]) + norm[l] * far + add[l];
+        u[l] = std::fabs((float)sums[l] * per[l] * unit + (bias[l] - add[l])) + (norm[l] * far + add[l]);
     } else {
       for (int64_t l = 0; l < LANES; l++) u[l] = (float)sums[l] * per[l] * unit + (bias[l] + norm[l] * far);
     }
@@ -285,10 +316,6 @@ struct Encoder {
         c.latent[n++] = c.latent[p];
       }
     c.n = n;
-    if (n + LANES > (int64_t)c.upper.size()) {  // as many at once only where they are all alike
-      c.upper.resize(2 * c.upper.size());
-      c.latent.resize(2 * c.latent.size());
-    }
   }
 
   // The exact k best of the candidates; false if they may not hold them.
@@ -314,16 +341,9 @@ struct Encoder {
     return true;
   }
 
-  // Takes some tokens through all latents. start: a token's first threshold, per unit of its norm. failed: which were
-  // left without proof.
-  void panel(const int64_t* rows, int64_t n, float start, std::vector<int64_t>& failed) const {
-    const int64_t capacity = 4 * k + 4 * LANES;
-    std::vector<Candidates> lists(n);
-    for (int64_t r = 0; r < n; r++) {
-      lists[r].upper.resize(capacity);
-      lists[r].latent.resize(capacity);
-      lists[r].threshold = start == -FLT_MAX ? start : start * tokens.norm[rows[r]];
-    }
+  // Takes tokens through all latents; a list keeps the latents whose upper end reaches its threshold, which rises where
+  // only k are wanted.
+  void scan(const int64_t* rows, int64_t n, std::vector<Candidates>& lists, bool only_k) const {
     std::vector<float> scratch;
     alignas(64) int32_t sums[TOKENS * LANES];
     alignas(64) float u[LANES];
@@ -341,21 +361,34 @@ struct Encoder {
             c.upper[c.n] = u[l];
             c.latent[c.n++] = (int32_t)(t * LANES + l);
           }
-          if (c.n + LANES > (int64_t)c.upper.size()) tighten(c, rows[r], scratch);
+          if (c.n + LANES <= (int64_t)c.upper.size()) continue;
+          if (only_k) tighten(c, rows[r], scratch);
+          c.make_room();
         }
       }
     }
+  }
+
+  // The k best of some tokens. start: a token's first threshold, per unit of its norm. failed: left without proof.
+  void panel(const int64_t* rows, int64_t n, float start, std::vector<int64_t>& failed) const {
+    std::vector<Candidates> lists(n, Candidates(4 * k + 4 * LANES));
+    for (int64_t r = 0; r < n; r++) lists[r].threshold = start == -FLT_MAX ? start : start * tokens.norm[rows[r]];
+    scan(rows, n, lists, true);
+    std::vector<float> scratch;
     std::vector<std::pair<float, int32_t>> best;
     for (int64_t r = 0; r < n; r++)
       if (!finish(lists[r], rows[r], scratch, best)) failed.push_back(rows[r]);
   }
 
+  int64_t panel_size(int64_t n) const {
+    const int64_t threads = std::max(1, at::get_num_threads());
+    const int64_t share = ((n + threads - 1) / threads + TOKENS - 1) / TOKENS * TOKENS;
+    return std::max<int64_t>(TOKENS, std::min(PANEL, share));
+  }
+
   // All of rows, in parallel; returns the tokens left without proof, in order.
   std::vector<int64_t> run(const std::vector<int64_t>& rows, float start) const {
-    const int64_t n = rows.size(), threads = std::max(1, at::get_num_threads());
-    const int64_t share = ((n + threads - 1) / threads + TOKENS - 1) / TOKENS * TOKENS;
-    const int64_t size = std::max<int64_t>(TOKENS, std::min(PANEL, share));
-    const int64_t n_panels = (n + size - 1) / size;
+    const int64_t n = rows.size(), size = panel_size(n), n_panels = (n + size - 1) / size;
     std::vector<std::vector<int64_t>> failed(n_panels);
     at::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; p++) panel(&rows[p * size], std::min(size, n - p * size), start, failed[p]);
@@ -392,54 +425,97 @@ struct Encoder {
 
 // x (B, D), W (F, D), b (F,) -> indices (B, k), values (B, k) = (x @ W^T + b) there, tokens that took two attempts
 std::tuple<Tensor, Tensor, int64_t> encode_top_k(const Tensor& x, const Tensor& W, const Tensor& b, int64_t k, bool absolute) {
-  Encoder e;
-  e.B = x.size(0), e.D = x.size(1), e.F = W.size(0), e.k = k, e.absolute = absolute;
-  TORCH_CHECK(x.is_contiguous() && W.is_contiguous() && b.is_contiguous() && W.size(1) == e.D && b.numel() == e.F);
-  TORCH_CHECK(k >= 1 && k <= e.F);
-  Tensor indices = at::empty({e.B, k}, x.options().dtype(at::kLong)), values = at::empty({e.B, k}, x.options());
-  if (e.B == 0) return {indices, values, 0};
-  e.width = (e.D + 1) / 2 * 2;
-  e.x = x.const_data_ptr<float>(), e.W = W.const_data_ptr<float>(), e.b = b.const_data_ptr<float>();
+  TORCH_CHECK(k >= 1 && k <= W.size(0));
+  Tensor indices = at::empty({x.size(0), k}, x.options().dtype(at::kLong)), values = at::empty({x.size(0), k}, x.options());
+  if (x.size(0) == 0) return {indices, values, 0};
+  Encoder e(x, W, b, b.const_data_ptr<float>());
+  e.k = k, e.absolute = absolute;
   e.indices = indices.mutable_data_ptr<int64_t>(), e.values = values.mutable_data_ptr<float>();
-  e.tokens = round_tokens(e.x, e.B, e.D, e.width);
-  e.latents = round_latents(e.W, e.F, e.D, e.width);
-  const int64_t padded = e.latents.norm.size();
-  e.upper_bias.assign(padded, std::numeric_limits<float>::quiet_NaN());
-  e.slack.assign(padded, 0.f);
-  float worst = 0;  // relative rounding error of a latent
-  for (int64_t j = 0; j < e.F; j++) {
-    e.slack[j] = std::fabs(e.b[j]) * 0x1p-21f;
-    e.upper_bias[j] = e.b[j] + (absolute ? 0.f : e.slack[j]);
-    if (e.latents.norm[j] > 0) worst = std::max(worst, e.latents.error[j] / e.latents.norm[j]);
-  }
-  e.reach.resize(e.B);
-  for (int64_t i = 0; i < e.B; i++) {  // 2^-20: what float32 itself can lose on the way
-    const float n = e.tokens.norm[i], error = e.tokens.error[i];
-    e.reach[i] = error + (n + error) * worst + n * 0x1p-20f;
-  }
   const int64_t again = e.all_tokens();
   return {indices, values, again};
+}
+
+// x (B, D), W (F, D), b (F,), floor (F,) -> the places where x @ W^T + b exceeds floor, token by token: latents (n,),
+// values (n,), and where each token's begin (B,)
+std::tuple<Tensor, Tensor, Tensor> encode_above(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& floor) {
+  const int64_t B = x.size(0), D = x.size(1);
+  TORCH_CHECK(floor.is_contiguous() && floor.numel() == b.numel());
+  const Tensor over = at::sub(b, floor);
+  const float* at_least = floor.const_data_ptr<float>();
+  const Encoder e(x, W, b, over.const_data_ptr<float>());
+  const int64_t size = e.panel_size(B), n_panels = (B + size - 1) / size;
+  std::vector<std::vector<std::pair<int32_t, float>>> found(n_panels);
+  Tensor offsets = at::zeros({B}, x.options().dtype(at::kLong));
+  int64_t* counts = offsets.mutable_data_ptr<int64_t>();
+  at::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++) {
+      const int64_t first = p * size, n = std::min(size, B - first);
+      std::vector<int64_t> rows(n);
+      std::iota(rows.begin(), rows.end(), first);
+      std::vector<Candidates> lists(n, Candidates(8 * LANES));
+      e.scan(rows.data(), n, lists, false);
+      for (int64_t r = 0; r < n; r++)
+        for (int64_t c = 0; c < lists[r].n; c++) {
+          const int32_t j = lists[r].latent[c];
+          const float value = dot(e.x + (first + r) * D, e.W + j * D, D) + e.b[j];
+          if (value > at_least[j]) found[p].emplace_back(j, value), counts[first + r]++;
+        }
+    }
+  });
+  int64_t n = 0;
+  for (int64_t i = 0; i < B; i++) {
+    const int64_t count = counts[i];
+    counts[i] = n;
+    n += count;
+  }
+  Tensor indices = at::empty({n}, offsets.options()), values = at::empty({n}, x.options());
+  int64_t* to = indices.mutable_data_ptr<int64_t>();
+  float* v = values.mutable_data_ptr<float>();
+  for (const auto& part : found)
+    for (const auto& place : part) *to++ = place.first, *v++ = place.second;
+  return {indices, values, offsets};
 }
 
 // ------------------------------------------------------------------------------------------------
 // sparse products
 
-// (F, D): for each latent the sum of values[place] * x[token] over the places (B, K) whose index is that latent
-Tensor sum_by_latent(const Tensor& indices, const Tensor& values, const Tensor& x, int64_t F) {
-  const int64_t B = indices.size(0), K = indices.size(1), D = x.size(1);
-  TORCH_CHECK(indices.is_contiguous() && values.is_contiguous() && x.is_contiguous() && x.size(0) == B);
+// The token of every place: of (B, K) indices K each, of flat ones those from offsets (B,) on
+std::vector<int32_t> tokens_of(const Tensor& indices, const c10::optional<Tensor>& offsets, int64_t B) {
+  const int64_t n = indices.numel(), K = offsets ? 0 : indices.size(1);
+  std::vector<int32_t> tokens(n);
+  if (!offsets) {
+    TORCH_CHECK(indices.size(0) == B);
+    for (int64_t p = 0; p < n; p++) tokens[p] = (int32_t)(p / K);
+    return tokens;
+  }
+  TORCH_CHECK(offsets->is_contiguous() && offsets->numel() == B);
+  const int64_t* starts = offsets->const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < B; i++) {
+    const int64_t end = i + 1 < B ? starts[i + 1] : n;
+    TORCH_CHECK(0 <= starts[i] && starts[i] <= end && end <= n);
+    for (int64_t p = starts[i]; p < end; p++) tokens[p] = (int32_t)i;
+  }
+  return tokens;
+}
+
+// (F, D): for each latent the sum of values[place] * x[token] over the places whose index is that latent
+Tensor sum_by_latent(
+    const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& values, const Tensor& x, int64_t F) {
+  const int64_t n = indices.numel(), D = x.size(1);
+  TORCH_CHECK(indices.is_contiguous() && values.is_contiguous() && x.is_contiguous() && values.numel() == n);
+  const std::vector<int32_t> tokens = tokens_of(indices, offsets, x.size(0));
   const int64_t* at = indices.const_data_ptr<int64_t>();
   const float *v = values.const_data_ptr<float>(), *rows = x.const_data_ptr<float>();
   std::vector<int64_t> starts(F + 1, 0);
-  for (int64_t p = 0; p < B * K; p++) {
+  for (int64_t p = 0; p < n; p++) {
     TORCH_CHECK(at[p] >= 0 && at[p] < F);
     starts[at[p] + 1] += v[p] != 0;
   }
   std::partial_sum(starts.begin(), starts.end(), starts.begin());
   std::vector<int64_t> next(starts.begin(), starts.end() - 1);
   std::vector<std::pair<int32_t, float>> places(starts[F]);
-  for (int64_t p = 0; p < B * K; p++)
-    if (v[p] != 0) places[next[at[p]]++] = {(int32_t)(p / K), v[p]};
+  for (int64_t p = 0; p < n; p++)
+    if (v[p] != 0) places[next[at[p]]++] = {tokens[p], v[p]};
   Tensor out = at::empty({F, D}, x.options());
   float* to = out.mutable_data_ptr<float>();
   at::parallel_for(0, F, 16, [&](int64_t begin, int64_t end) {
@@ -452,21 +528,20 @@ Tensor sum_by_latent(const Tensor& indices, const Tensor& values, const Tensor& 
   return out;
 }
 
-// (B, K): left[token] . right[indices[token, place]]
-Tensor dot_at(const Tensor& indices, const Tensor& left, const Tensor& right) {
-  const int64_t B = indices.size(0), K = indices.size(1), D = left.size(1), F = right.size(0);
+// Like indices: left[token] . right[indices[place]]
+Tensor dot_at(const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& left, const Tensor& right) {
+  const int64_t D = left.size(1), F = right.size(0);
   TORCH_CHECK(indices.is_contiguous() && left.is_contiguous() && right.is_contiguous() && right.size(1) == D);
-  Tensor out = at::empty({B, K}, left.options());
+  const std::vector<int32_t> tokens = tokens_of(indices, offsets, left.size(0));
+  Tensor out = at::empty(indices.sizes(), left.options());
   const int64_t* at = indices.const_data_ptr<int64_t>();
   const float *a = left.const_data_ptr<float>(), *rows = right.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, B, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++)
-      for (int64_t s = 0; s < K; s++) {
-        const int64_t j = at[i * K + s];
-        TORCH_CHECK(j >= 0 && j < F);
-        to[i * K + s] = dot(a + i * D, rows + j * D, D);
-      }
+  at::parallel_for(0, indices.numel(), 512, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++) {
+      TORCH_CHECK(at[p] >= 0 && at[p] < F);
+      to[p] = dot(a + tokens[p] * D, rows + at[p] * D, D);
+    }
   });
   return out;
 }
@@ -501,14 +576,20 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const Tensor& y) {
 }  // namespace
 
 TORCH_LIBRARY(nanosae, m) {
+#if defined(__AVX512BW__) || defined(__AVX2__)  // elsewhere torch's float32 product is quicker
   m.def("encode_top_k(Tensor x, Tensor W, Tensor b, int k, bool absolute) -> (Tensor, Tensor, int)");
-  m.def("sum_by_latent(Tensor indices, Tensor values, Tensor x, int n_latents) -> Tensor");
-  m.def("dot_at(Tensor indices, Tensor left, Tensor right) -> Tensor");
+  m.def("encode_above(Tensor x, Tensor W, Tensor b, Tensor floor) -> (Tensor, Tensor, Tensor)");
+#endif
+  m.def("sum_by_latent(Tensor indices, Tensor? offsets, Tensor values, Tensor x, int n_latents) -> Tensor");
+  m.def("dot_at(Tensor indices, Tensor? offsets, Tensor left, Tensor right) -> Tensor");
   m.def("moments(Tensor x, Tensor y) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(nanosae, CPU, m) {
+#if defined(__AVX512BW__) || defined(__AVX2__)
   m.impl("encode_top_k", encode_top_k);
+  m.impl("encode_above", encode_above);
+#endif
   m.impl("sum_by_latent", sum_by_latent);
   m.impl("dot_at", dot_at);
   m.impl("moments", moments);

@@ -31,6 +31,12 @@ def ops(*tensors: Tensor) -> Any:
     return _compiled()[0]
 
 
+def encoder(*tensors: Tensor) -> Any:
+    """`ops`, if they hold an encoder, which wants a processor's wide integer products; else None."""
+    compiled = ops(*tensors)
+    return compiled if compiled is not None and hasattr(compiled, "encode_top_k") else None
+
+
 def status() -> str:
     """What runs on the CPU, in words."""
     return "plain torch, as asked" if not enabled else _compiled()[1]

@@ -6,7 +6,7 @@ Run: python -m pytest tests/test_kernels.py
 import pytest
 import torch
 
-from sae import kernels
+from sae import kernels, native
 from sae.kernels import Codes
 
 SIZES = [(33, 127, 1001, 7), (1, 5, 9, 9), (64, 32, 64, 1), (7, 3, 2, 2)]  # B, D, F, K
@@ -89,19 +89,24 @@ def test_ragged_codes_equal_their_twins(size, dtype):
     assert torch.equal(codes.sparse(size[2]).dense(size[2]), dense.values)
 
 
-def test_batch_top_k_and_above():
-    pre = torch.randn(9, 31, generator=torch.Generator().manual_seed(0))
-    indices, offsets = kernels.batch_top_k(pre, 40)
-    rows = kernels.rows_of(indices, offsets)
-    got = torch.zeros_like(pre, dtype=torch.bool)
-    got[rows, indices] = True
-    cut = pre.flatten().topk(40).values.min()
-    assert torch.equal(got, pre >= cut)
-    indices, offsets = kernels.above(pre, torch.full((31,), 0.5))
-    got = torch.zeros_like(pre, dtype=torch.bool)
-    got[kernels.rows_of(indices, offsets), indices] = True
-    assert torch.equal(got, pre > 0.5)
-    assert len(kernels.above(pre, torch.full((31,), 99.0))[0]) == 0
+@pytest.mark.parametrize("enabled", [True, False])
+def test_batch_top_k_and_above(enabled, monkeypatch):
+    monkeypatch.setattr(native, "enabled", enabled)
+    g = torch.Generator().manual_seed(0)
+    x, W, b = torch.randn(90, 31, generator=g), torch.randn(301, 31, generator=g).t(), torch.randn(301, generator=g)
+    x[5] *= 30  # a token with far more than its share
+    pre = x @ W + b
+    ragged_to_dense = lambda found: Codes(found[0], found[1], found[2]).dense(301)
+    for n in (1, 40, 2000, 90 * 301):
+        found = kernels.choose_batch_top_k(x, W, b, n)
+        cut = pre.flatten().topk(n).values.min()
+        assert len(found[0]) == n
+        torch.testing.assert_close(ragged_to_dense(found), pre * (pre >= cut), rtol=1e-5, atol=1e-4)
+    assert len(kernels.choose_batch_top_k(x[:3], W, b, 10**6)[0]) == 3 * 301
+    for threshold in (torch.full((301,), 0.5), torch.linspace(-1, 30, 301), torch.full((301,), -torch.inf)):
+        found = kernels.choose_above(x, W, b, threshold)
+        torch.testing.assert_close(ragged_to_dense(found), pre * (pre > threshold), rtol=1e-5, atol=1e-4)
+    assert len(kernels.choose_above(x, W, b, torch.full((301,), 1e9))[0]) == 0
 
 
 def test_a_latent_named_twice_counts_twice():
