@@ -258,20 +258,13 @@ class SAE(nn.Module):
     @torch.no_grad()
     def renormalize_(self) -> Tensor | None:
         """Set every decoder row to unit norm, in place, if the config wants it; the factors (F, 1) it took."""
-        if not self.unit_decoder:
-            return None
-        factors = 1 / self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        self.W_dec.mul_(factors)
-        return factors
+        return kernels.unit_rows_(self.W_dec) if self.unit_decoder else None
 
     @torch.no_grad()
     def project_gradient_(self) -> None:
         """Drop the part of the decoder's gradient along each row, which renormalising would undo anyway."""
-        grad = self.W_dec.grad
-        if self.unit_decoder and grad is not None:
-            along = (grad * self.W_dec).sum(1, keepdim=True)
-            along = along / self.W_dec.square().sum(1, keepdim=True).clamp(min=1e-24)
-            grad.addcmul_(along, self.W_dec, value=-1)
+        if self.unit_decoder and self.W_dec.grad is not None:
+            kernels.project_rows_(self.W_dec.grad, self.W_dec)
 
     @torch.no_grad()
     def scaled(self: Kind, scale: float, scale_out: float | None = None) -> Kind:

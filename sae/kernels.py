@@ -307,3 +307,21 @@ class _SquaredError(torch.autograd.Function):
 def squared_error(x: Tensor, y: Tensor) -> Tensor:
     """(B,): |x - y|^2 per token, for x and y (B, D), in one pass either way."""
     return _SquaredError.apply(x, y)
+
+
+def project_rows_(grad: Tensor, W: Tensor) -> None:
+    """Drop the part of every row of grad (F, D) that lies along the same row of W (F, D), in place."""
+    if grad.is_contiguous() and W.is_contiguous() and (ops := native.ops(grad, W)):
+        ops.project_rows_(grad, W)
+    else:
+        along = (grad * W).sum(1, keepdim=True) / W.square().sum(1, keepdim=True).clamp(min=1e-24)
+        grad.addcmul_(along, W, value=-1)
+
+
+def unit_rows_(W: Tensor) -> Tensor:
+    """Set every row of W (F, D) to unit norm, in place; returns the factors (F, 1) that took."""
+    if W.is_contiguous() and (ops := native.ops(W)):
+        return ops.unit_rows_(W)
+    factors = 1 / W.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    W.mul_(factors)
+    return factors

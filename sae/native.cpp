@@ -573,6 +573,36 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const Tensor& y) {
   return {rows, columns};
 }
 
+// In place: the part of every row of grad (F, D) along the same row of W is dropped
+void project_rows_(Tensor grad, const Tensor& W) {
+  const int64_t F = W.size(0), D = W.size(1);
+  TORCH_CHECK(grad.is_contiguous() && W.is_contiguous() && grad.sizes() == W.sizes());
+  float* g = grad.mutable_data_ptr<float>();
+  const float* w = W.const_data_ptr<float>();
+  at::parallel_for(0, F, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t f = begin; f < end; f++) {
+      const float *row = w + f * D, length = dot(row, row, D);
+      add_scaled(g + f * D, row, -dot(g + f * D, row, D) / std::max(length, 1e-24f), D);
+    }
+  });
+}
+
+// In place: every row of W (F, D) gets unit norm; returns the factors (F, 1) that took
+Tensor unit_rows_(Tensor W) {
+  const int64_t F = W.size(0), D = W.size(1);
+  TORCH_CHECK(W.is_contiguous());
+  Tensor factors = at::empty({F, 1}, W.options());
+  float *w = W.mutable_data_ptr<float>(), *by = factors.mutable_data_ptr<float>();
+  at::parallel_for(0, F, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t f = begin; f < end; f++) {
+      float* row = w + f * D;
+      by[f] = 1 / std::max(std::sqrt(dot(row, row, D)), 1e-12f);
+      for (int64_t d = 0; d < D; d++) row[d] *= by[f];
+    }
+  });
+  return factors;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(nanosae, m) {
@@ -583,6 +613,8 @@ TORCH_LIBRARY(nanosae, m) {
   m.def("sum_by_latent(Tensor indices, Tensor? offsets, Tensor values, Tensor x, int n_latents) -> Tensor");
   m.def("dot_at(Tensor indices, Tensor? offsets, Tensor left, Tensor right) -> Tensor");
   m.def("moments(Tensor x, Tensor y) -> (Tensor, Tensor)");
+  m.def("project_rows_(Tensor(a!) grad, Tensor W) -> ()");
+  m.def("unit_rows_(Tensor(a!) W) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(nanosae, CPU, m) {
@@ -593,4 +625,6 @@ TORCH_LIBRARY_IMPL(nanosae, CPU, m) {
   m.impl("sum_by_latent", sum_by_latent);
   m.impl("dot_at", dot_at);
   m.impl("moments", moments);
+  m.impl("project_rows_", project_rows_);
+  m.impl("unit_rows_", unit_rows_);
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sae.config import SAEConfig, UserError
-from sae.learner import Learner
+from sae.learner import Learner, clip_gradients_
 from sae.models import KINDS, create_sae
 from sae.trainer import SAETrainer, train_sae_from_activations
 from tests.conftest import planted
@@ -275,3 +275,18 @@ def test_tied_and_multi_topk_learn(activation):
     if "tied" in fields:
         assert "W_enc" not in dict(sae.named_parameters())
         assert torch.equal(sae.W_enc, sae.W_dec.t())
+
+
+@pytest.mark.parametrize("most", [0.5, 1e9])
+def test_clipping_is_torchs(most):
+    params = [torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.zeros(5))]
+    grads = [torch.full((3, 4), 2.0), torch.arange(5.0)]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.clone()
+    twins = [torch.nn.Parameter(torch.zeros_like(p)) for p in params]
+    for p, g in zip(twins, grads, strict=True):
+        p.grad = g.clone()
+    norm, want = clip_gradients_(params, most), torch.nn.utils.clip_grad_norm_(twins, most)
+    torch.testing.assert_close(norm, want)
+    for p, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(p.grad, twin.grad)

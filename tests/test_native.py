@@ -159,6 +159,29 @@ def test_moments_equal_their_twin(enabled, monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_rows_are_projected_and_brought_to_unit_norm(enabled, monkeypatch):
+    monkeypatch.setattr(native, "enabled", enabled)
+    W, grad = randn(30, 17), randn(30, 17, seed=1)
+    W[4] = 0
+    along = ((grad * W).sum(1) / W.square().sum(1).clamp(min=1e-24))[:, None] * W
+    want, length = grad - along, W.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    kernels.project_rows_(grad, W)
+    torch.testing.assert_close(grad, want)
+    rows = W.clone()
+    factors = kernels.unit_rows_(rows)
+    torch.testing.assert_close(factors, 1 / length)
+    torch.testing.assert_close(rows, W / length)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_variance_equals_the_formula(enabled, monkeypatch):
+    monkeypatch.setattr(native, "enabled", enabled)
+    x = randn(50, 9) + 100
+    want = (x.double() - x.double().mean(0)).square().sum(1).mean().float()
+    torch.testing.assert_close(kernels.variance(x), want)
+
+
 def test_squared_error_has_the_gradients_of_the_formula():
     x, y = randn(5, 3).double().requires_grad_(), randn(5, 3, seed=1).double().requires_grad_()
     assert torch.autograd.gradcheck(kernels.squared_error, (x, y))
