@@ -52,6 +52,7 @@ inline __m512i multiply_add(__m512i sum, __m512i a, __m512i b) {
 
 void tile(const int16_t* const* x, const int16_t* w, int64_t n_pairs, int32_t* out) {
   __m512i low[TOKENS], high[TOKENS];
+#pragma GCC unroll 14  // every index a constant, or sums would live in memory
   for (int r = 0; r < TOKENS; r++) low[r] = high[r] = _mm512_setzero_si512();
   for (int64_t d = 0; d < n_pairs; d++, w += 2 * LANES) {
     const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + LANES);
@@ -64,6 +65,7 @@ void tile(const int16_t* const* x, const int16_t* w, int64_t n_pairs, int32_t* o
       high[r] = multiply_add(high[r], both, w1);
     }
   }
+#pragma GCC unroll 14
   for (int r = 0; r < TOKENS; r++) {
     _mm512_storeu_si512(out + LANES * r, low[r]);
     _mm512_storeu_si512(out + LANES * r + 16, high[r]);
@@ -77,6 +79,7 @@ constexpr int TOKENS = 6;
 void tile(const int16_t* const* x, const int16_t* w, int64_t n_pairs, int32_t* out) {
   for (int64_t half = 0; half < 2; half++) {
     __m256i low[TOKENS], high[TOKENS];
+#pragma GCC unroll 6  // every index a constant, or sums would live in memory
     for (int r = 0; r < TOKENS; r++) low[r] = high[r] = _mm256_setzero_si256();
     const int16_t* at = w + half * LANES;
     for (int64_t d = 0; d < n_pairs; d++, at += 2 * LANES) {
@@ -90,6 +93,7 @@ void tile(const int16_t* const* x, const int16_t* w, int64_t n_pairs, int32_t* o
         high[r] = _mm256_add_epi32(high[r], _mm256_madd_epi16(both, w1));
       }
     }
+#pragma GCC unroll 6
     for (int r = 0; r < TOKENS; r++) {
       _mm256_storeu_si256((__m256i*)(out + LANES * r + 16 * half), low[r]);
       _mm256_storeu_si256((__m256i*)(out + LANES * r + 16 * half + 8), high[r]);
@@ -603,6 +607,24 @@ Tensor unit_rows_(Tensor W) {
   return factors;
 }
 
+// In place, Adam (Kingma & Ba 2015, algorithm 1) on n numbers that lie alike in all four tensors. step counts from 1.
+void adam_(Tensor p, const Tensor& grad, Tensor m, Tensor v, int64_t step, double lr, double beta1, double beta2, double eps) {
+  for (const Tensor& t : {grad, m, v})
+    TORCH_CHECK(t.strides() == p.strides() && t.sizes() == p.sizes() && t.is_non_overlapping_and_dense());
+  float *w = p.mutable_data_ptr<float>(), *first = m.mutable_data_ptr<float>(), *second = v.mutable_data_ptr<float>();
+  const float* g = grad.const_data_ptr<float>();
+  const float rate = lr / (1 - std::pow(beta1, step)), per_root = 1 / std::sqrt(1 - std::pow(beta2, step));
+  const float b1 = beta1, b2 = beta2, c1 = 1 - beta1, c2 = 1 - beta2, floor = eps;
+  at::parallel_for(0, p.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+#pragma omp simd
+    for (int64_t i = begin; i < end; i++) {
+      first[i] = b1 * first[i] + c1 * g[i];
+      second[i] = b2 * second[i] + c2 * g[i] * g[i];
+      w[i] -= rate * first[i] / (std::sqrt(second[i]) * per_root + floor);
+    }
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY(nanosae, m) {
@@ -613,6 +635,9 @@ TORCH_LIBRARY(nanosae, m) {
   m.def("sum_by_latent(Tensor indices, Tensor? offsets, Tensor values, Tensor x, int n_latents) -> Tensor");
   m.def("dot_at(Tensor indices, Tensor? offsets, Tensor left, Tensor right) -> Tensor");
   m.def("moments(Tensor x, Tensor y) -> (Tensor, Tensor)");
+  m.def(
+      "adam_(Tensor(a!) p, Tensor grad, Tensor(b!) m, Tensor(c!) v, int step, float lr, float beta1, float beta2, "
+      "float eps) -> ()");
   m.def("project_rows_(Tensor(a!) grad, Tensor W) -> ()");
   m.def("unit_rows_(Tensor(a!) W) -> Tensor");
 }
@@ -625,6 +650,7 @@ TORCH_LIBRARY_IMPL(nanosae, CPU, m) {
   m.impl("sum_by_latent", sum_by_latent);
   m.impl("dot_at", dot_at);
   m.impl("moments", moments);
+  m.impl("adam_", adam_);
   m.impl("project_rows_", project_rows_);
   m.impl("unit_rows_", unit_rows_);
 }

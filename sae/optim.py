@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sae import native
 from sae.config import PENALISED, SAEConfig, UserError
 from sae.schedules import adam_betas, peak_lr
 
@@ -41,6 +42,32 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
                 x = torch.lerp(p, z, 1 - 1 / m)
                 z.mul_(1 - lr * group["weight_decay"]).sub_(p.grad.sign(), alpha=lr)
                 p.copy_(x.lerp_(z, share).lerp_(z, 1 - m))
+
+
+class Adam(torch.optim.Adam):
+    """torch's fused Adam, same states and same steps, which on CPUs copies transposed matrices; this does not."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        ops = native.ops(*(p for group in self.param_groups for p in group["params"]))
+        if ops is None or closure is not None or getattr(self, "found_inf", None) is not None:
+            return super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state |= {
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
+                state["step"] += 1
+                grad = p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                ops.adam_(p, grad, *moments, int(state["step"]), group["lr"], *group["betas"], group["eps"])
+        return None
 
 
 class Optimizer:
@@ -102,7 +129,7 @@ def _adam(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> l
 def _adam_over(
     params: dict[str, nn.Parameter], c: SAEConfig, n_steps: int, device: torch.device
 ) -> torch.optim.Optimizer:
-    kind = torch.optim.AdamW if c.weight_decay else torch.optim.Adam
+    kind = torch.optim.AdamW if c.weight_decay else Adam
     fused = device.type in ("cpu", "cuda")  # one pass over memory, where torch has it
     return kind(_groups(params, c), lr=peak_lr(c), betas=adam_betas(n_steps), fused=fused, weight_decay=c.weight_decay)
 

@@ -13,6 +13,7 @@ from sae import kernels, native
 from sae.config import SAEConfig
 from sae.learner import Learner
 from sae.models import create_sae
+from sae.optim import Adam
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None or shutil.which("ninja") is None, reason="needs a C++ compiler and ninja"
@@ -172,6 +173,26 @@ def test_rows_are_projected_and_brought_to_unit_norm(enabled, monkeypatch):
     factors = kernels.unit_rows_(rows)
     torch.testing.assert_close(factors, 1 / length)
     torch.testing.assert_close(rows, W / length)
+
+
+@needs_compiler
+def test_adam_takes_torchs_steps_and_keeps_its_state():
+    def run(kind, how):
+        params = [randn(40, 30).t().requires_grad_(), randn(7).requires_grad_()]
+        groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.03}]
+        optimizer = kind(groups, lr=0.01, betas=(0.9, 0.98), **how)
+        for i in range(5):
+            params[0].grad = randn(40, 30, seed=i).t() if i % 2 else randn(30, 40, seed=i)  # fused takes one only
+            params[1].grad = randn(7, seed=i) * 10.0 ** (-i)
+            optimizer.step()
+        return params, optimizer.state_dict()
+
+    assert native.enabled
+    (params, state), (want, theirs) = run(Adam, {"fused": True}), run(torch.optim.Adam, {"foreach": False})
+    for p, q in zip(params, want, strict=True):
+        assert p.stride() == q.stride()
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state["state"], theirs["state"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
