@@ -24,7 +24,7 @@ LN_EPS = 1e-5  # added to the standard deviation, as OpenAI and SAELens do
 
 class Output(NamedTuple):
     """What one forward gives: the reconstruction (B, D), the codes, and from kinds with a penalty the pre-activations
-    (B, F) behind them (kinds that select never hold them all)."""
+    behind them, in the shape of the codes' values."""
 
     x_hat: Tensor
     codes: Codes
@@ -151,7 +151,7 @@ class SAE(nn.Module):
     # what a kind defines
 
     def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:
-        """Codes of x (B, D); kinds with a penalty also give the pre-activations (B, F) they come from."""
+        """Codes of x (B, D); kinds with a penalty also give the pre-activations they come from."""
         raise NotImplementedError
 
     def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
@@ -305,9 +305,7 @@ class SAE(nn.Module):
         return x_hat + x @ self.W_skip.t() if self.config.skip_connection else x_hat
 
     def _decode(self, codes: Codes) -> Tensor:
-        if codes.indices is None:
-            return codes.values @ self.W_dec
-        return kernels.decode(codes.indices, codes.values, self.W_dec, codes.offsets)
+        return codes.times(self.W_dec)
 
 
 def layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -139,7 +139,23 @@ class Matryoshka(BatchTopK):
 # kinds with a penalty
 
 
-class ReLU(SAE):
+class Penalised(SAE):
+    """What these share: pre-activations are needed only from a little below a latent's threshold on."""
+
+    def _above(self, x: Tensor, bias: Tensor, floor: Tensor) -> tuple[Codes, Tensor]:
+        """Places, and x's pre-activations there, with a graph: all that exceed floor (F,) at least; all of them, dense,
+        where most do or where finding them would make the device wait."""
+        centre = None if self.config.transcode else self.b_dec
+        found = kernels.choose_above_if_few(self._centre(x), self.W_enc, bias, floor)
+        if found is None:
+            pre = torch.addmm(bias, self._centre(x), self.W_enc)
+            return Codes(None, pre), pre
+        indices, values, offsets = found
+        pre = kernels.gather_pre(x, self.W_enc, bias, values, indices, offsets, centre=centre)
+        return Codes(indices, pre, offsets), pre
+
+
+class ReLU(Penalised):
     """ReLU latents, sparse through an L1 penalty weighted by decoder norms (Anthropic, April 2024 update), or plain.
 
     With p below 1 the penalty is sum f^p, closer to a count (p-annealing: Karvonen et al., arxiv.org/abs/2408.00113).
@@ -148,24 +164,24 @@ class ReLU(SAE):
     uses_auxk = False
 
     def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:  # noqa: ARG002
-        pre = self.pre_activations(x)
-        return Codes(None, pre.relu()), pre
+        places, pre = self._above(x, self.b_enc, torch.zeros_like(self.b_enc))
+        return places._replace(values=pre.relu()), pre
 
     def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
         f = out.codes.values
         if self.config.l1_weighting == "decoder":
-            f = f * self.W_dec.norm(dim=1)
+            f = f * out.codes.each(self.W_dec.norm(dim=1))
         f = f / math.sqrt(self.d_in)
         # the slope of f^p at 0 is infinite: latents below a hundredth of a typical activation keep that of f
         f = f if p == 1.0 else (f + 1e-3) ** p - 1e-3**p
-        return f.sum(-1).mean()
+        return f.sum() / len(out.x_hat)
 
     @torch.no_grad()
     def raise_threshold_(self, by: Tensor | float) -> None:
         self.b_enc.sub_(by)
 
 
-class Gated(SAE):
+class Gated(Penalised):
     """A gate chooses latents, a magnitude path sizes them (Rajamanoharan et al. 2024, arxiv.org/abs/2404.16014).
 
     The gate is a step function without gradient; it learns through the penalty on relu(gate) and through the
@@ -180,19 +196,20 @@ class Gated(SAE):
         self.r_mag = nn.Parameter(torch.zeros(F))
 
     def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:  # noqa: ARG002
-        projected = self._centre(x) @ self.W_enc
-        gate = projected + self.b_gate
-        magnitude = (projected * self.r_mag.exp() + self.b_mag).relu()
-        return Codes(None, magnitude * (gate > 0)), gate
+        places, gate = self._above(x, self.b_gate, torch.zeros_like(self.b_gate))
+        projected = gate - places.each(self.b_gate)
+        magnitude = (projected * places.each(self.r_mag.exp()) + places.each(self.b_mag)).relu()
+        return places._replace(values=magnitude * (gate > 0)), gate
 
     def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
         assert out.pre is not None
-        return (out.pre.relu() @ self.W_dec.norm(dim=1)).mean() / math.sqrt(self.d_in)
+        return (out.pre.relu() * out.codes.each(self.W_dec.norm(dim=1))).sum() / len(out.x_hat) / math.sqrt(self.d_in)
 
     def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
         # The decoder is held fixed here, or it would be bent towards the gate's unscaled values (eq. 8).
         assert out.pre is not None
-        x_hat = out.pre.relu() @ self.W_dec.detach() + self.b_dec.detach()
+        gate = out.codes._replace(values=out.pre.relu())
+        x_hat = gate.times(self.W_dec.detach()) + self.b_dec.detach()
         if self.config.skip_connection:
             x_hat = x_hat + x @ self.W_skip.detach().t()
         return kernels.squared_error(y, x_hat).mean()
@@ -227,7 +244,7 @@ class _Jump(torch.autograd.Function):
     def backward(ctx, grad):
         pre, threshold = ctx.saved_tensors
         near = ((pre - threshold).abs() < ctx.bandwidth / 2) * grad
-        return grad * (pre > threshold.clamp(min=0)), -(threshold / ctx.bandwidth) * near.sum(0), None
+        return grad * (pre > threshold.clamp(min=0)), -(threshold / ctx.bandwidth) * near, None
 
 
 class _Step(torch.autograd.Function):
@@ -243,10 +260,10 @@ class _Step(torch.autograd.Function):
     def backward(ctx, grad):
         pre, threshold = ctx.saved_tensors
         near = ((pre - threshold).abs() < ctx.bandwidth / 2) * grad
-        return None, -near.sum(0) / ctx.bandwidth, None
+        return None, -near / ctx.bandwidth, None
 
 
-class JumpReLU(SAE):
+class JumpReLU(Penalised):
     """Latents above their own learned threshold pass unshrunk (Rajamanoharan et al. 2024, arxiv.org/abs/2407.14435).
 
     The threshold is a plain parameter: as a logarithm it hardly moves under Adam. Penalties: the number of active
@@ -258,14 +275,17 @@ class JumpReLU(SAE):
         self.threshold = nn.Parameter(torch.zeros(F))
 
     def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:  # noqa: ARG002
-        pre = self.pre_activations(x)
-        return Codes(None, _Jump.apply(pre, self.threshold, self.config.bandwidth)), pre
+        places, pre = self._above(x, self.b_enc, self.threshold.detach() - self.config.bandwidth / 2)
+        threshold = places.each(self.threshold).expand_as(pre)
+        return places._replace(values=_Jump.apply(pre, threshold, self.config.bandwidth)), pre
 
     def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
         if self.config.jumprelu_penalty == "tanh":
-            return torch.tanh(4 * out.codes.values * self.W_dec.norm(dim=1) / math.sqrt(self.d_in)).sum(-1).mean()
+            sizes = out.codes.values * out.codes.each(self.W_dec.norm(dim=1)) / math.sqrt(self.d_in)
+            return torch.tanh(4 * sizes).sum() / len(out.x_hat)
         assert out.pre is not None
-        l0 = _Step.apply(out.pre, self.threshold, self.config.bandwidth).sum(-1).mean()
+        threshold = out.codes.each(self.threshold).expand_as(out.pre)
+        l0 = _Step.apply(out.pre, threshold, self.config.bandwidth).sum() / len(out.x_hat)
         if self.config.jumprelu_penalty == "step":
             return l0
         target = self.config.target_l0 or self.config.k

@@ -258,3 +258,47 @@ def test_no_compiler_is_one_clear_sentence_and_all_goes_on(monkeypatch):
         learner.update(0)
     finally:
         native._compiled.cache_clear()
+
+
+PENALISED = [
+    {"activation": "relu"}, {"activation": "relu", "l1_weighting": "plain"}, {"activation": "gated"},
+    {"activation": "jumprelu"}, {"activation": "jumprelu", "jumprelu_penalty": "tanh"},
+    {"activation": "jumprelu", "jumprelu_penalty": "quadratic"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("transcode", [False, True])
+@pytest.mark.parametrize("kind", PENALISED, ids=lambda kind: "-".join(kind.values()))
+def test_penalised_kinds_learn_alike_from_few_places_and_from_all(kind, transcode, monkeypatch, encoder):
+    c = SAEConfig(
+        d_in=40, d_out=40, d_sae=600, k=8, bandwidth=0.5, transcode=transcode, normalize_decoder=False, **kind
+    )
+    sae = create_sae(c)
+    x, y = randn(70, 40), randn(70, 40, seed=1)
+    with torch.no_grad():
+        for name, p in sae.named_parameters():
+            p.add_(0.1 * randn(*p.shape))
+            if name in ("b_enc", "b_gate"):
+                p.sub_(2.5)
+            if name == "threshold":
+                p.add_(0.3).clamp_(min=0)
+
+    def run(enabled):
+        monkeypatch.setattr(native, "enabled", enabled)
+        sae.zero_grad()
+        out = sae(x)
+        losses = sae.loss(x, out, y=y if transcode else None, variance=3.0, sparsity=0.1, p=0.9)
+        losses.total.backward()
+        return out, losses.total.detach(), {name: p.grad.clone() for name, p in sae.named_parameters()}
+
+    (few, loss, grads), (dense, want, of) = run(True), run(False)
+    assert few.codes.indices is not None and dense.codes.indices is None
+    torch.testing.assert_close(few.codes.dense(600), dense.codes.values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, of[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_dense_activations_are_left_dense():
+    sae = create_sae(SAEConfig(d_in=16, d_sae=128, activation="relu", k=4))
+    assert sae(randn(50, 16)).codes.indices is None  # half of the latents are active
