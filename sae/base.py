@@ -169,6 +169,9 @@ class SAE(nn.Module):
     def raise_threshold_(self, by: Tensor | float) -> None:
         """Make all latents harder (by > 0) or easier to activate, at once; kinds with a penalty have a way."""
 
+    def revive_(self, dead: Tensor) -> None:
+        """Make dead latents (F,) bool a little easier to activate, once per step; kinds with thresholds have a way."""
+
     def observe_(self, out: Output, step: int, whole: Tensor | None = None) -> None:
         """Move what follows training without a gradient, after a step."""
 

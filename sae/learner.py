@@ -234,6 +234,8 @@ class Learner:
         factors = sae.renormalize_()
         if factors is not None:
             self.optimizer.rescale_rows_(sae.W_dec, factors)
+        if self.n_dead:
+            sae.revive_(self.is_dead())
         if self.pending is not None:
             sae.observe_(self.pending[0], step, self.pending[1])
         self.pending = None

@@ -18,6 +18,7 @@ from sae.base import Output as Output
 from sae.config import SAEConfig
 from sae.kernels import Codes
 
+REVIVE = 0.02  # by which the threshold of a dead JumpReLU latent falls in a step
 K_MULTI = 4  # multi-TopK: the second reconstruction keeps 4k latents (Gao et al. 2024, 5.1), with weight 1/8
 
 # --------------------------------------------------------------------------------------------------
@@ -306,6 +307,10 @@ class JumpReLU(Penalised):
     @torch.no_grad()
     def raise_threshold_(self, by: Tensor | float) -> None:
         self.threshold.add_(by)
+
+    @torch.no_grad()
+    def revive_(self, dead: Tensor) -> None:
+        self.threshold.sub_(REVIVE * dead)  # no token near it, so no gradient would ever lower it
 
     @torch.no_grad()
     def observe_(self, out: Output, step: int, whole: Tensor | None = None) -> None:  # noqa: ARG002

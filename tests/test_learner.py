@@ -290,3 +290,23 @@ def test_clipping_is_torchs(most):
     torch.testing.assert_close(norm, want)
     for p, twin in zip(params, twins, strict=True):
         torch.testing.assert_close(p.grad, twin.grad)
+
+
+def test_dead_jumprelu_latents_fire_again():
+    """Nothing else lowers the threshold of a latent that no token comes near."""
+    c = SAEConfig(d_in=16, d_sae=64, k=4, activation="jumprelu", auxk_alpha=0.0, dead_feature_threshold=64)
+    x = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
+    learner = Learner(create_sae(c), c, 400, torch.device("cpu"))
+    learner.start_from({"": x})
+    with torch.no_grad():
+        learner.sae.threshold[:32] += 5.0
+    out_of_reach = learner.sae(learner.normalise(x, x)[0]).codes.dense(64)[:, :32]
+    assert not out_of_reach.any()
+    for step in range(400):
+        learner.learn({"": x[step % 4 :: 4]}, step)
+        learner.update(step)
+        learner.n_dead = 1  # what the log reads now and then
+    assert learner.totals.fired[:32].count_nonzero() >= 30
+    before = learner.sae.threshold.clone()
+    learner.sae.revive_(torch.arange(64) < 10)
+    assert (learner.sae.threshold < before).nonzero()[:, 0].tolist() == list(range(10))
