@@ -132,6 +132,41 @@ def peers() -> str:
     return "\n".join(lines)
 
 
+def sweep() -> str:
+    """Many SAEs in one pass beside the same one by one."""
+    r = load("sweep")
+    about = r["about"]
+    return (
+        f"The {r['saes']} SAEs of `--layers 4 7 10 --k 16 32 --init_seeds 0 1`, {r['tokens']:,} tokens each: "
+        f"{r['sweep_seconds']:.0f} s in one run, {r['sum_alone_seconds']:.0f} s in twelve, one after the other "
+        f"({100 * r['ratio']:.0f}%; {about['cores']} {about['machine']} cores, {about['date']})."
+    )
+
+
+def steps() -> str:
+    """A training step, nanoSAE's and its peers'."""
+    result = load("bench_step")
+    cells = {(r["contender"], r["shape"], r["allocator"]): r for r in result["rows"]}
+    shapes = list(dict.fromkeys(r["shape"] for r in result["rows"]))
+    sizes = {r["shape"]: f"D={r['D']} F={r['F']} k={r['K']}" for r in result["rows"]}
+    allocators = [a for a in ("shipped", "tuned") if any(r["allocator"] == a for r in result["rows"])]
+    head = "| tokens/s (times nanoSAE's) | " + " | ".join(f"{sizes[s]}, {a}" for s in shapes for a in allocators) + " |"
+    lines = [head, "|---" * (1 + len(shapes) * len(allocators)) + "|"]
+    for name in dict.fromkeys(r["contender"] for r in result["rows"]):
+        row = [name]
+        for at in ((s, a) for s in shapes for a in allocators):
+            r, ours = cells.get((name, *at)), cells.get(("nanosae", *at))
+            row.append(f"{r['tokens_per_s']:,.0f} ({r['step_ms'] / ours['step_ms']:.1f})" if r and ours else "")
+        lines.append(f"| {' | '.join(row)} |")
+    ours = [cells[("nanosae", s, a)] for s in shapes for a in allocators if ("nanosae", s, a) in cells]
+    about = result["about"]
+    shares = ", ".join(f"{r['step_ms'] / r['encoder']:.2f}" for r in ours if "encoder" in r)
+    lines += ["", f"(batch {ours[0]['B']}, float32, Adam but where another optimiser is named, the whole step; "
+              f"nanoSAE's step over its own encoder, column by column: {shares}; {ours[0]['threads']} threads, "
+              f"{about['cores']} {about['machine']} cores, {ours[0]['kernels']}, {about['date']})"]  # fmt: skip
+    return "\n".join(lines)
+
+
 def samples() -> str:
     """What the embedded model writes."""
     return "\n\n".join(f"`{r['command']}`:\n\n~~~\n{r['text']}\n~~~" for r in load("pygpt")["samples"])
@@ -144,6 +179,8 @@ TABLES = {
     "demo": demo,
     "pygpt": pygpt,
     "peers": peers,
+    "sweep": sweep,
+    "steps": steps,
     "flags": lambda: flags(TrainConfig),
 }
 

@@ -31,9 +31,10 @@ def ops(*tensors: Tensor) -> Any:
     return _compiled()[0]
 
 
-def encoder(*tensors: Tensor) -> Any:
-    """`ops`, if they hold an encoder, which wants a processor's wide integer products; else None."""
-    compiled = ops(*tensors)
+def encoder(x: Tensor, *tensors: Tensor) -> Any:
+    """`ops`, if they hold an encoder, which wants a processor's wide integer products, and tokens x enough to be worth
+    the rounding of all latents; else None."""
+    compiled = ops(x, *tensors) if len(x) >= 32 else None
     return compiled if compiled is not None and hasattr(compiled, "encode_top_k") else None
 
 

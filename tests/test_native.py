@@ -23,7 +23,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture
 def encoder():
     """The compiled encoder; tests of what only it promises are left out on processors without one."""
-    ops = native.encoder(torch.ones(1))
+    ops = native.encoder(torch.ones(32, 1))
     if ops is None:
         pytest.skip("no encoder for this processor")
     return ops
@@ -61,7 +61,8 @@ def problems():
     skewed = W.t() * torch.logspace(-3, 3, 1001)[:, None]
     close = W.t()[:1].repeat(1001, 1) + 1e-6 * randn(1001, 127)
     return {
-        "plain": (x, W, b, 7), "k = 1": (x, W, b, 1), "one token": (x[:1], W, b, 7), "none": (x[:0], W, b, 7),
+        "plain": (x, W, b, 7), "k = 1": (x, W, b, 1), "one token": (x[:1], W, b, 7),
+        "a tile and a bit": (randn(33, 33), randn(37, 33).t(), randn(37), 2), "none": (x[:0], W, b, 7),
         "many tokens": (randn(700, 64), randn(300, 64).t(), randn(300), 30), "few latents": (x, W[:, :9], b[:9], 1),
         "outlier dimension": (outlier, W, b, 7), "latents of all sizes": (x, skewed.t(), b, 7),
         "all negative": (x, W, b - 1000, 7), "bias decides": (x * 1e-4, W, b, 7), "no activation": (x * 0, W, b, 7),
@@ -94,9 +95,9 @@ def test_ties_go_to_the_first_latents_as_in_the_twin(absolute, encoder):
 
 @needs_compiler
 def test_equal_latents_by_the_thousand(encoder):
-    x, W, b = randn(20, 8), torch.ones(8, 3000), torch.zeros(3000)
+    x, W, b = randn(40, 8), torch.ones(8, 3000), torch.zeros(3000)
     indices, values = kernels.choose_top_k(x, W, b, 5)
-    assert torch.equal(indices.sort(1).values, torch.arange(5).expand(20, 5))
+    assert torch.equal(indices.sort(1).values, torch.arange(5).expand(40, 5))
 
 
 @needs_compiler
