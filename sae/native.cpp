@@ -524,9 +524,16 @@ Tensor sum_by_latent(
   float* to = out.mutable_data_ptr<float>();
   at::parallel_for(0, F, 16, [&](int64_t begin, int64_t end) {
     for (int64_t f = begin; f < end; f++) {
-      std::memset(to + f * D, 0, sizeof(float) * D);
-      for (int64_t p = starts[f]; p < starts[f + 1]; p++)
-        add_scaled(to + f * D, rows + places[p].first * D, places[p].second, D);
+      float* row = to + f * D;
+      std::memset(row, 0, sizeof(float) * D);
+      int64_t p = starts[f];
+      for (; p + 3 < starts[f + 1]; p += 4) {  // four at a time: the sum goes through memory a quarter as often
+        const float *a = rows + places[p].first * D, *b = rows + places[p + 1].first * D;
+        const float *c = rows + places[p + 2].first * D, *d = rows + places[p + 3].first * D;
+        const float u = places[p].second, v = places[p + 1].second, w = places[p + 2].second, z = places[p + 3].second;
+        for (int64_t i = 0; i < D; i++) row[i] += u * a[i] + v * b[i] + w * c[i] + z * d[i];
+      }
+      for (; p < starts[f + 1]; p++) add_scaled(row, rows + places[p].first * D, places[p].second, D);
     }
   });
   return out;
