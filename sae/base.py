@@ -53,6 +53,7 @@ class SAE(nn.Module):
     """
 
     uses_auxk = True  # whether AuxK can revive its dead latents: their pre-activations must not all be below 0
+    unit_transcoder = False  # whether transcoders are better off with decoder rows of unit norm (dev/LOG.md)
     signed = False  # whether latents are chosen by size and keep their sign
 
     def __init__(self, config: SAEConfig, *, generator: torch.Generator | None = None):
@@ -98,9 +99,9 @@ class SAE(nn.Module):
 
     @property
     def unit_decoder(self) -> bool:
-        """Whether decoder rows are kept at unit norm: as asked, else for all but transcoders."""
+        """Whether decoder rows are kept at unit norm: as asked, else of SAEs, and of transcoders that need it."""
         asked = self.config.normalize_decoder
-        return asked if asked is not None else not self.config.transcode
+        return asked if asked is not None else not self.config.transcode or self.unit_transcoder
 
     # ----------------------------------------------------------------------------------------------
     # what a user calls

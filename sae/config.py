@@ -65,7 +65,9 @@ class SAEConfig:
         "unit", "scale of what is trained on: unit mean square per dimension around the mean, none, mean length "
         "sqrt(d), or layer norm of each token; saved SAEs take raw activations"
     )  # fmt: skip
-    normalize_decoder: bool | None = knob(None, "keep decoder rows at unit norm (default: yes, except transcoders)")
+    normalize_decoder: bool | None = knob(
+        None, "keep decoder rows at unit norm (default: yes; of transcoders, relu and gated)"
+    )
 
     # what it learns from
     loss_fn: Literal["fvu", "mse", "ce", "kl"] = knob(

@@ -163,6 +163,7 @@ class ReLU(Penalised):
     """
 
     uses_auxk = False
+    unit_transcoder = True
 
     def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:  # noqa: ARG002
         places, pre = self._above(x, self.b_enc, torch.zeros_like(self.b_enc))
@@ -190,6 +191,7 @@ class Gated(Penalised):
     """
 
     uses_auxk = False
+    unit_transcoder = True
 
     def _make_biases(self, F: int) -> None:
         self.b_gate = nn.Parameter(torch.zeros(F))
