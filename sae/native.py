@@ -5,6 +5,7 @@ A missing compiler costs speed, not results: everything in it has a twin in plai
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -12,6 +13,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +53,16 @@ def keep_memory() -> None:
             mallopt(option, value)
 
 
+def ready() -> bool:
+    """Whether what runs on the CPU is there already; else the first use compiles it, which takes a while."""
+    return not enabled or hasattr(torch.ops.nanosae, "moments") or _library().is_file()
+
+
 @functools.cache
 def _compiled() -> tuple[Any, str]:
-    from torch.utils import cpp_extension
-
-    flags = ["-O3", "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"]
-    flags += ["-fno-math-errno", "-fno-trapping-math", *(["-fopenmp"] if sys.platform == "linux" else [])]
-    # the folder of compiled files may serve several machines
-    made_of = SOURCE.read_bytes() + " ".join([*flags, torch.__version__, _processor()]).encode()
-    name = f"nanosae_{hashlib.sha256(made_of).hexdigest()[:16]}"
-    if shutil.which("ninja") is None:  # pip puts it beside python, which is not on the path of an inactive venv
-        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     try:
-        cpp_extension.load(
-            name, [str(SOURCE)], extra_cflags=flags, extra_ldflags=flags[4:], is_python_module=False, verbose=False
-        )
+        if not hasattr(torch.ops.nanosae, "moments"):
+            _load()
     except (RuntimeError, OSError) as e:  # no compiler, no ninja, no place to write: torch says which
         reason = str(e).strip().splitlines()[0]
         return None, (
@@ -73,6 +70,48 @@ def _compiled() -> tuple[Any, str]:
             "and ninja: pip install 'nanosae[fast]'"
         )
     return torch.ops.nanosae, f"C++, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _load() -> None:
+    """Load the compiled file, or compile in a folder of this process alone and keep the result.
+
+    (In a shared folder torch waits for a lock, for ever if who held it was killed.)
+    """
+    library = _library()
+    if library.is_file():
+        with contextlib.suppress(OSError):  # a damaged one is made anew
+            torch.ops.load_library(str(library))
+            return
+    from torch.utils import cpp_extension
+
+    if shutil.which("ninja") is None:  # pip puts it beside python, which is not on the path of an inactive venv
+        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
+    flags = _flags()
+    with tempfile.TemporaryDirectory() as tmp:
+        cpp_extension.load(
+            library.stem, [str(SOURCE)], extra_cflags=flags, extra_ldflags=[f for f in flags if f == "-fopenmp"],
+            build_directory=tmp, is_python_module=False, verbose=False,
+        )  # fmt: skip
+        with contextlib.suppress(OSError):  # no place to keep it
+            library.parent.mkdir(parents=True, exist_ok=True)
+            partial = library.with_suffix(f".{os.getpid()}")
+            shutil.copy(Path(tmp) / library.name, partial)
+            partial.replace(library)
+
+
+def _flags() -> list[str]:
+    """For the compiler."""
+    here = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    return ["-O3", here, "-fno-math-errno", "-fno-trapping-math", *openmp]
+
+
+@functools.cache
+def _library() -> Path:
+    """Where the compiled file is kept, named by all that it depends on: the folder may serve several machines."""
+    made_of = SOURCE.read_bytes() + " ".join([*_flags(), torch.__version__, _processor()]).encode()
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    return Path(folder) / "nanosae" / f"nanosae_{hashlib.sha256(made_of).hexdigest()[:16]}.so"
 
 
 def _processor() -> str:

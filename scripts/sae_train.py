@@ -237,6 +237,8 @@ def main(argv: list[str]) -> None:
     for name, sae in saes.items():
         kind = f"{sae.config.activation} {'transcoder' if c.transcode else 'SAE'}"
         log.say(f"{name}: {kind}, {sae.d_in} -> {sae.d_sae} latents")
+    if not native.ready():
+        log.say("compiling the C++ kernels, once")
     kernels = f" (kernels: {native.status()})" if str(device) == "cpu" else ""
     log.say(f"{stream.n_batches} steps of {stream.batch_size} tokens on {device}{kernels}")
     metrics = trainer.train()

@@ -3,11 +3,15 @@
 Run: python -m pytest tests/test_native.py
 """
 
+import os
 import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
-from torch.utils import cpp_extension
 
 from sae import kernels, native
 from sae.config import SAEConfig
@@ -15,6 +19,7 @@ from sae.learner import Learner
 from sae.models import create_sae
 from sae.optim import Adam
 
+ROOT = Path(__file__).resolve().parent.parent
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None or shutil.which("ninja") is None, reason="needs a C++ compiler and ninja"
 )
@@ -244,11 +249,12 @@ def test_bfloat16_products_and_doubles_take_the_plain_path():
     assert sum(shared) > 0.9 * 33 * k
 
 
-def test_no_compiler_is_one_clear_sentence_and_all_goes_on(monkeypatch):
-    def refuse(*args, **kwargs):
+def test_no_compiler_is_one_clear_sentence_and_all_goes_on(monkeypatch, tmp_path):
+    def refuse():
         raise RuntimeError("Ninja is required to load C++ extensions (pip install ninja to get it)\nmore")
 
-    monkeypatch.setattr(cpp_extension, "load", refuse)
+    monkeypatch.setattr(native, "_load", refuse)
+    monkeypatch.setattr(torch.ops, "nanosae", types.SimpleNamespace())
     native._compiled.cache_clear()
     try:
         assert native.ops(torch.ones(1)) is None
@@ -259,6 +265,26 @@ def test_no_compiler_is_one_clear_sentence_and_all_goes_on(monkeypatch):
         learner.update(0)
     finally:
         native._compiled.cache_clear()
+
+
+@needs_compiler
+def test_compiled_once_and_kept_whole(tmp_path):
+    """A second process loads what the first made; a damaged file is made anew; a folder that cannot be is no matter."""
+    source = "from sae import native; print(native.ready(), native.status())"
+
+    def run(folder):
+        env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder)}
+        return subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=env, capture_output=True, text=True).stdout
+
+    assert run(tmp_path).startswith("False C++")
+    (library,) = (tmp_path / "nanosae").iterdir()
+    assert run(tmp_path).startswith("True C++")
+    whole = library.read_bytes()
+    library.write_text("something else")
+    assert "C++" in run(tmp_path)
+    assert len(library.read_bytes()) == len(whole)
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file").startswith("False C++")
 
 
 PENALISED = [
