@@ -124,7 +124,7 @@ class SAE(nn.Module):
 
     def decode_codes(self, codes: Codes) -> Tensor:
         """Reconstruction of codes: (B, D)."""
-        return self._decode(codes) + self.b_dec
+        return codes.times(self.W_dec, self.b_dec)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """(B, D) -> (B, F): the linear part of the encoder, before selection."""
@@ -307,9 +307,6 @@ class SAE(nn.Module):
     def _predict(self, x: Tensor, codes: Codes) -> Tensor:
         x_hat = self.decode_codes(codes)
         return x_hat + x @ self.W_skip.t() if self.config.skip_connection else x_hat
-
-    def _decode(self, codes: Codes) -> Tensor:
-        return codes.times(self.W_dec)
 
 
 def layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

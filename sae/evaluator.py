@@ -58,11 +58,12 @@ class Totals:
             setattr(self, name, value.to(old.device) if isinstance(old, Tensor) else value)
 
     @torch.no_grad()
-    def add(self, x: Tensor, x_hat: Tensor, codes: Codes) -> None:
-        """Add a batch: x and x_hat (B, D), and the codes between them."""
+    def add(self, x: Tensor, x_hat: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
+        """Add a batch: x and x_hat (B, D), and the codes between them, whose `activity` it returns."""
         device = self.x.device
-        l0 = codes.l0().to(device)
-        self.fired += codes.fired(len(self.fired)).to(device)
+        activity = codes.activity(len(self.fired))
+        l0 = activity[0].to(device)
+        self.fired += activity[1].to(device)
         self.l0 += l0.sum()
         self.l0_squared += l0.double().square().sum()
         self.l0_counts += count(l0, len(self.l0_counts))
@@ -79,6 +80,7 @@ class Totals:
         self.l2_ratio += (x_hat2 / x2.clamp(min=1e-30)).sqrt().sum()
         if self.mean is not None:
             self.legacy += (1 - e2 / (x.double() - self.mean).square().sum(-1).clamp(min=1e-30)).sum()
+        return activity
 
     def metrics(self) -> dict[str, float]:
         """All metrics as plain numbers (reads the device).

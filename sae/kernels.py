@@ -41,25 +41,28 @@ class Codes(NamedTuple):
         zeros = self.values.new_zeros(len(self.offsets), n_latents)
         return zeros.index_put((rows_of(self.indices, self.offsets), self.indices), self.values, accumulate=True)
 
-    def l0(self) -> Tensor:
-        """(B,) active latents per token, counted after the selection and the ReLU."""
+    def activity(self, n_latents: int) -> tuple[Tensor, Tensor]:
+        """Active latents of each token (B,), counted after the selection and the ReLU, and on how many tokens each
+        latent is active (F,); int64."""
+        if self.indices is not None and (ops := native.ops(self.values)):
+            return ops.activity(self.indices.contiguous(), self.offsets, self.values.contiguous(), n_latents)
         active = self.values != 0
-        if self.offsets is None or self.indices is None:
-            return active.sum(-1)
-        return count(rows_of(self.indices, self.offsets), len(self.offsets), active)
-
-    def fired(self, n_latents: int) -> Tensor:
-        """(F,) int64: how many of the B tokens each latent is active on."""
-        active = self.values != 0
-        return active.sum(0) if self.indices is None else count(self.indices, n_latents, active)
+        if self.indices is None:
+            return active.sum(-1), active.sum(0)
+        fired = count(self.indices, n_latents, active)
+        if self.offsets is None:
+            return active.sum(-1), fired
+        return count(rows_of(self.indices, self.offsets), len(self.offsets), active), fired
 
     def each(self, of_latents: Tensor) -> Tensor:
         """A number per latent (F,) at the place of each value (to be broadcast where values are dense)."""
         return of_latents if self.indices is None else of_latents[self.indices]
 
-    def times(self, W: Tensor) -> Tensor:
-        """(B, D): the values times the rows of W (F, D)."""
-        return self.values @ W if self.indices is None else decode(self.indices, self.values, W, self.offsets)
+    def times(self, W: Tensor, bias: Tensor) -> Tensor:
+        """(B, D): the values times the rows of W (F, D), plus bias (D,)."""
+        if self.indices is None:
+            return self.values @ W + bias
+        return decode(self.indices, self.values, W, self.offsets, bias=bias)
 
     def sparse(self, n_latents: int = 0) -> Codes:
         """The same codes as (B, K), K that of the busiest token (reads the device unless they are so already)."""
@@ -200,11 +203,14 @@ def _dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor
     return torch.cat([(left[t] * right[i]).sum(-1) for t, i in blocks]).view(indices.shape)
 
 
-def _bag(indices: Tensor, offsets: Tensor | None, values: Tensor, rows: Tensor) -> Tensor:
-    """(B, D): for each token the sum of values[place] * rows[indices[place]] over its places."""
-    return F.embedding_bag(
+def _bag(indices: Tensor, offsets: Tensor | None, values: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(B, D): for each token the sum of values[place] * rows[indices[place]] over its places, plus bias (D,)."""
+    if ops := native.ops(values, rows):
+        return ops.bag(indices.contiguous(), offsets, values.contiguous(), rows.contiguous(), bias)
+    bags = F.embedding_bag(
         indices.contiguous(), rows, offsets, mode="sum", per_sample_weights=values.to(rows.dtype).contiguous()
     )
+    return bags if bias is None else bags + bias
 
 
 class _Gather(torch.autograd.Function):
@@ -235,20 +241,22 @@ class _Gather(torch.autograd.Function):
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, indices, values, W_dec, offsets):
+    def forward(ctx, indices, values, W_dec, offsets, bias):
         ctx.save_for_backward(indices, values, W_dec, offsets)
-        return _bag(indices, offsets, values, W_dec)
+        return _bag(indices, offsets, values, W_dec, bias)
 
     @staticmethod
     def backward(ctx, grad):
         indices, values, W_dec, offsets = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_values = grad_W = None
+        grad_values = grad_W = grad_bias = None
         if ctx.needs_input_grad[1]:
             grad_values = _dot_at(indices, offsets, grad, W_dec).to(values.dtype)
         if ctx.needs_input_grad[2]:
             grad_W = _sum_by_latent(indices, offsets, values, grad, len(W_dec))
-        return None, grad_values, grad_W, None
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad.sum(0)
+        return None, grad_values, grad_W, None, grad_bias
 
 
 def gather_pre(
@@ -278,14 +286,22 @@ def at(pre: Tensor, indices: Tensor, offsets: Tensor | None) -> Tensor:
     return pre.gather(1, indices) if offsets is None else pre[rows_of(indices, offsets), indices]
 
 
-def decode(indices: Tensor, values: Tensor, W_dec: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """(B, D): the kept latents' decoder rows, weighted and summed. indices, values (B, K), or (n,) and offsets (B,)."""
-    return _Decode.apply(indices, values, W_dec, offsets)
+def decode(
+    indices: Tensor, values: Tensor, W_dec: Tensor, offsets: Tensor | None = None, *, bias: Tensor | None = None
+) -> Tensor:
+    """(B, D): the kept latents' decoder rows, weighted and summed, plus bias (D,).
+
+    indices, values (B, K), or (n,) and offsets (B,).
+    """
+    return _Decode.apply(indices, values, W_dec, offsets, bias)
 
 
-def decode_reference(indices: Tensor, values: Tensor, W_dec: Tensor, offsets: Tensor | None = None) -> Tensor:
+def decode_reference(
+    indices: Tensor, values: Tensor, W_dec: Tensor, offsets: Tensor | None = None, *, bias: Tensor | None = None
+) -> Tensor:
     """Twin of decode: a dense (B, F) code times W_dec."""
-    return Codes(indices, values, offsets).dense(len(W_dec)) @ W_dec
+    product = Codes(indices, values, offsets).dense(len(W_dec)) @ W_dec
+    return product if bias is None else product + bias
 
 
 def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -207,15 +207,15 @@ class Learner:
         self, target: Tensor, out: Output, losses: Losses, share: float, objective: Tensor | None = None
     ) -> None:
         """Add (a part of) a step, `share` of its tokens, to what the log and the update take from it."""
-        self.totals.add(target, out.x_hat, out.codes)
+        l0, fired = self.totals.add(target, out.x_hat, out.codes)
         self.sums["loss"] += share * losses.total
         self.sums["sparsity"] += share * losses.sparsity
         self.sums["aux"] += share * losses.aux
         if objective is not None:
             self.sums["objective"] += share * objective
         counts = self.counts
-        counts.fired += out.codes.fired(self.sae.d_sae)
-        counts.l0 += share * out.codes.l0().float().mean()
+        counts.fired += fired
+        counts.l0 += share * l0.float().mean()
         counts.error += share * losses.error
         counts.n_tokens += len(target)
 

@@ -212,7 +212,7 @@ class Gated(Penalised):
         # The decoder is held fixed here, or it would be bent towards the gate's unscaled values (eq. 8).
         assert out.pre is not None
         gate = out.codes._replace(values=out.pre.relu())
-        x_hat = gate.times(self.W_dec.detach()) + self.b_dec.detach()
+        x_hat = gate.times(self.W_dec.detach(), self.b_dec.detach())
         if self.config.skip_connection:
             x_hat = x_hat + x @ self.W_skip.detach().t()
         return kernels.squared_error(y, x_hat).mean()

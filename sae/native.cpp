@@ -557,6 +557,57 @@ Tensor dot_at(const Tensor& indices, const c10::optional<Tensor>& offsets, const
   return out;
 }
 
+// (B, D): for each token the sum of values[place] * W[indices[place]] over its places, plus bias (D,) if there is one
+Tensor bag(
+    const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& values, const Tensor& W,
+    const c10::optional<Tensor>& bias) {
+  const int64_t n = indices.numel(), F = W.size(0), D = W.size(1), B = offsets ? offsets->numel() : indices.size(0);
+  TORCH_CHECK(indices.is_contiguous() && values.is_contiguous() && W.is_contiguous() && values.numel() == n);
+  TORCH_CHECK(!offsets || offsets->is_contiguous());
+  TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == D));
+  const int64_t K = offsets ? 0 : indices.size(1), *starts = offsets ? offsets->const_data_ptr<int64_t>() : nullptr;
+  const int64_t* at = indices.const_data_ptr<int64_t>();
+  const float *v = values.const_data_ptr<float>(), *w = W.const_data_ptr<float>();
+  const float* first = bias ? bias->const_data_ptr<float>() : nullptr;
+  Tensor out = at::empty({B, D}, W.options());
+  float* to = out.mutable_data_ptr<float>();
+  at::parallel_for(0, B, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      float* row = to + i * D;
+      int64_t p = starts ? starts[i] : i * K;
+      const int64_t last = !starts ? p + K : i + 1 < B ? starts[i + 1] : n;
+      TORCH_CHECK(0 <= p && p <= last && last <= n);
+      for (int64_t q = p; q < last; q++) TORCH_CHECK(at[q] >= 0 && at[q] < F);
+      if (first) std::memcpy(row, first, sizeof(float) * D);
+      else std::memset(row, 0, sizeof(float) * D);
+      for (; p + 3 < last; p += 4) {
+        const float *a = w + at[p] * D, *b = w + at[p + 1] * D, *c = w + at[p + 2] * D, *d = w + at[p + 3] * D;
+        for (int64_t j = 0; j < D; j++) row[j] += v[p] * a[j] + v[p + 1] * b[j] + v[p + 2] * c[j] + v[p + 3] * d[j];
+      }
+      for (; p < last; p++) add_scaled(row, w + at[p] * D, v[p], D);
+    }
+  });
+  return out;
+}
+
+// How many of each token's values are not 0 (B,), and how often each latent's are (F,)
+std::tuple<Tensor, Tensor> activity(
+    const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& values, int64_t F) {
+  const int64_t n = indices.numel(), B = offsets ? offsets->numel() : indices.size(0);
+  TORCH_CHECK(indices.is_contiguous() && values.is_contiguous() && values.numel() == n);
+  const std::vector<int32_t> tokens = tokens_of(indices, offsets, B);
+  Tensor l0 = at::zeros({B}, indices.options()), fired = at::zeros({F}, indices.options());
+  int64_t *per_token = l0.mutable_data_ptr<int64_t>(), *per_latent = fired.mutable_data_ptr<int64_t>();
+  const int64_t* at = indices.const_data_ptr<int64_t>();
+  const float* v = values.const_data_ptr<float>();
+  for (int64_t p = 0; p < n; p++) {
+    if (v[p] == 0) continue;
+    TORCH_CHECK(at[p] >= 0 && at[p] < F);
+    per_token[tokens[p]]++, per_latent[at[p]]++;
+  }
+  return {l0, fired};
+}
+
 // Per token |x|^2, |y|^2, x.y and |x - y|^2 (4, B), and the sum of x over tokens (D,), all in float64
 std::tuple<Tensor, Tensor> moments(const Tensor& x, const Tensor& y) {
   const int64_t B = x.size(0), D = x.size(1);
@@ -640,6 +691,8 @@ TORCH_LIBRARY(nanosae, m) {
   m.def("encode_above(Tensor x, Tensor W, Tensor b, Tensor floor) -> (Tensor, Tensor, Tensor)");
 #endif
   m.def("sum_by_latent(Tensor indices, Tensor? offsets, Tensor values, Tensor x, int n_latents) -> Tensor");
+  m.def("bag(Tensor indices, Tensor? offsets, Tensor values, Tensor W, Tensor? bias) -> Tensor");
+  m.def("activity(Tensor indices, Tensor? offsets, Tensor values, int n_latents) -> (Tensor, Tensor)");
   m.def("dot_at(Tensor indices, Tensor? offsets, Tensor left, Tensor right) -> Tensor");
   m.def("moments(Tensor x, Tensor y) -> (Tensor, Tensor)");
   m.def(
@@ -655,6 +708,8 @@ TORCH_LIBRARY_IMPL(nanosae, CPU, m) {
   m.impl("encode_above", encode_above);
 #endif
   m.impl("sum_by_latent", sum_by_latent);
+  m.impl("bag", bag);
+  m.impl("activity", activity);
   m.impl("dot_at", dot_at);
   m.impl("moments", moments);
   m.impl("adam_", adam_);

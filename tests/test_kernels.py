@@ -53,7 +53,8 @@ def test_the_centre_of_gather_pre_has_the_gradient_of_its_twin(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_decode_equals_its_twin(size, dtype):
     _, _, _, W_dec, indices, values, grad = problem(*size, dtype=dtype)
-    run = lambda f: gradients(lambda v, W: f(indices, v, W), values, W_dec, out_grad=grad)
+    bias = grad[0]
+    run = lambda f: gradients(lambda v, W, b: f(indices, v, W, bias=b), values, W_dec, bias, out_grad=grad)
     for got, want in zip(run(kernels.decode), run(kernels.decode_reference), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 if dtype is torch.float32 else 1e-10)
 
@@ -84,8 +85,8 @@ def test_ragged_codes_equal_their_twins(size, dtype):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=tolerance)
     codes = Codes(indices, values, offsets)
     dense = Codes(None, codes.dense(size[2]))
-    assert torch.equal(codes.l0(), dense.l0())
-    assert torch.equal(codes.fired(size[2]), dense.fired(size[2]))
+    for got, want in zip(codes.activity(size[2]), dense.activity(size[2]), strict=True):
+        assert torch.equal(got, want)
     assert torch.equal(codes.sparse(size[2]).dense(size[2]), dense.values)
 
 
@@ -152,7 +153,8 @@ def test_codes_count_only_what_is_active():
     dense = Codes(None, sparse.dense(4))
     assert dense.values.tolist() == [[0, 0, 1.5, 0], [0, 2.0, -1.0, 0]]
     for codes in (sparse, dense):
-        assert codes.l0().tolist() == [1, 2]
-        assert codes.fired(4).tolist() == [0, 1, 2, 0]  # a selected 0 has not fired
+        l0, fired = codes.activity(4)
+        assert l0.tolist() == [1, 2]
+        assert fired.tolist() == [0, 1, 2, 0]  # a selected 0 has not fired
         assert torch.equal(codes.sparse().dense(4), dense.values)
     assert Codes(None, torch.zeros(3, 5)).sparse().values.shape == (3, 1)

@@ -245,7 +245,7 @@ def test_k_decay_ends_at_the_saved_k():
     _, t = train_sae_from_activations(data(64 * 30), c, verbose=False)
     assert t.sae.config.k == 4
     one = t.learners[""]
-    assert int(one.sae(data(10)).codes.l0().max()) <= 4
+    assert int(one.sae(data(10)).codes.activity(one.sae.d_sae)[0].max()) <= 4
     assert one.terms(0, data(10), [data(10)]).k == 16
     assert one.terms(10, data(10), [data(10)]).k == 4
 

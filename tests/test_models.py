@@ -298,7 +298,7 @@ def test_batch_topk_learns_the_threshold_that_it_uses_later(activation):
     sae, x = make(activation), data(4096)
     kept = sae(x).codes
     assert int((kept.values != 0).sum()) == 5 * 4096  # exactly k per token on average, any number for each
-    assert kept.l0().float().std() > 0.5
+    assert kept.activity(sae.d_sae)[0].float().std() > 0.5
     for step, part in enumerate(x.split(256)):
         before = sae.threshold.clone()
         out = sae(part)
@@ -306,7 +306,7 @@ def test_batch_topk_learns_the_threshold_that_it_uses_later(activation):
         sae.observe_(out, step)
     assert len(set(sae.threshold.tolist())) == 1
     sae.eval()
-    assert float(sae(x[:2048]).codes.l0().float().mean()) == pytest.approx(5, rel=0.05)
+    assert float(sae(x[:2048]).codes.activity(sae.d_sae)[0].float().mean()) == pytest.approx(5, rel=0.05)
     alone = sae(x[:1]).codes.dense(40)
     torch.testing.assert_close(alone, sae(x).codes.dense(40)[:1])  # inference does not depend on the batch
 
@@ -333,7 +333,7 @@ def test_matryoshka_prefixes_reconstruct_on_their_own():
     dense = codes.dense(40)
     torch.testing.assert_close(sae.partial(codes, 10), dense[:, :10] @ sae.W_dec[:10] + sae.b_dec)
     base = make("matryoshka", matryoshka_base="topk")
-    assert int(base(x).codes.l0().max()) <= 5
+    assert int(base(x).codes.activity(base.d_sae)[0].max()) <= 5
 
 
 def test_a_transcoder_does_not_centre_and_starts_from_data():
@@ -385,10 +385,12 @@ def test_kinds_with_a_penalty_start_as_sparse_as_asked():
     for activation in ("relu", "gated", "jumprelu"):
         sae = make(activation)
         sae.start_from_(x, x)
-        assert float(sae(x).codes.l0().float().mean()) == pytest.approx(5, rel=0.01)
+        assert float(sae(x).codes.activity(sae.d_sae)[0].float().mean()) == pytest.approx(5, rel=0.01)
         dense = make(activation, l1_coefficient=0.1)
         dense.start_from_(x, x)
-        assert float(dense(x).codes.l0().float().mean()) > 10  # a weight of one's own: nothing is steered
+        assert (
+            float(dense(x).codes.activity(dense.d_sae)[0].float().mean()) > 10
+        )  # a weight of one's own: nothing is steered
 
 
 @pytest.mark.parametrize("activation", ALL)
