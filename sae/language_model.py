@@ -404,6 +404,8 @@ def _huggingface(name: str, device: torch.device) -> LanguageModel:
         import transformers
     except ImportError as e:
         raise UserError(f"'{name}' needs transformers; run: pip install 'nanosae[hf]'") from e
+    if name.count("/") > 1 and not Path(name).exists():  # no hub id has two
+        raise UserError(f"model folder '{name}' does not exist; give a HuggingFace folder or id, pygpt or a ckpt.pt")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if (Path(name) / "config.json").is_file():

@@ -378,7 +378,10 @@ def _newest_whole(found: list[Path]) -> tuple[Path, Any]:
 def refuse_existing(save_dir: Path) -> None:
     """Raise UserError if the folder holds a run."""
     if (save_dir / "config.json").exists() or checkpoints(save_dir) or (save_dir / formats.CFG).exists():
-        raise UserError(f"'{save_dir}' holds a run already; give --resume, --overwrite or another --run_name")
+        raise UserError(
+            f"'{save_dir}' holds a run already; give --resume, --overwrite or another --run_name (from "
+            "Python: overwrite=True or another save_dir)"
+        )
 
 
 def remove_run(save_dir: Path) -> None:

@@ -34,6 +34,7 @@ def open_sae(c: EvalConfig, lm: LanguageModel | None = None) -> Opened:
     sae = formats.load_sae(c.sae_path or path, device=device)
     trained_on = formats.load_cfg(c.sae_path or path)
     folder = formats.find_sae(c.sae_path or path).parent
+    log.say(f"SAE: {c.sae_path or folder}")
     hookpoint = trained_on.get("hookpoint")
     if not hookpoint:
         raise UserError(f"'{path}' does not say which hookpoint it belongs to; its cfg.json needs metadata.hookpoint")

@@ -243,7 +243,7 @@ def main(argv: list[str]) -> None:
     log.say(f"{stream.n_batches} steps of {stream.batch_size} tokens on {device}{kernels}")
     metrics = trainer.train()
     if stream.n_passes:
-        log.say(f"the text was read again from its start {stream.n_passes} times")
+        log.say(f"the text was read again from its start: {stream.n_passes} more passes, in whole or in part")
     finish(trainer, metrics, folder)
     if c.assess:
         assess_run(c, {name: trainer.folder(name) for name in saes}, data.val, lm)
@@ -255,7 +255,8 @@ def finish(trainer: SAETrainer, metrics: dict[str, float], folder: Path) -> None
     if len(trainer.learners) > 1 and trainer.last:
         for line in sweep.write(trainer.last, folder):
             log.say(line)
-        log.say(f"{where}; saved to {folder}; next: python -m scripts.sae_eval --sae_path {folder}/<one of them>")
+        one = trainer.folder(next(iter(trainer.learners)))
+        log.say(f"(figures {where}) saved to {folder}; next: python -m scripts.sae_eval --sae_path {one}")
     else:
         score = f"explained variance {metrics['explained_variance']:.4f}, L0 {metrics['l0']:.1f}" if metrics else "done"
         log.say(f"{where}: {score}; saved to {folder}; next: python -m scripts.sae_eval --sae_path {folder}")
