@@ -218,7 +218,7 @@ class SAE(nn.Module):
         n_dead = int(dead.sum()) if n_dead is None else n_dead
         k = min(self.config.k, self.d_sae)
         ids = dead.to(torch.uint8).topk(max(1, min(n_dead, self.d_sae))).indices  # n_dead may be of some steps ago
-        centred = x if self.config.transcode else x - self.b_dec.detach()
+        centred = self._held_centre(x)
         with torch.no_grad():
             W, b = self.W_enc[:, ids], self._encoder_bias()[ids]
             among, values = kernels.choose_top_k(centred, W, b, min(k, len(ids)), absolute=self.signed)
@@ -290,8 +290,16 @@ class SAE(nn.Module):
     def _scaled_biases(self) -> tuple[str, ...]:
         return ("b_enc",)
 
+    @property
+    def _centre_of_inputs(self) -> Tensor | None:
+        return None if self.config.transcode else self.b_dec
+
     def _centre(self, x: Tensor) -> Tensor:
         return x if self.config.transcode else x - self.b_dec
+
+    def _held_centre(self, x: Tensor) -> Tensor:
+        """The same with the centre held constant: gather_pre knows its gradient."""
+        return x if self.config.transcode else x - self.b_dec.detach()
 
     def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return layer_norm(x)

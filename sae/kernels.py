@@ -213,29 +213,37 @@ def _bag(indices: Tensor, offsets: Tensor | None, values: Tensor, rows: Tensor, 
     return bags if bias is None else bags + bias
 
 
+def _combine(weights: Tensor, rows: Tensor) -> Tensor:
+    """(D,): the rows (F, D) weighted by (F,) and summed; in parts, which keeps several cores busy."""
+    if native.ops(weights, rows) is None:
+        return weights @ rows
+    places = torch.arange(len(weights))
+    return _bag(places, places[::64].contiguous(), weights, rows).sum(0)
+
+
 class _Gather(torch.autograd.Function):
     """Pre-activations at chosen latents, with a backward that touches those latents only."""
 
     @staticmethod
     def forward(ctx, x, centre, W_enc, b_enc, values, indices, offsets):
-        del b_enc  # it is in the values already; an argument so that its gradient comes back
-        ctx.save_for_backward(x, centre, W_enc, indices, offsets)
+        del centre, b_enc  # they are in x and in the values already; arguments so that their gradients come back
+        ctx.save_for_backward(x, W_enc, indices, offsets)
         return values.to(x.dtype, copy=True)
 
     @staticmethod
     def backward(ctx, grad):
-        x, centre, W_enc, indices, offsets = ctx.saved_tensors
+        x, W_enc, indices, offsets = ctx.saved_tensors
         n_latents = W_enc.shape[1]
         grad = grad.contiguous()
         grad_x = grad_centre = grad_W = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_x = _bag(indices, offsets, grad, W_enc.t().contiguous())
         if ctx.needs_input_grad[2]:
-            grad_W = _sum_by_latent(indices, offsets, grad, x if centre is None else x - centre, n_latents).t()
+            grad_W = _sum_by_latent(indices, offsets, grad, x, n_latents).t()
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
             grad_b = grad.new_zeros(n_latents).index_add_(0, indices.reshape(-1), grad.reshape(-1))
         if ctx.needs_input_grad[1]:
-            grad_centre = -(W_enc @ grad_b)  # of the sum over tokens, which is cheaper than the sum of theirs
+            grad_centre = -_combine(grad_b, W_enc.t())  # of the sum over tokens, which is cheaper than the sum of theirs
         return grad_x, grad_centre, grad_W, grad_b, None, None, None
 
 
@@ -265,9 +273,10 @@ def gather_pre(
 ) -> Tensor:  # fmt: skip
     """Pre-activations of the chosen latents, differentiable in x, centre, W_enc and b_enc.
 
-    x (B, D), W_enc (D, F), b_enc (F,), centre (D,); values (x - centre) @ W_enc + b_enc at indices (B, K), or (n,) with
-    offsets (B,), found without a graph. Returns the values. Every use of pre-activations of the kinds that select
-    (main code, AuxK, multi-TopK) comes through here, so each one trains the encoder.
+    x (B, D), W_enc (D, F), b_enc (F,); values x @ W_enc + b_enc at indices (B, K), or (n,) with offsets (B,), found
+    without a graph. centre (D,): what has been taken off x without a graph. Returns the values. Every use of
+    pre-activations of the kinds that select (main code, AuxK, multi-TopK) comes through here, so each one trains the
+    encoder.
     """
     return _Gather.apply(x, centre, W_enc, b_enc, values, indices, offsets)
 
@@ -278,7 +287,7 @@ def gather_pre_reference(
 ) -> Tensor:  # fmt: skip
     """Twin of gather_pre: the dense product, then a gather (values are ignored)."""
     del values
-    return at((x if centre is None else x - centre) @ W_enc + b_enc, indices, offsets)
+    return at((x if centre is None else x + centre.detach() - centre) @ W_enc + b_enc, indices, offsets)
 
 
 def at(pre: Tensor, indices: Tensor, offsets: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae import kernels
 from sae import schedules as sched
@@ -49,14 +49,6 @@ class StepCounts:
         self.l0 = torch.zeros((), device=device)
         self.error = torch.zeros((), device=device)
         self.n_tokens = 0
-
-
-def clip_gradients_(params: list[nn.Parameter], most: float) -> Tensor:
-    """Scale the gradients down to a joint norm of at most `most`, in place; returns the norm there was."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-    if norm.device.type != "cpu" or not norm <= most:  # elsewhere a look at the norm costs more than a pass over memory
-        torch.nn.utils.clip_grads_with_norm_(params, most, norm)
-    return norm
 
 
 class Learner:
@@ -222,18 +214,8 @@ class Learner:
     def update(self, step: int) -> None:
         """One optimiser step on the gradients gathered, and all else that moves once per step."""
         c, sae = self.config, self.sae
-        if self.scaler is not None:
-            for part in self.optimizer.parts:
-                self.scaler.unscale_(part)
-        sae.project_gradient_()
-        norm = clip_gradients_(list(sae.parameters()), c.clip_norm if c.clip_norm is not None else math.inf)
-        self.optimizer.step(sched.lr_at(step, c, self.n_steps), self.scaler)
-        if self.scaler is not None:
-            self.scaler.update()
+        norm = self.optimizer.step(sched.lr_at(step, c, self.n_steps), self.scaler)
         self.optimizer.zero_grad()
-        factors = sae.renormalize_()
-        if factors is not None:
-            self.optimizer.rescale_rows_(sae.W_dec, factors)
         if self.n_dead:
             sae.revive_(self.is_dead())
         if self.pending is not None:

@@ -29,8 +29,9 @@ class TopK(SAE):
     """The k largest pre-activations of a token, then ReLU, so fewer than k may be active (Gao et al. 2024, 2.3)."""
 
     def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:
+        x = self._held_centre(x)
         with torch.no_grad():
-            chosen = self._choose(self._centre(x), k or self.config.k, whole)
+            chosen = self._choose(x, k or self.config.k, whole)
         return self._codes(x, *chosen), None
 
     def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
@@ -38,18 +39,16 @@ class TopK(SAE):
         return *kernels.choose_top_k(x, self.W_enc, self.b_enc, k, absolute=self.signed), None
 
     def _codes(self, x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor | None = None) -> Codes:
-        """Codes of chosen latents, with a graph."""
-        centre = None if self.config.transcode else self.b_dec
-        pre = kernels.gather_pre(x, self.W_enc, self.b_enc, values, indices, offsets, centre=centre)
+        """Codes of chosen latents of the centred x (B, D), with a graph."""
+        pre = kernels.gather_pre(x, self.W_enc, self.b_enc, values, indices, offsets, centre=self._centre_of_inputs)
         return Codes(indices, pre if self.signed else pre.relu(), offsets)
 
     def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
         if not self.config.multi_topk:
             return out.x_hat.new_zeros(())
         k = min(K_MULTI * self.config.k, self.d_sae)
-        with torch.no_grad():
-            chosen = TopK._choose(self, self._centre(x), k, None)
-        x_hat = self._predict(x, self._codes(x, *chosen))
+        inner = self._held_centre(x)
+        x_hat = self._predict(x, self._codes(inner, *TopK._choose(self, inner, k, None)))
         return kernels.squared_error(y, x_hat).mean() / 8
 
 
@@ -146,13 +145,14 @@ class Penalised(SAE):
     def _above(self, x: Tensor, bias: Tensor, floor: Tensor) -> tuple[Codes, Tensor]:
         """Places, and x's pre-activations there, with a graph: all that exceed floor (F,) at least; all of them, dense,
         where most do or where finding them would make the device wait."""
-        centre = None if self.config.transcode else self.b_dec
-        found = kernels.choose_above_if_few(self._centre(x), self.W_enc, bias, floor)
+        inner = self._held_centre(x)
+        found = kernels.choose_above_if_few(inner, self.W_enc, bias, floor)
         if found is None:
             pre = torch.addmm(bias, self._centre(x), self.W_enc)
             return Codes(None, pre), pre
         indices, values, offsets = found
-        pre = kernels.gather_pre(x, self.W_enc, bias, values, indices, offsets, centre=centre)
+        centre = self._centre_of_inputs
+        pre = kernels.gather_pre(inner, self.W_enc, bias, values, indices, offsets, centre=centre)
         return Codes(indices, pre, offsets), pre
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sae import native
+from sae.base import SAE
 from sae.config import PENALISED, SAEConfig, UserError
 from sae.schedules import adam_betas, peak_lr
 
@@ -44,18 +45,41 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
                 p.copy_(x.lerp_(z, share).lerp_(z, 1 - m))
 
 
+def clip_gradients_(params: list[nn.Parameter], most: float) -> Tensor:
+    """Scale the gradients down to a joint norm of at most `most`, in place; returns the norm there was."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    if norm.device.type != "cpu" or not norm <= most:  # elsewhere a look at the norm costs more than a pass over memory
+        torch.nn.utils.clip_grads_with_norm_(params, most, norm)
+    return norm
+
+
+def _lay_alike(p: Tensor) -> None:
+    """Give the gradient the memory layout of its parameter."""
+    if p.grad is not None and p.grad.stride() != p.stride():
+        p.grad = torch.empty_like(p).copy_(p.grad)
+
+
 class Adam(torch.optim.Adam):
     """torch's fused Adam, same states and same steps, which on CPUs copies transposed matrices; this does not."""
 
+    def native(self) -> Any:
+        """The compiled operations if they serve all parameters, else None."""
+        own = getattr(self, "found_inf", None) is None  # set by a gradient scaler
+        return native.ops(*(p for group in self.param_groups for p in group["params"])) if own else None
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        ops = native.ops(*(p for group in self.param_groups for p in group["params"]))
-        if ops is None or closure is not None or getattr(self, "found_inf", None) is not None:
-            return super().step(closure)
+        ops = self.native() if closure is None else None
+        return super().step(closure) if ops is None else self.descend(ops)
+
+    @torch.no_grad()
+    def descend(self, ops: Any, scale: float = 1.0, unit: Tensor | None = None) -> None:
+        """A step on gradients times scale; the parameter `unit` has rows of unit norm, and moves on the sphere."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
+                _lay_alike(p)
                 state = self.state[p]
                 if not state:
                     state |= {
@@ -64,10 +88,10 @@ class Adam(torch.optim.Adam):
                         "exp_avg_sq": torch.zeros_like(p),
                     }
                 state["step"] += 1
-                grad = p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
-                moments = state["exp_avg"], state["exp_avg_sq"]
-                ops.adam_(p, grad, *moments, int(state["step"]), group["lr"], *group["betas"], group["eps"])
-        return None
+                ops.adam_(
+                    p, p.grad, state["exp_avg"], state["exp_avg_sq"], int(state["step"]), group["lr"],
+                    *group["betas"], group["eps"], scale, p is unit,
+                )  # fmt: skip
 
 
 class Optimizer:
@@ -76,18 +100,47 @@ class Optimizer:
     The weights in the SAE are those that gradients are taken at; `averaged` gives those to use, where they differ.
     """
 
-    def __init__(self, sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device):
+    def __init__(self, sae: SAE, c: SAEConfig, n_steps: int, device: torch.device):
+        self.sae = sae
+        self.most = c.clip_norm if c.clip_norm is not None else math.inf
         self.parts = BUILDERS[c.optimizer](sae, c, n_steps, device)
 
-    def step(self, lr: float, scaler: torch.amp.GradScaler | None = None) -> None:
-        """One step at this step size, through the gradient scaler if there is one."""
+    def step(self, lr: float, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        """One update of the SAE at this step size, through the gradient scaler if there is one; returns the norm of
+        the gradients, less what lies along decoder rows of fixed norm, before it was clipped."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = lr * group.get("reach", 1.0)
+        only = self.parts[0]
+        if scaler is None and isinstance(only, Adam) and (ops := only.native()):
+            return self._fused_step(only, ops)
+        for part in self.parts if scaler is not None else ():
+            scaler.unscale_(part)
+        self.sae.project_gradient_()
+        norm = clip_gradients_(list(self.sae.parameters()), self.most)
+        for part in self.parts:
             if scaler is None:
                 part.step()
             else:
                 scaler.step(part)
+        if scaler is not None:
+            scaler.update()
+        factors = self.sae.renormalize_()
+        if factors is not None:
+            self._rescale_rows_(self.sae.W_dec, factors)
+        return norm
+
+    def _fused_step(self, adam: Adam, ops: Any) -> Tensor:
+        """The same in two passes over memory: one for the norm, one for all else."""
+        unit = self.sae.W_dec if self.sae.unit_decoder else None
+        total = 0.0
+        for p in self.sae.parameters():
+            if p.grad is not None:
+                _lay_alike(p)
+                total += ops.squares(p.grad, unit if p is unit else None)
+        norm = math.sqrt(total)
+        adam.descend(ops, min(1.0, self.most / (norm + 1e-6)), unit)
+        return torch.tensor(norm)
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -106,7 +159,7 @@ class Optimizer:
         return [v for state in states for v in state.values() if isinstance(v, Tensor) and v.shape == p.shape]
 
     @torch.no_grad()
-    def rescale_rows_(self, p: Tensor, factors: Tensor) -> None:
+    def _rescale_rows_(self, p: Tensor, factors: Tensor) -> None:
         """Follow a change of p's rows by factors (F, 1), so that schedule-free's average is of unit rows too."""
         for part in self.parts:
             if "z" in part.state.get(p, {}):
@@ -122,7 +175,7 @@ class Optimizer:
         return p.detach()
 
 
-def _adam(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
+def _adam(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
     return [_adam_over(dict(sae.named_parameters()), c, n_steps, device)]
 
 
@@ -149,7 +202,7 @@ def _groups(params: dict[str, nn.Parameter], c: SAEConfig) -> list[dict[str, Any
     return [group for group in groups if group["params"]]
 
 
-def _adam8bit(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
+def _adam8bit(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
     try:
         import bitsandbytes
     except ImportError as e:
@@ -161,7 +214,7 @@ def _adam8bit(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) 
     return [adam(groups, lr=peak_lr(c), betas=adam_betas(n_steps), weight_decay=c.weight_decay)]
 
 
-def _muon(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
+def _muon(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"--optimizer muon needs torch 2.9 and this is {torch.__version__}; give --optimizer adam")
     matrices = [p for p in sae.parameters() if p.ndim == 2]
@@ -173,14 +226,14 @@ def _muon(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> l
     return [muon, _adam_over(rest, c, n_steps, device)]
 
 
-def _signum(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:  # noqa: ARG001
+def _signum(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:  # noqa: ARG001
     return [ScheduleFreeSignum(sae.parameters(), lr=peak_lr(c), weight_decay=c.weight_decay)]
 
 
-def _sgd(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:  # noqa: ARG001
+def _sgd(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:  # noqa: ARG001
     return [torch.optim.SGD(sae.parameters(), lr=peak_lr(c), momentum=0.9, weight_decay=c.weight_decay)]
 
 
-BUILDERS: dict[str, Callable[[nn.Module, SAEConfig, int, torch.device], list[Any]]] = {
+BUILDERS: dict[str, Callable[[SAE, SAEConfig, int, torch.device], list[Any]]] = {
     "adam": _adam, "adam8bit": _adam8bit, "muon": _muon, "signum": _signum, "sgd": _sgd,
 }  # fmt: skip

@@ -43,7 +43,7 @@ def test_the_centre_of_gather_pre_has_the_gradient_of_its_twin(dtype):
     centre = x.mean(0) + 1
     values = ((x - centre) @ W_enc + b_enc).gather(1, indices)
     run = lambda f: gradients(
-        lambda c, W, b: f(x, W, b, values, indices, centre=c), centre, W_enc, b_enc, out_grad=grad
+        lambda c, W, b: f(x - centre, W, b, values, indices, centre=c), centre, W_enc, b_enc, out_grad=grad
     )
     for got, want in zip(run(kernels.gather_pre), run(kernels.gather_pre_reference), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3 if dtype is torch.float32 else 1e-10)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from sae.config import SAEConfig, UserError
-from sae.learner import Learner, clip_gradients_
+from sae.learner import Learner
 from sae.models import KINDS, create_sae
+from sae.optim import clip_gradients_
 from sae.trainer import SAETrainer, train_sae_from_activations
 from tests.conftest import planted
 
