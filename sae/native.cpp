@@ -364,6 +364,18 @@ struct Encoder {
     c.n = n;
   }
 
+  // The exact value of token i's pre-activation at each latent of a list.
+  void rescore(int64_t i, std::vector<std::pair<float, int32_t>>& list) const {
+    const int64_t n = list.size();
+    for (int64_t p = 0; p < n; p += 4) {
+      const float* rows[4];
+      float dots[4];
+      for (int64_t r = 0; r < 4; r++) rows[r] = W + list[std::min(p + r, n - 1)].second * D;
+      four_dots(x + i * D, rows, D, dots);
+      for (int64_t r = 0; r < 4 && p + r < n; r++) list[p + r].first = dots[r] + b[list[p + r].second];
+    }
+  }
+
   // The exact k best of the candidates; false if they may not hold them.
   bool finish(const Candidates& c, int64_t i, std::vector<float>& scratch, std::vector<std::pair<float, int32_t>>& best) const {
     if (c.n < k) return false;
@@ -371,10 +383,8 @@ struct Encoder {
     if (!(least >= c.threshold)) return false;
     best.clear();
     for (int64_t p = 0; p < c.n; p++)
-      if (c.upper[p] >= least) {
-        const int32_t j = c.latent[p];
-        best.emplace_back(dot(x + i * D, W + j * D, D) + b[j], j);
-      }
+      if (c.upper[p] >= least) best.emplace_back(0.f, c.latent[p]);
+    rescore(i, best);
     const bool abs = absolute;
     std::nth_element(best.begin(), best.begin() + (k - 1), best.end(), [abs](const auto& p, const auto& q) {
       const float a = abs ? std::fabs(p.first) : p.first, c = abs ? std::fabs(q.first) : q.first;
