@@ -10,6 +10,7 @@ Letters: B tokens in a batch, D width, F latents, K kept latents.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae import native
+
+GROUP = 8  # latents whose maximum stands for them when the largest are looked for
+PRODUCT, CACHED = 2**25, 2**21  # pre-activations of one matrix product, and those taken in hand at a time on CPUs
 
 
 class Codes(NamedTuple):
@@ -89,7 +93,21 @@ def count(indices: Tensor, n: int, weights: Tensor | None = None) -> Tensor:
 
 def top_k(pre: Tensor, k: int) -> Tensor:
     """(B, K) indices of the k largest of each row of pre (B, F), in no particular order."""
-    return pre.topk(k, dim=-1, sorted=False).indices
+    n_groups = pre.shape[1] // GROUP
+    if pre.device.type != "cpu" or pre.shape[1] % GROUP or n_groups < 4 * k:
+        return pre.topk(k, dim=-1, sorted=False).indices
+    # the k groups with the largest maxima hold the k largest, and maxima are quicker to take than to sort
+    best = pre.view(-1, GROUP, n_groups).amax(1).topk(k, dim=-1, sorted=False).indices
+    among = (best[:, None] + torch.arange(0, pre.shape[1], n_groups)[:, None]).flatten(1)
+    return among.gather(1, pre.gather(1, among).topk(k, dim=-1, sorted=False).indices)
+
+
+def _blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[Tensor]:
+    """Pre-activations (some tokens, F), in order: a product of a size that runs well, then on CPUs what caches hold."""
+    for part in x.split(max(256, PRODUCT // len(b_enc))):
+        pre = part @ W_enc
+        for few in pre.split(max(1, CACHED // len(b_enc)) if x.device.type == "cpu" else len(pre)):
+            yield few.add_(b_enc)
 
 
 def choose_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: bool = False) -> tuple[Tensor, Tensor]:
@@ -103,9 +121,12 @@ def choose_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: b
                 x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), k, absolute
             )
             return indices, values
-        pre = torch.addmm(b_enc, x, W_enc)
-        indices = top_k(pre.abs() if absolute else pre, k)
-        return indices, pre.gather(1, indices)
+        found = []
+        for pre in _blocks(x, W_enc, b_enc):
+            indices = top_k(pre.abs() if absolute else pre, k)
+            found.append((indices, pre.gather(1, indices)))
+        indices, values = zip(*found, strict=True)
+        return torch.cat(indices), torch.cat(values)
 
 
 def choose_top_k_reference(
@@ -124,20 +145,21 @@ def choose_batch_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> tuple
     """
     with torch.no_grad():
         n = min(n, len(x) * len(b_enc))
-        if native.encoder(x, W_enc, b_enc):
-            few = x[:: max(1, len(x) // 64)]  # these tell about where the cut is
-            pre = torch.addmm(b_enc, few, W_enc).flatten()
-            for room in (1.2, 2.0, 4.0, math.inf):
-                wanted = math.ceil(room * n * len(few) / len(x)) if room < math.inf else len(pre) + 1
-                least = pre.topk(wanted, sorted=False).values.min() if wanted <= len(pre) else pre.new_tensor(-math.inf)
-                indices, values, offsets = choose_above(x, W_enc, b_enc, least.repeat(len(b_enc)))
-                if len(values) >= n:  # all above the cut are there, so the best n of them are those of the batch
-                    break
-            best = values.topk(n, sorted=False).indices.sort().values
-            return indices[best], values[best], _offsets(rows_of(indices, offsets)[best], len(x))
-        pre = torch.addmm(b_enc, x, W_enc)
-        flat = pre.flatten().topk(n, sorted=False).indices.sort().values
-        return flat % len(b_enc), pre.flatten()[flat], _offsets(flat // len(b_enc), len(x))
+        if x.device.type != "cpu":  # elsewhere a look at the number found would make the device wait
+            pre = torch.addmm(b_enc, x, W_enc)
+            flat = pre.flatten().topk(n, sorted=False).indices.sort().values
+            return flat % len(b_enc), pre.flatten()[flat], _offsets(flat // len(b_enc), len(x))
+        few = x[:: max(1, len(x) // 64)]  # these tell about where the cut is
+        pre = torch.addmm(b_enc, few, W_enc).flatten()
+        wanted = 1.2 * n * len(few) / len(x)
+        while True:
+            least = pre.topk(math.ceil(wanted), sorted=False).values.min() if wanted <= len(pre) else -math.inf
+            indices, values, offsets = choose_above(x, W_enc, b_enc, torch.full_like(b_enc, least))
+            if len(values) >= n:  # all above the cut are there, so the best n of them are those of the batch
+                break
+            wanted *= 2
+        best = values.topk(n, sorted=False).indices.sort().values
+        return indices[best], values[best], _offsets(rows_of(indices, offsets)[best], len(x))
 
 
 def choose_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,9 +170,13 @@ def choose_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> 
     with torch.no_grad():
         if ops := native.encoder(x, W_enc, b_enc, threshold):
             return ops.encode_above(x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), threshold.contiguous())
-        pre = torch.addmm(b_enc, x, W_enc)
-        rows, indices = (pre > threshold).nonzero(as_tuple=True)
-        return indices, pre[rows, indices], _offsets(rows, len(x))
+        found, start = [], 0
+        for pre in _blocks(x, W_enc, b_enc):
+            rows, indices = (pre > threshold).nonzero(as_tuple=True)
+            found.append((indices, pre[rows, indices], rows + start))
+            start += len(pre)
+        indices, values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return indices, values, _offsets(rows, len(x))
 
 
 def choose_above_if_few(
@@ -243,7 +269,7 @@ class _Gather(torch.autograd.Function):
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
             grad_b = grad.new_zeros(n_latents).index_add_(0, indices.reshape(-1), grad.reshape(-1))
         if ctx.needs_input_grad[1]:
-            grad_centre = -_combine(grad_b, W_enc.t())  # of the sum over tokens, which is cheaper than the sum of theirs
+            grad_centre = -_combine(grad_b, W_enc.t())  # of the tokens' sum: cheaper than all of theirs
         return grad_x, grad_centre, grad_W, grad_b, None, None, None
 
 
@@ -317,7 +343,9 @@ def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Sums in float64: per token |x|^2, |y|^2, x.y and |x - y|^2 as (4, B), and x over tokens (D,). x, y (B, D)."""
     if ops := native.ops(x, y):
         return ops.moments(x.contiguous(), y.contiguous())
-    return moments_reference(x, y)
+    norms = (torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in (x, y, x - y))
+    x2, y2, e2 = (norm.square() for norm in norms)  # no float64 copy of x or y is made
+    return torch.stack([x2, y2, (x2 + y2 - e2) / 2, e2]), x.sum(0, dtype=torch.float64)
 
 
 def moments_reference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

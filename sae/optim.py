@@ -54,7 +54,7 @@ def clip_gradients_(params: list[nn.Parameter], most: float) -> Tensor:
 
 
 def _lay_alike(p: Tensor) -> None:
-    """Give the gradient the memory layout of its parameter."""
+    """Give the gradient the memory layout of its parameter: torch's fused Adam on CPUs mixes up two different ones."""
     if p.grad is not None and p.grad.stride() != p.stride():
         p.grad = torch.empty_like(p).copy_(p.grad)
 
@@ -69,6 +69,9 @@ class Adam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                _lay_alike(p)
         ops = self.native() if closure is None else None
         return super().step(closure) if ops is None else self.descend(ops)
 
@@ -79,7 +82,6 @@ class Adam(torch.optim.Adam):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                _lay_alike(p)
                 state = self.state[p]
                 if not state:
                     state |= {

@@ -148,6 +148,21 @@ def test_top_k_with_ties_negatives_and_all():
     assert kernels.top_k(pre, 4).sort(1).values.tolist() == [[0, 1, 2, 3]] * 2
 
 
+@pytest.mark.parametrize("how", ["plain", "ties", "all negative", "not finite"])
+def test_top_k_by_groups_finds_what_sorting_finds(how):
+    pre = torch.randn(20, 1024, generator=torch.Generator().manual_seed(0))
+    if how == "ties":
+        pre = pre.round()
+    if how == "all negative":
+        pre = -pre.abs() - 1
+    if how == "not finite":
+        pre[3, 5], pre[4, 7] = torch.inf, -torch.inf
+    picked = kernels.top_k(pre, 16)
+    assert all(len(set(row)) == 16 for row in picked.tolist())
+    want = pre.sort(1, descending=True).values[:, :16]
+    assert torch.equal(pre.gather(1, picked).sort(1, descending=True).values, want)
+
+
 def test_codes_count_only_what_is_active():
     sparse = Codes(torch.tensor([[2, 0], [1, 2]]), torch.tensor([[1.5, 0.0], [2.0, -1.0]]))
     dense = Codes(None, sparse.dense(4))
