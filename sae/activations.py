@@ -19,6 +19,7 @@ from sae import hooks, log
 from sae.config import UserError
 from sae.formats import read_safetensors, write_safetensors
 from sae.language_model import LanguageModel
+from sae.stopwatch import Stopwatch
 from sae.tokens import HOLD_OUT, PIECE_CHARS, TokenRows, kept_positions
 
 Acts = dict[str, Tensor]  # hookpoint -> (tokens, D)
@@ -52,6 +53,7 @@ class ModelSource:
         self.model_batch_size = model_batch_size
         self.skip_first, self.exclude_tokens = skip_first, tuple(exclude_tokens)
         self.widths = lm.widths(self.hookpoints)
+        self.watch = Stopwatch(lm.device)  # of the forwards
 
     def kept(self, ids: Tensor, valid: Tensor) -> Tensor:
         """(N, T) bool: the positions that train and count."""
@@ -71,7 +73,8 @@ class ModelSource:
             if not keep.any():
                 continue
             at = keep.flatten().nonzero()[:, 0]  # found on the CPU: masks on a GPU make it wait
-            hidden = self.lm.hidden(ids, valid, self.hookpoints)
+            with self.watch:
+                hidden = self.lm.hidden(ids, valid, self.hookpoints)
             acts = {name: x.flatten(0, 1)[at.to(x.device)].float() for name, x in hidden.items()}
             first = self.rows.n_rows - len(ids)
             return acts, (torch.arange(len(ids)) + first)[:, None].expand_as(keep)[keep]

@@ -19,11 +19,6 @@ from sae.kernels import Codes
 from sae.schedules import n_latents, target_l0
 
 Kind = TypeVar("Kind", bound="SAE")
-import os
-
-AUX_EVERY = int(
-    os.environ.get("AUXE", "4")
-)  # one in so many tokens of a batch is what AuxK learns from: as many dead latents live again (dev/LOG.md)
 LN_EPS = 1e-5  # added to the standard deviation, as OpenAI and SAELens do
 
 
@@ -221,8 +216,6 @@ class SAE(nn.Module):
         nothing is dead or nothing is left to explain; never NaN.
         """
         n_dead = int(dead.sum()) if n_dead is None else n_dead
-        x, x_hat = x[::AUX_EVERY], out.x_hat[::AUX_EVERY].detach()
-        left = (x if y is None else y[::AUX_EVERY]) - x_hat
         k = min(self.config.k, self.d_sae)
         ids = dead.to(torch.uint8).topk(max(1, min(n_dead, self.d_sae))).indices  # n_dead may be of some steps ago
         centred = self._held_centre(x)
@@ -232,6 +225,7 @@ class SAE(nn.Module):
             indices = ids[among]
         pre = kernels.gather_pre(centred, self.W_enc, self._encoder_bias(), values, indices)
         values = (pre if self.signed else pre.relu()) * dead[indices]
+        left = ((x if y is None else y) - out.x_hat).detach()
         error = kernels.squared_error(left, kernels.decode(indices, values, self.W_dec)).mean()
         share = (dead.sum() / k).clamp(max=1.0)
         energy = left.square().sum(-1).mean() if residual is None else torch.as_tensor(residual, device=x.device)

@@ -26,10 +26,11 @@ from torch import Tensor
 from sae import config as cfg
 from sae import formats, log, native
 from sae import schedules as sched
-from sae.activations import Acts, Stream, TensorSource, check_finite
+from sae.activations import Acts, ModelSource, Stream, TensorSource, check_finite
 from sae.config import VERSION, SAEConfig, UserError
 from sae.learner import Learner
 from sae.models import SAE, create_sae
+from sae.stopwatch import Stopwatch
 
 KEPT_CHECKPOINTS = 2
 
@@ -100,6 +101,7 @@ class SAETrainer:
                     f"activations are {given[0]} wide and the SAE reads {one.d_in}; set d_in={given[0]}"
                     + (f" and d_out={given[1]}" if one.config.transcode else "")
                 )
+        self.watch = Stopwatch(self.device)  # of the SAEs' steps
         self.step = 0
         self.last: dict[str, dict[str, float]] = {}  # the latest metrics of every SAE
         self.train_losses: list[dict[str, float]] = []
@@ -152,11 +154,28 @@ class SAETrainer:
             self.stream = self._stream(num_epochs)
             for learner in self.learners.values():
                 learner.n_steps = self.stream.n_batches
+        started, given = time.perf_counter(), self.stream.n_given
         if self.step == 0:
             self._begin_run()
         path = self.save_dir / "metrics.jsonl" if self.save_dir is not None else None
         with log.MetricLog(path, resume_step=self.step, wandb=self.wandb) as metric_log:
-            return self._loop(metric_log, verbose)
+            metrics = self._loop(metric_log, verbose)
+        if verbose and self.stream.n_given > given:
+            log.say(self._pace(self.stream.n_given - given, time.perf_counter() - started))
+        return metrics
+
+    def _pace(self, n_tokens: int, seconds: float) -> str:
+        """How quick a run was, and how near to what it cannot do without: the forwards and the steps alone, one after
+        the other on one device, side by side on two."""
+        steps, forwards = self.watch.seconds(), 0.0
+        source = self.stream.source
+        if isinstance(source, ModelSource):
+            forwards = source.watch.seconds()
+        apart = isinstance(source, ModelSource) and source.lm.device != self.device
+        share = (max(steps, forwards) if apart else steps + forwards) / seconds
+        parts = f"forwards {forwards:.1f} s, steps" if forwards else "steps"
+        rate = f"{n_tokens / seconds:,.0f} tokens/s, {share:.0%} of the bound"
+        return f"{rate} ({parts} {steps:.1f} s of {seconds:.1f} s)"
 
     def _loop(self, metric_log: log.MetricLog, verbose: bool) -> dict[str, float]:
         c, n_steps = self.config, self.stream.n_batches
@@ -167,7 +186,8 @@ class SAETrainer:
 
         while self.step < n_steps:
             batch = next(self.stream)
-            self._step(batch)
+            with self.watch:
+                self._step(batch)
             self.step += 1
             bar.update(self.stream.batch_size)
 

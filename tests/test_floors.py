@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    "flags": 0, "native": 0,
+    "flags": 0, "native": 0, "stopwatch": 0,
     "config": 1, "kernels": 1,
     "log": 2, "schedules": 2,
     "distributed": 3, "hooks": 3, "base": 3, "tokenizers": 3,
