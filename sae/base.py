@@ -43,6 +43,16 @@ class Losses(NamedTuple):
     aux: Tensor
 
 
+class Spare(NamedTuple):
+    """Copies of the weights of some latents ids (n,), leaves of the graph of AuxK, so that its gradients cost n rows
+    and not F: of the encoder (n, D) with biases (n,), and of the decoder (n, D_out)."""
+
+    ids: Tensor
+    encoder: Tensor
+    bias: Tensor
+    decoder: Tensor
+
+
 class SAE(nn.Module):
     """A sparse autoencoder: x_hat = f(x) @ W_dec + b_dec, with f sparse and computed from x - b_dec.
 
@@ -181,16 +191,16 @@ class SAE(nn.Module):
 
     def loss(
         self, x: Tensor, out: Output, *, variance: float | Tensor, y: Tensor | None = None, recon_weight: float = 1.0,
-        sparsity: float | Tensor = 0.0, p: float = 1.0, dead: Tensor | None = None, n_dead: int | None = None,
-        residual: float | Tensor | None = None, whole: Tensor | None = None,
+        sparsity: float | Tensor = 0.0, p: float = 1.0, dead: Tensor | None = None,
+        residual: float | Tensor | None = None, whole: Tensor | None = None, spare: Spare | None = None,
     ) -> Losses:  # fmt: skip
         """Means over the tokens of x (B, D), so that averaging micro-batches gives the whole batch's gradient.
 
         y: a transcoder's target (B, D_out). variance: mean ||y - mean y||^2, which makes the reconstruction loss a
         fraction of variance unexplained and keeps one sparsity weight good at every scale; p: exponent of the L1
-        penalty. dead (F,) bool switches AuxK on; n_dead, if known, is about how many those are, and saves work where
-        they are few; residual: mean ||y - x_hat||^2 that AuxK is measured against (default: this batch's); whole: what
-        `survey` said of the batch that x is a part of.
+        penalty. dead (F,) bool switches AuxK on; spare, if given, holds those latents, and their gradients of it;
+        residual: mean ||y - x_hat||^2 that AuxK is measured against (default: this batch's); whole: what `survey` said
+        of the batch that x is a part of.
         """
         target = x if y is None else y
         error = kernels.squared_error(target, out.x_hat).mean()
@@ -200,36 +210,49 @@ class SAE(nn.Module):
         aux = out.x_hat.new_zeros(())
         total = recon_weight * (reconstruction + extra) + sparsity * penalty
         if dead is not None and self.uses_auxk and self.config.auxk_alpha > 0:
-            aux = self.dead_loss(x, out, dead, y=y, n_dead=n_dead, residual=residual)
+            aux = self.dead_loss(x, out, dead, y=y, residual=residual, spare=spare)
             total = total + self.config.auxk_alpha * aux
         return Losses(total, error, reconstruction, extra, penalty, aux)
 
     def dead_loss(
-        self, x: Tensor, out: Output, dead: Tensor, *, y: Tensor | None = None, n_dead: int | None = None,
-        residual: float | Tensor | None = None,
+        self, x: Tensor, out: Output, dead: Tensor, *, y: Tensor | None = None,
+        residual: float | Tensor | None = None, spare: Spare | None = None,
     ) -> Tensor:  # fmt: skip
         """AuxK: let dead latents explain the residual (Gao et al. 2024, A.2, arxiv.org/abs/2406.04093).
 
         dead (F,) bool. The k largest dead pre-activations of each token rebuild e = y - x_hat, which is held constant;
         b_dec is in x_hat already and is not added again. (Of D/2, as there, each learns a little of everything and
-        wins nowhere: dev/LOG.md.) Returns error over residual energy, 0 when
-        nothing is dead or nothing is left to explain; never NaN.
+        wins nowhere: dev/LOG.md.) Returns error over residual energy, 0 when nothing is dead or nothing is left to
+        explain; never NaN.
         """
-        n_dead = int(dead.sum()) if n_dead is None else n_dead
         k = min(self.config.k, self.d_sae)
-        ids = dead.to(torch.uint8).topk(max(1, min(n_dead, self.d_sae))).indices  # n_dead may be of some steps ago
+        ids, encoder, bias, decoder = spare or self.weights_of(dead, max(1, int(dead.sum())))
         centred = self._held_centre(x)
-        with torch.no_grad():
-            W, b = self.W_enc[:, ids], self._encoder_bias()[ids]
-            among, values = kernels.choose_top_k(centred, W, b, min(k, len(ids)), absolute=self.signed)
-            indices = ids[among]
-        pre = kernels.gather_pre(centred, self.W_enc, self._encoder_bias(), values, indices)
-        values = (pre if self.signed else pre.relu()) * dead[indices]
+        some = max(1, min(k, len(ids) // 4))  # of few, a token takes fewer: all of them would learn the same
+        indices, values = kernels.choose_top_k(centred, encoder.t(), bias, some, absolute=self.signed)
+        pre = kernels.gather_pre(centred, encoder.t(), bias, values, indices)
+        values = (pre if self.signed else pre.relu()) * dead[ids][indices]
         left = ((x if y is None else y) - out.x_hat).detach()
-        error = kernels.squared_error(left, kernels.decode(indices, values, self.W_dec)).mean()
+        error = kernels.squared_error(left, kernels.decode(indices, values, decoder)).mean()
         share = (dead.sum() / k).clamp(max=1.0)
         energy = left.square().sum(-1).mean() if residual is None else torch.as_tensor(residual, device=x.device)
         return torch.where((share > 0) & (energy > 0), share * error / energy.clamp(min=1e-30), 0.0)
+
+    def weights_of(self, latents: Tensor, n: int) -> Spare:
+        """Those of the latents marked (F,) bool; of n, whether or not that is how many are marked."""
+        ids = latents.to(torch.uint8).topk(min(n, self.d_sae)).indices
+        return Spare(ids, self.W_enc.t()[ids], self._encoder_bias()[ids], self.W_dec[ids])
+
+    @torch.no_grad()
+    def add_gradients_(self, spare: Spare) -> None:
+        """Add the gradients of AuxK's copies of weights to those of the weights themselves, after all backwards."""
+        W_dec, b_enc = self.W_dec.grad, self._encoder_bias().grad
+        W_enc = W_dec if self.config.tied else self.W_enc.grad
+        assert W_dec is not None and W_enc is not None and b_enc is not None  # the reconstruction reaches all of them
+        rows_in = W_dec if self.config.tied else W_enc.t()
+        for grad, rows in ((W_dec, spare.decoder), (rows_in, spare.encoder), (b_enc, spare.bias)):
+            if rows.grad is not None:
+                grad.index_add_(0, spare.ids, rows.grad)
 
     def _encoder_bias(self) -> Tensor:
         return self.b_enc

@@ -153,7 +153,8 @@ def choose_batch_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> tuple
         pre = torch.addmm(b_enc, few, W_enc).flatten()
         wanted = 1.2 * n * len(few) / len(x)
         while True:
-            least = pre.topk(math.ceil(wanted), sorted=False).values.min() if wanted <= len(pre) else -math.inf
+            all_of_them = wanted > len(pre)
+            least = -math.inf if all_of_them else float(pre.topk(math.ceil(wanted), sorted=False).values.min())
             indices, values, offsets = choose_above(x, W_enc, b_enc, torch.full_like(b_enc, least))
             if len(values) >= n:  # all above the cut are there, so the best n of them are those of the batch
                 break
@@ -268,7 +269,7 @@ class _Gather(torch.autograd.Function):
             grad_W = _sum_by_latent(indices, offsets, grad, x, n_latents).t()
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
             grad_b = grad.new_zeros(n_latents).index_add_(0, indices.reshape(-1), grad.reshape(-1))
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and grad_b is not None:
             grad_centre = -_combine(grad_b, W_enc.t())  # of the tokens' sum: cheaper than all of theirs
         return grad_x, grad_centre, grad_W, grad_b, None, None, None
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from sae import kernels
 from sae import schedules as sched
 from sae.activations import Acts, check_finite
-from sae.base import SAE, Losses, Output, layer_norm
+from sae.base import SAE, Losses, Output, Spare, layer_norm
 from sae.config import SAEConfig, UserError
 from sae.evaluator import Totals, reconstruct
 from sae.optim import Optimizer
@@ -37,6 +37,7 @@ class Terms(NamedTuple):
     sparsity: Tensor
     variance: Tensor
     dead: Tensor | None
+    spare: Spare | None
     residual: Tensor | None
     whole: Tensor | None
 
@@ -84,6 +85,7 @@ class Learner:
         self.n_dead = 0  # as last read by the log: AuxK is computed only where something was dead
         self.best_val_loss = math.inf
         self.pending: tuple[Output, Tensor | None] | None = None
+        self.spare: Spare | None = None  # what AuxK learns in this step
         self.counts = StepCounts(F, device)
         self.new_window()
 
@@ -171,13 +173,21 @@ class Learner:
         ramp = sched.sparsity_at(step, c, self.n_steps) if sched.target_l0(c) is None else 1.0
         sparsity = ramp * self.log_weight.exp()
         own_variance = c.loss_fn == "fvu"
+        dead = self.is_dead() if self.n_dead and self.sae.uses_auxk and c.auxk_alpha > 0 else None
+        self.spare = self._copies(dead) if dead is not None else None
         return Terms(
             k=k, p=sched.p_at(step, c, self.n_steps), sparsity=sparsity,
             variance=kernels.variance(target) if own_variance else torch.tensor(self.variance, device=self.device),
-            dead=self.is_dead() if self.n_dead and self.sae.uses_auxk else None,
+            dead=dead, spare=self.spare,
             residual=torch.where(self.residual > 0, self.residual, 1.0) if self.n_updates else None,
             whole=self.sae.survey(parts, k) if len(parts) > 1 else None,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def _copies(self, dead: Tensor) -> Spare:
+        """Of the weights of dead latents, with gradients of their own."""
+        ids, *weights = self.sae.weights_of(dead, self.n_dead)
+        return Spare(ids, *(w.requires_grad_() for w in weights))
 
     def forward(self, x: Tensor, y: Tensor | None, terms: Terms) -> tuple[Output, Losses]:
         """Output and losses for (a part of) a batch of scaled activations."""
@@ -186,7 +196,7 @@ class Learner:
             out = self.sae(x, k=terms.k, whole=terms.whole)
             losses = self.sae.loss(
                 x, out, y=y, variance=terms.variance, sparsity=terms.sparsity, p=terms.p, dead=terms.dead,
-                n_dead=self.n_dead, residual=terms.residual, whole=terms.whole,
+                spare=terms.spare, residual=terms.residual, whole=terms.whole,
                 recon_weight=1.0 if c.loss_fn in ("fvu", "mse") else c.fvu_coefficient,
             )  # fmt: skip
         return out, losses
@@ -214,6 +224,9 @@ class Learner:
     def update(self, step: int) -> None:
         """One optimiser step on the gradients gathered, and all else that moves once per step."""
         c, sae = self.config, self.sae
+        if self.spare is not None:
+            sae.add_gradients_(self.spare)
+            self.spare = None
         norm = self.optimizer.step(sched.lr_at(step, c, self.n_steps), self.scaler)
         self.optimizer.zero_grad()
         if self.n_dead:

@@ -116,8 +116,9 @@ class Optimizer:
         only = self.parts[0]
         if scaler is None and isinstance(only, Adam) and (ops := only.native()):
             return self._fused_step(only, ops)
-        for part in self.parts if scaler is not None else ():
-            scaler.unscale_(part)
+        if scaler is not None:
+            for part in self.parts:
+                scaler.unscale_(part)
         self.sae.project_gradient_()
         norm = clip_gradients_(list(self.sae.parameters()), self.most)
         for part in self.parts:

@@ -311,3 +311,30 @@ def test_dead_jumprelu_latents_fire_again():
     before = learner.sae.threshold.clone()
     learner.sae.revive_(torch.arange(64) < 10)
     assert (learner.sae.threshold < before).nonzero()[:, 0].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("how", [{}, {"tied": True}, {"transcode": True}, {"activation": "batchtopk"}])
+def test_auxk_through_copies_of_the_dead_gives_the_gradient_of_the_whole(how):
+    c = SAEConfig(d_in=12, d_sae=48, k=4, **how)
+    learner = Learner(create_sae(c), c, 100, torch.device("cpu"))
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    acts = {"": x, "@in": x.flip(1)}
+    learner.start_from(acts)
+    with torch.no_grad():
+        learner.sae.W_dec[:] = torch.randn(48, 12, generator=torch.Generator().manual_seed(1))
+    learner.tokens_since_fired[:20] = learner.dead_after + 1
+    dead = learner.is_dead()
+    assert int(dead.sum()) == 20
+    learner.n_dead = 20
+
+    x_in, y = learner.normalise(acts[learner.reads], acts[""])
+    losses = learner.forward(x_in, y, learner.terms(0, x_in if y is None else y, [x_in])._replace(spare=None))[1]
+    assert losses.aux.detach() > 0
+    losses.total.backward()
+    want = {name: p.grad.clone() for name, p in learner.sae.named_parameters()}
+    learner.sae.zero_grad()
+    learner.learn(acts, 0)
+    learner.sae.add_gradients_(learner.spare)
+    for name, p in learner.sae.named_parameters():
+        torch.testing.assert_close(p.grad, want[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert float(want["b_enc"][:20].abs().sum()) > 0
