@@ -28,7 +28,7 @@ from sae.trainer import git_commit
 RESULTS = Path(__file__).resolve().parent / "results" / "bench_quality.json"
 SECONDS = {"S": 24.0, "M": 120.0}
 N_TOKENS = 2**18 + 4096  # the last ones are held out
-LEARNING_RATES = (1e-3, 3e-3, 6e-3)
+LEARNING_RATES = (1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
 SHARES = (1 / 24, 1 / 16, 1 / 10, 1 / 7, 1 / 5, 1 / 4, 1 / 3)
 PEER = {"library": "eai-sparsify", "optimizer": "adam"}
 OURS = {"library": "nanosae", "kernels": "auto"}

@@ -9,6 +9,7 @@ benchmarks/results/bench_scaling.json and .png.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -86,6 +87,7 @@ def memory(shape: str, path: str) -> dict[str, float]:
     native.keep_memory()
     Case(B=64, D=32, F=256, K=2).take_step()  # loads all code
     x = data(D, B)
+    ctypes.CDLL(None).malloc_trim(0)  # what was used and is free must not hide what a step takes
     before = resident()[0]
     c = SAEConfig(d_in=D, d_sae=F, k=K, batch_size=B)
     learner = Learner(create_sae(c), c, 1000, torch.device("cpu"))

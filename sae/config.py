@@ -113,6 +113,9 @@ class SAEConfig:
     b_dec_init: Literal["mean", "geometric_median", "zeros"] = knob("mean", "what the decoder bias starts at")
     scale_encoder: bool = knob(False, "scale the encoder at the start so that reconstructions have the data's size")
     optimizer: Literal["adam", "adam8bit", "muon", "signum", "sgd"] = knob("adam", "optimiser", sweep=True)
+    optimizer_dtype: Literal["float32", "bfloat16"] = knob(
+        "float32", "what Adam keeps its moments in; bfloat16 halves them, and is rounded at random"
+    )
     learning_rate: float | None = knob(
         None, "peak step size (default: by optimiser, falls as 1/sqrt(d_sae))", alias=("lr",), sweep=True
     )
@@ -188,6 +191,11 @@ class SAEConfig:
 
     def _check_combinations(self) -> None:
         forbid = lambda bad, message: require(not bad, message)
+        forbid(
+            self.optimizer_dtype != "float32"
+            and (self.optimizer != "adam" or self.weight_decay > 0 or self.dtype == "float16"),
+            "--optimizer_dtype bfloat16 is for --optimizer adam without --weight_decay or --dtype float16; drop one",
+        )
         forbid(
             self.tied and self.transcode, "--tied shares one matrix between spaces that differ; drop it or --transcode"
         )

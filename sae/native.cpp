@@ -723,17 +723,72 @@ double squares(const Tensor& grad, const c10::optional<Tensor>& W) {
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
+// Adam's moments, in float32, or in bfloat16 rounded up or down at random in proportion to what is near: a small change
+// of a large number then still counts, on average, where rounding to the nearest would lose it every time.
+struct Exact {
+  float* data;
+  float get(int64_t i) const { return data[i]; }
+  void set(int64_t i, float value, uint32_t) const { data[i] = value; }
+};
+
+struct Half {
+  uint16_t* data;
+  float get(int64_t i) const {
+    const uint32_t bits = (uint32_t)data[i] << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+  void set(int64_t i, float value, uint32_t random) const {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    data[i] = (uint16_t)((bits + (random & 0xFFFF)) >> 16);
+  }
+};
+
+inline uint32_t scramble(uint32_t x) {  // of a counter
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
 struct Adam {
   float rate, b1, b2, c1, c2, per_root, eps, scale;
+  uint32_t seed;
 
-  void step(float* w, const float* g, float* m, float* v, int64_t n, const float* along, float by) const {
+  template <class Moment>
+  void step(float* w, const float* g, Moment m, Moment v, int64_t from, int64_t n, const float* along, float by) const {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
       const float grad = scale * (g[i] - by * along[i]);
-      m[i] = b1 * m[i] + c1 * grad;
-      v[i] = b2 * v[i] + c2 * grad * grad;
-      w[i] -= rate * m[i] / (std::sqrt(v[i]) * per_root + eps);
+      const uint32_t random = scramble(seed + (uint32_t)(from + i));
+      const float first = b1 * m.get(from + i) + c1 * grad, second = b2 * v.get(from + i) + c2 * grad * grad;
+      m.set(from + i, first, random);
+      v.set(from + i, second, random >> 16);
+      w[i] -= rate * first / (std::sqrt(second) * per_root + eps);
     }
+  }
+
+  template <class Moment>
+  void run(Tensor& p, const Tensor& grad, Moment m, Moment v, bool unit_rows) const {
+    float* w = p.mutable_data_ptr<float>();
+    const float* g = grad.const_data_ptr<float>();
+    if (!unit_rows) {
+      at::parallel_for(0, p.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+        step(w + begin, g + begin, m, v, begin, end - begin, g + begin, 0.f);
+      });
+      return;
+    }
+    const int64_t D = p.size(1);
+    at::parallel_for(0, p.size(0), 64, [&](int64_t begin, int64_t end) {
+      for (int64_t f = begin; f < end; f++) {
+        float* row = w + f * D;
+        const float by = dot(g + f * D, row, D) / std::max(dot(row, row, D), 1e-24f);
+        step(row, g + f * D, m, v, f * D, D, row, by);
+        const float unit = 1 / std::max(std::sqrt(dot(row, row, D)), 1e-12f);
+        for (int64_t d = 0; d < D; d++) row[d] *= unit;
+      }
+    });
   }
 };
 
@@ -746,27 +801,15 @@ void adam_(
   for (const Tensor& t : {grad, m, v})
     TORCH_CHECK(t.strides() == p.strides() && t.sizes() == p.sizes() && t.is_non_overlapping_and_dense());
   TORCH_CHECK(!unit_rows || (p.is_contiguous() && p.dim() == 2));
-  float *w = p.mutable_data_ptr<float>(), *first = m.mutable_data_ptr<float>(), *second = v.mutable_data_ptr<float>();
-  const float* g = grad.const_data_ptr<float>();
   const Adam adam{
       (float)(lr / (1 - std::pow(beta1, step))), (float)beta1, (float)beta2, (float)(1 - beta1), (float)(1 - beta2),
-      (float)(1 / std::sqrt(1 - std::pow(beta2, step))), (float)eps, (float)scale};
-  if (!unit_rows) {
-    at::parallel_for(0, p.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-      adam.step(w + begin, g + begin, first + begin, second + begin, end - begin, g + begin, 0.f);
-    });
-    return;
+      (float)(1 / std::sqrt(1 - std::pow(beta2, step))), (float)eps, (float)scale, (uint32_t)step * 0x9E3779B9u};
+  if (m.scalar_type() == at::kBFloat16) {
+    const auto bits = [](Tensor& t) { return Half{(uint16_t*)t.mutable_data_ptr<at::BFloat16>()}; };
+    adam.run(p, grad, bits(m), bits(v), unit_rows);
+  } else {
+    adam.run(p, grad, Exact{m.mutable_data_ptr<float>()}, Exact{v.mutable_data_ptr<float>()}, unit_rows);
   }
-  const int64_t D = p.size(1);
-  at::parallel_for(0, p.size(0), 64, [&](int64_t begin, int64_t end) {
-    for (int64_t f = begin; f < end; f++) {
-      float* row = w + f * D;
-      const float by = dot(g + f * D, row, D) / std::max(dot(row, row, D), 1e-24f);
-      adam.step(row, g + f * D, first + f * D, second + f * D, D, row, by);
-      const float unit = 1 / std::max(std::sqrt(dot(row, row, D)), 1e-12f);
-      for (int64_t d = 0; d < D; d++) row[d] *= unit;
-    }
-  });
 }
 
 }  // namespace

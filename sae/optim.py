@@ -17,6 +17,8 @@ from sae.base import SAE
 from sae.config import PENALISED, SAEConfig, UserError
 from sae.schedules import adam_betas, peak_lr
 
+ROWS = 2**22  # numbers taken in hand at a time
+
 
 class ScheduleFreeSignum(torch.optim.Optimizer):
     """Sign descent under schedule-free averaging (Defazio et al. 2024, arxiv.org/abs/2405.15682): no decay is needed.
@@ -60,7 +62,15 @@ def _lay_alike(p: Tensor) -> None:
 
 
 class Adam(torch.optim.Adam):
-    """torch's fused Adam, same states and same steps, which on CPUs copies transposed matrices; this does not."""
+    """torch's fused Adam, same states and same steps, which on CPUs copies transposed matrices; this does not.
+
+    moments: their dtype. In bfloat16 they are rounded up or down at random, in proportion to what is near, or small
+    changes of large moments would be lost every time.
+    """
+
+    def __init__(self, params: Any, *, moments: torch.dtype = torch.float32, **options: Any):
+        super().__init__(params, **options)
+        self.moments = moments
 
     def native(self) -> Any:
         """The compiled operations if they serve all parameters, else None."""
@@ -73,7 +83,9 @@ class Adam(torch.optim.Adam):
             for p in group["params"]:
                 _lay_alike(p)
         ops = self.native() if closure is None else None
-        return super().step(closure) if ops is None else self.descend(ops)
+        if ops is None and self.moments is torch.float32:
+            return super().step(closure)
+        return self.descend(ops)
 
     @torch.no_grad()
     def descend(self, ops: Any, scale: float = 1.0, unit: Tensor | None = None) -> None:
@@ -84,16 +96,39 @@ class Adam(torch.optim.Adam):
                     continue
                 state = self.state[p]
                 if not state:
-                    state |= {
-                        "step": torch.zeros(()),
-                        "exp_avg": torch.zeros_like(p),
-                        "exp_avg_sq": torch.zeros_like(p),
-                    }
+                    zeros = lambda p=p: torch.zeros_like(p, dtype=self.moments)
+                    state |= {"step": torch.zeros(()), "exp_avg": zeros(), "exp_avg_sq": zeros()}
                 state["step"] += 1
-                ops.adam_(
-                    p, p.grad, state["exp_avg"], state["exp_avg_sq"], int(state["step"]), group["lr"],
-                    *group["betas"], group["eps"], scale, p is unit,
-                )  # fmt: skip
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                settings = int(state["step"]), group["lr"], *group["betas"], group["eps"]
+                if ops is None:
+                    _rounded_adam_(p, *moments, *settings)
+                else:
+                    ops.adam_(p, p.grad, *moments, *settings, scale, p is unit)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """torch's gives every state its parameter's dtype."""
+        super().load_state_dict(state)
+        for one in self.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                one[name] = one[name].to(self.moments)
+
+
+def _rounded_adam_(
+    p: Tensor, m: Tensor, v: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float
+) -> None:  # fmt: skip
+    """Adam (Kingma & Ba 2015, algorithm 1) with moments in bfloat16, some rows at a time."""
+    assert p.grad is not None
+    generator = torch.Generator(p.device).manual_seed(step)
+    size = max(1, ROWS // max(1, p[0].numel())) if p.ndim else 1
+    for w, g, first, second in zip(*(t.split(size) for t in (p, p.grad, m, v)), strict=True):
+        new_first = first.float().lerp_(g, 1 - beta1)
+        new_second = second.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        root = (new_second / (1 - beta2**step)).sqrt_().add_(eps)
+        w.addcdiv_(new_first, root, value=-lr / (1 - beta1**step))
+        for kept, new in ((first, new_first), (second, new_second)):
+            random = torch.randint(0, 1 << 16, new.shape, generator=generator, device=new.device, dtype=torch.int32)
+            kept.copy_((new.view(torch.int32) + random).bitwise_and_(-1 << 16).view(torch.float32))
 
 
 class Optimizer:
@@ -185,9 +220,12 @@ def _adam(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[An
 def _adam_over(
     params: dict[str, nn.Parameter], c: SAEConfig, n_steps: int, device: torch.device
 ) -> torch.optim.Optimizer:
-    kind = torch.optim.AdamW if c.weight_decay else Adam
     fused = device.type in ("cpu", "cuda")  # one pass over memory, where torch has it
-    return kind(_groups(params, c), lr=peak_lr(c), betas=adam_betas(n_steps), fused=fused, weight_decay=c.weight_decay)
+    groups = _groups(params, c)
+    settings: dict[str, Any] = {"lr": peak_lr(c), "betas": adam_betas(n_steps), "fused": fused}
+    if c.weight_decay:
+        return torch.optim.AdamW(groups, weight_decay=c.weight_decay, **settings)
+    return Adam(groups, moments=getattr(torch, c.optimizer_dtype), **settings)
 
 
 def _groups(params: dict[str, nn.Parameter], c: SAEConfig) -> list[dict[str, Any]]:
