@@ -167,6 +167,44 @@ def steps() -> str:
     return "\n".join(lines)
 
 
+def time_to_quality() -> str:
+    """How soon nanoSAE is as good as sparsify after its time."""
+    result = load("bench_quality")
+    lines = ["| | peak step size | sparsify with Adam | nanoSAE | share of its time |", "|---|---|---|---|---|"]
+    for s in result["shapes"].values():
+        for row, share in zip(s["rows"], s["share_at_equal_lr"], strict=True):
+            peer = row["sparsify"]
+            ours = next((r for r in row["nanosae"] if r["fvu"] <= peer["fvu"]), row["nanosae"][-1])
+            cells = (
+                f"D={s['D']} F={s['F']} k={s['K']}", f"{row['lr']:g}", f"{peer['fvu']:.4f} after {peer['seconds']:.0f} s",
+                f"{ours['fvu']:.4f} after {ours['seconds']:.1f} s", "not reached" if share is None else f"{share:.2f}",
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    best = ", ".join(f"{s['share_at_best_lr']:.2f}" for s in result["shapes"].values() if s["share_at_best_lr"])
+    about = result["about"]
+    lines += ["", f"(both at their best step size: {best} of its time; {about['cores']} {about['machine']} cores, "
+              f"{about['date']})"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def scaling() -> str:
+    """What a step's time and memory grow with."""
+    r = load("bench_scaling")
+    base, grows, memory = r["base"], r["grows"], r["memory"]
+    slopes = ", ".join(f"{name} {found['slope']:.2f}" for name, found in grows.items())
+    auxk = " and ".join(
+        f"{value - 1:.0%} with {float(share):.0%} of the latents dead" for share, value in r["auxk"].items()
+    )
+    peaks = ", ".join(f"{name.split()[0]} {m['peak_mib'] / m['needed_mib']:.2f}" for name, m in memory.items()
+                      if name.endswith("auto"))  # fmt: skip
+    return (
+        f"Around D={base['D']} F={base['F']} k={base['K']}, batch {base['B']}: the time of a step grows with the power "
+        f"{slopes}; AuxK adds {auxk}; twice as many latents per token add {r['k_doubled'] - 1:.0%}. Peak memory of a step "
+        f"over weights, gradients, optimiser, inputs and a block of pre-activations: {peaks}. Plot: "
+        f"benchmarks/results/bench_scaling.png ({r['about']['date']})."
+    )
+
+
 def samples() -> str:
     """What the embedded model writes."""
     return "\n\n".join(f"`{r['command']}`:\n\n~~~\n{r['text']}\n~~~" for r in load("pygpt")["samples"])
@@ -181,6 +219,8 @@ TABLES = {
     "peers": peers,
     "sweep": sweep,
     "steps": steps,
+    "time_to_quality": time_to_quality,
+    "scaling": scaling,
     "flags": lambda: flags(TrainConfig),
 }
 

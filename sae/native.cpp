@@ -15,6 +15,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -479,6 +480,11 @@ struct Encoder {
   }
 };
 
+std::atomic<int64_t> n_encoded{0}, n_again{0};
+
+// Tokens that encode_top_k has seen in this process, and those of them that took two attempts
+std::tuple<int64_t, int64_t> looks() { return {n_encoded, n_again}; }
+
 // x (B, D), W (F, D), b (F,) -> indices (B, k), values (B, k) = (x @ W^T + b) there, tokens that took two attempts
 std::tuple<Tensor, Tensor, int64_t> encode_top_k(const Tensor& x, const Tensor& W, const Tensor& b, int64_t k, bool absolute) {
   TORCH_CHECK(k >= 1 && k <= W.size(0));
@@ -488,6 +494,7 @@ std::tuple<Tensor, Tensor, int64_t> encode_top_k(const Tensor& x, const Tensor& 
   e.k = k, e.absolute = absolute;
   e.indices = indices.mutable_data_ptr<int64_t>(), e.values = values.mutable_data_ptr<float>();
   const int64_t again = e.all_tokens();
+  n_encoded += x.size(0), n_again += again;
   return {indices, values, again};
 }
 
@@ -817,6 +824,7 @@ void adam_(
 TORCH_LIBRARY(nanosae, m) {
 #if defined(__AVX512BW__) || defined(__AVX2__)  // elsewhere torch's float32 product is quicker
   m.def("encode_top_k(Tensor x, Tensor W, Tensor b, int k, bool absolute) -> (Tensor, Tensor, int)");
+  m.def("looks() -> (int, int)", looks);
   m.def("encode_above(Tensor x, Tensor W, Tensor b, Tensor floor) -> (Tensor, Tensor, Tensor)");
 #endif
   m.def("sum_by_latent(Tensor indices, Tensor? offsets, Tensor values, Tensor x, int n_latents) -> Tensor");

@@ -45,6 +45,13 @@ def status() -> str:
     return "plain torch, as asked" if not enabled else _compiled()[1]
 
 
+def second_looks() -> float:
+    """The share of tokens so far whose largest latents were not proven at the first attempt, and were found again."""
+    compiled = _compiled()[0] if enabled and ready() else None
+    seen, again = compiled.looks() if compiled is not None and hasattr(compiled, "looks") else (0, 0)
+    return again / seen if seen else 0.0
+
+
 def keep_memory() -> None:
     """Let freed memory stay with this process: glibc hands back every large tensor, and pages the next one in."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

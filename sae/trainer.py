@@ -175,7 +175,9 @@ class SAETrainer:
         share = (max(steps, forwards) if apart else steps + forwards) / seconds
         parts = f"forwards {forwards:.1f} s, steps" if forwards else "steps"
         rate = f"{n_tokens / seconds:,.0f} tokens/s, {share:.0%} of the bound"
-        return f"{rate} ({parts} {steps:.1f} s of {seconds:.1f} s)"
+        twice = native.second_looks()
+        looks = f"; {twice:.1%} of tokens were encoded twice, for proof" if twice else ""
+        return f"{rate} ({parts} {steps:.1f} s of {seconds:.1f} s){looks}"
 
     def _loop(self, metric_log: log.MetricLog, verbose: bool) -> dict[str, float]:
         c, n_steps = self.config, self.stream.n_batches

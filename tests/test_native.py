@@ -132,8 +132,11 @@ def test_a_token_that_is_not_finite_spoils_no_other():
 @needs_compiler
 def test_second_looks_are_rare_where_tokens_are_alike(encoder):
     x, W, b = randn(2000, 64), randn(1000, 64).t(), randn(1000)
+    before = encoder.looks()
     _, _, again = encoder.encode_top_k(x, W.t(), b, 16, False)
     assert again < 200  # of 2000 tokens
+    assert [a - b for a, b in zip(encoder.looks(), before, strict=True)] == [2000, again]
+    assert 0 <= native.second_looks() < 1
 
 
 @needs_compiler
