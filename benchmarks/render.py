@@ -176,7 +176,8 @@ def time_to_quality() -> str:
             peer = row["sparsify"]
             ours = next((r for r in row["nanosae"] if r["fvu"] <= peer["fvu"]), row["nanosae"][-1])
             cells = (
-                f"D={s['D']} F={s['F']} k={s['K']}", f"{row['lr']:g}", f"{peer['fvu']:.4f} after {peer['seconds']:.0f} s",
+                f"D={s['D']} F={s['F']} k={s['K']}", f"{row['lr']:g}",
+                f"{peer['fvu']:.4f} after {peer['seconds']:.0f} s",
                 f"{ours['fvu']:.4f} after {ours['seconds']:.1f} s", "not reached" if share is None else f"{share:.2f}",
             )  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
@@ -199,8 +200,8 @@ def scaling() -> str:
                       if name.endswith("auto"))  # fmt: skip
     return (
         f"Around D={base['D']} F={base['F']} k={base['K']}, batch {base['B']}: the time of a step grows with the power "
-        f"{slopes}; AuxK adds {auxk}; twice as many latents per token add {r['k_doubled'] - 1:.0%}. Peak memory of a step "
-        f"over weights, gradients, optimiser, inputs and a block of pre-activations: {peaks}. Plot: "
+        f"{slopes}; AuxK adds {auxk}; twice as many latents per token add {r['k_doubled'] - 1:.0%}. Peak memory of a "
+        f"step over weights, gradients, optimiser, inputs and a block of pre-activations: {peaks}. Plot: "
         f"benchmarks/results/bench_scaling.png ({r['about']['date']})."
     )
 
