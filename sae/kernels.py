@@ -2,16 +2,19 @@
 
 Each operation has a plain twin (`*_reference`) that defines it in dense autograd; tests hold them together.
 Only the K kept latents of a token take part in the backward pass: no (B, F) gradient, no (B*K, D) tensor is made.
-On CPUs, float32 goes through native.cpp where that can be compiled (native.py).
+On CPUs, float32 goes through native.cpp where that can be compiled (native.py); on CUDA, float32 and bfloat16 go through
+triton_kernels.py where Triton is installed.
 
 Letters: B tokens in a batch, D width, F latents, K kept latents.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,47 @@ from sae import native
 
 GROUP = 8  # latents whose maximum stands for them when the largest are looked for
 PRODUCT, CACHED = 2**25, 2**21  # pre-activations of one matrix product, and those taken in hand at a time on CPUs
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels then serve CPUs too, slowly
+
+
+def compiled(*tensors: Tensor) -> Any:
+    """The compiled operations for where these tensors lie, if they serve them: Triton on CUDA, C++ on CPUs; else None."""
+    if tensors[0].device.type != "cuda" and not interpreted:
+        return native.ops(*tensors)
+    return _triton().ops(*tensors) if native.enabled and _triton() else None
+
+
+def encoder(x: Tensor, *tensors: Tensor) -> Any:
+    """What holds a compiled encoder that is worth it for tokens x; else None."""
+    if x.device.type != "cuda" and not interpreted:
+        return native.encoder(x, *tensors)
+    if len(x) < 32 or not compiled(x, *tensors):
+        return None
+    from sae import triton_encoder
+
+    return triton_encoder
+
+
+@functools.cache
+def _triton() -> Any:
+    try:
+        from sae import triton_kernels
+    except ImportError:  # it is not in all builds of torch
+        return None
+    return triton_kernels
+
+
+def status(device: torch.device) -> str:
+    """What runs on this device, in words."""
+    if device.type == "cpu" and not interpreted:
+        return native.status()
+    if not native.enabled:
+        return "plain torch, as asked"
+    if device.type != "cuda" and not interpreted:
+        return "plain torch"
+    if _triton() is None:
+        return "plain torch, several times slower than Triton's, which are missing: pip install triton"
+    return f"Triton {_triton().triton.__version__}"
 
 
 class Codes(NamedTuple):
@@ -48,7 +92,7 @@ class Codes(NamedTuple):
     def activity(self, n_latents: int) -> tuple[Tensor, Tensor]:
         """Active latents of each token (B,), counted after the selection and the ReLU, and on how many tokens each
         latent is active (F,); int64."""
-        if self.indices is not None and (ops := native.ops(self.values)):
+        if self.indices is not None and (ops := compiled(self.values)):
             return ops.activity(self.indices.contiguous(), self.offsets, self.values.contiguous(), n_latents)
         active = self.values != 0
         if self.indices is None:
@@ -116,7 +160,7 @@ def choose_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: b
     x (B, D), W_enc (D, F), b_enc (F,). absolute: largest in size, with their sign. No graph; see gather_pre.
     """
     with torch.no_grad():
-        if k * 8 <= len(b_enc) and (ops := native.encoder(x, W_enc, b_enc)):
+        if k * 8 <= len(b_enc) and (ops := encoder(x, W_enc, b_enc)):
             indices, values, _ = ops.encode_top_k(
                 x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), k, absolute
             )
@@ -145,7 +189,7 @@ def choose_batch_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> tuple
     """
     with torch.no_grad():
         n = min(n, len(x) * len(b_enc))
-        if x.device.type != "cpu":  # elsewhere a look at the number found would make the device wait
+        if x.device.type != "cpu" and not encoder(x, W_enc, b_enc):  # a look at the number found makes the device wait
             pre = torch.addmm(b_enc, x, W_enc)
             flat = pre.flatten().topk(n, sorted=False).indices.sort().values
             return flat % len(b_enc), pre.flatten()[flat], _offsets(flat // len(b_enc), len(x))
@@ -169,7 +213,7 @@ def choose_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> 
     Reads the device; no graph, see gather_pre.
     """
     with torch.no_grad():
-        if ops := native.encoder(x, W_enc, b_enc, threshold):
+        if ops := encoder(x, W_enc, b_enc, threshold):
             return ops.encode_above(x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), threshold.contiguous())
         found, start = [], 0
         for pre in _blocks(x, W_enc, b_enc):
@@ -184,7 +228,7 @@ def choose_above_if_few(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """choose_above where it is quicker than all pre-activations: on CPUs, for less than a tenth of them; else None."""
-    if not native.encoder(x, W_enc, b_enc, threshold):
+    if not encoder(x, W_enc, b_enc, threshold):
         return None
     with torch.no_grad():
         few = x[:: max(1, len(x) // 16)]
@@ -202,7 +246,7 @@ def _sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: T
     Sorting the places by latent turns the sum into an embedding bag whose bags are latents: deterministic, and the
     (places, D) products are never stored.
     """
-    if ops := native.ops(x, values):
+    if ops := compiled(x, values):
         return ops.sum_by_latent(indices.contiguous(), offsets, values.contiguous(), x.contiguous(), n_latents)
     order = torch.argsort(indices.reshape(-1), stable=True)
     tokens = order // indices.shape[1] if offsets is None else rows_of(indices, offsets)[order]
@@ -213,7 +257,7 @@ def _sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: T
 
 def _dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """Like indices: left[token] . right[indices[place]], for left (B, D) and right (F, D), (places, D) never stored."""
-    if ops := native.ops(left, right):
+    if ops := compiled(left, right):
         return ops.dot_at(indices.contiguous(), offsets, left.contiguous(), right.contiguous())
     flat = indices.reshape(-1).contiguous()
     if offsets is None:
@@ -232,7 +276,7 @@ def _dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor
 
 def _bag(indices: Tensor, offsets: Tensor | None, values: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
     """(B, D): for each token the sum of values[place] * rows[indices[place]] over its places, plus bias (D,)."""
-    if ops := native.ops(values, rows):
+    if ops := compiled(values, rows):
         return ops.bag(indices.contiguous(), offsets, values.contiguous(), rows.contiguous(), bias)
     bags = F.embedding_bag(
         indices.contiguous(), rows, offsets, mode="sum", per_sample_weights=values.to(rows.dtype).contiguous()
@@ -342,7 +386,7 @@ def decode_reference(
 
 def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Sums in float64: per token |x|^2, |y|^2, x.y and |x - y|^2 as (4, B), and x over tokens (D,). x, y (B, D)."""
-    if ops := native.ops(x, y):
+    if ops := compiled(x, y):
         return ops.moments(x.contiguous(), y.contiguous())
     norms = (torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in (x, y, x - y))
     x2, y2, e2 = (norm.square() for norm in norms)  # no float64 copy of x or y is made
@@ -358,7 +402,7 @@ def moments_reference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def variance(x: Tensor) -> Tensor:
     """Scalar: mean over the tokens of x (B, D) of |x - their mean|^2."""
-    if ops := native.ops(x):
+    if ops := compiled(x):
         rows, total = ops.moments(x.contiguous(), x.contiguous())
         return ((rows[0].sum() - total.square().sum() / len(x)) / len(x)).clamp(min=0).to(x.dtype)
     return (x - x.mean(0)).square().sum(-1).mean()
@@ -385,7 +429,7 @@ def squared_error(x: Tensor, y: Tensor) -> Tensor:
 
 def project_rows_(grad: Tensor, W: Tensor) -> None:
     """Drop the part of every row of grad (F, D) that lies along the same row of W (F, D), in place."""
-    if grad.is_contiguous() and W.is_contiguous() and (ops := native.ops(grad, W)):
+    if grad.is_contiguous() and W.is_contiguous() and (ops := compiled(grad, W)):
         ops.project_rows_(grad, W)
     else:
         along = (grad * W).sum(1, keepdim=True) / W.square().sum(1, keepdim=True).clamp(min=1e-24)
@@ -394,7 +438,7 @@ def project_rows_(grad: Tensor, W: Tensor) -> None:
 
 def unit_rows_(W: Tensor) -> Tensor:
     """Set every row of W (F, D) to unit norm, in place; returns the factors (F, 1) that took."""
-    if W.is_contiguous() and (ops := native.ops(W)):
+    if W.is_contiguous() and (ops := compiled(W)):
         return ops.unit_rows_(W)
     factors = 1 / W.norm(dim=1, keepdim=True).clamp(min=1e-12)
     W.mul_(factors)

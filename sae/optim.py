@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae import native
+from sae import kernels
 from sae.base import SAE
 from sae.config import PENALISED, SAEConfig, UserError
 from sae.schedules import adam_betas, peak_lr
@@ -72,23 +72,23 @@ class Adam(torch.optim.Adam):
         super().__init__(params, **options)
         self.moments = moments
 
-    def native(self) -> Any:
+    def compiled(self) -> Any:
         """The compiled operations if they serve all parameters, else None."""
         own = getattr(self, "found_inf", None) is None  # set by a gradient scaler
-        return native.ops(*(p for group in self.param_groups for p in group["params"])) if own else None
+        return kernels.compiled(*(p for group in self.param_groups for p in group["params"])) if own else None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for p in group["params"]:
                 _lay_alike(p)
-        ops = self.native() if closure is None else None
+        ops = self.compiled() if closure is None else None
         if ops is None and self.moments is torch.float32:
             return super().step(closure)
         return self.descend(ops)
 
     @torch.no_grad()
-    def descend(self, ops: Any, scale: float = 1.0, unit: Tensor | None = None) -> None:
+    def descend(self, ops: Any, scale: Tensor | float = 1.0, unit: Tensor | None = None) -> None:
         """A step on gradients times scale; the parameter `unit` has rows of unit norm, and moves on the sphere."""
         for group in self.param_groups:
             for p in group["params"]:
@@ -98,7 +98,7 @@ class Adam(torch.optim.Adam):
                 if not state:
                     zeros = lambda p=p: torch.zeros_like(p, dtype=self.moments)
                     state |= {"step": torch.zeros(()), "exp_avg": zeros(), "exp_avg_sq": zeros()}
-                state["step"] += 1
+                state["step"] = state["step"].cpu() + 1  # torch loads it to the GPU, where reading it would wait
                 moments = state["exp_avg"], state["exp_avg_sq"]
                 settings = int(state["step"]), group["lr"], *group["betas"], group["eps"]
                 if ops is None:
@@ -149,7 +149,7 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = lr * group.get("reach", 1.0)
         only = self.parts[0]
-        if scaler is None and isinstance(only, Adam) and (ops := only.native()):
+        if scaler is None and isinstance(only, Adam) and (ops := only.compiled()):
             return self._fused_step(only, ops)
         if scaler is not None:
             for part in self.parts:
@@ -171,14 +171,14 @@ class Optimizer:
     def _fused_step(self, adam: Adam, ops: Any) -> Tensor:
         """The same in two passes over memory: one for the norm, one for all else."""
         unit = self.sae.W_dec if self.sae.unit_decoder else None
-        total = 0.0
+        total: Tensor | float = 0.0
         for p in self.sae.parameters():
             if p.grad is not None:
                 _lay_alike(p)
                 total += ops.squares(p.grad, unit if p is unit else None)
-        norm = math.sqrt(total)
-        adam.descend(ops, min(1.0, self.most / (norm + 1e-6)), unit)
-        return torch.tensor(norm)
+        norm = torch.as_tensor(total, dtype=torch.float64).sqrt()
+        adam.descend(ops, (self.most / (norm + 1e-6)).clamp(max=1.0), unit)
+        return norm
 
     def zero_grad(self) -> None:
         for part in self.parts:

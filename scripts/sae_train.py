@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae import cache, formats, hooks, log, native, sweep
+from sae import cache, formats, hooks, kernels, log, native, sweep
 from sae.activation_files import FileSource, is_activation_file
 from sae.activations import Acts, ModelSource, Source, Stream, gather
 from sae.config import REPLACED, TrainConfig, UserError, from_cli, variants
@@ -237,10 +237,9 @@ def main(argv: list[str]) -> None:
     for name, sae in saes.items():
         kind = f"{sae.config.activation} {'transcoder' if c.transcode else 'SAE'}"
         log.say(f"{name}: {kind}, {sae.d_in} -> {sae.d_sae} latents")
-    if not native.ready():
+    if device.type == "cpu" and not native.ready():
         log.say("compiling the C++ kernels, once")
-    kernels = f" (kernels: {native.status()})" if str(device) == "cpu" else ""
-    log.say(f"{stream.n_batches} steps of {stream.batch_size} tokens on {device}{kernels}")
+    log.say(f"{stream.n_batches} steps of {stream.batch_size} tokens on {device} (kernels: {kernels.status(device)})")
     metrics = trainer.train()
     if stream.n_passes:
         log.say(f"the text was read again from its start: {stream.n_passes} more passes, in whole or in part")
