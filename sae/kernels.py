@@ -2,8 +2,8 @@
 
 Each operation has a plain twin (`*_reference`) that defines it in dense autograd; tests hold them together.
 Only the K kept latents of a token take part in the backward pass: no (B, F) gradient, no (B*K, D) tensor is made.
-On CPUs, float32 goes through native.cpp where that can be compiled (native.py); on CUDA, float32 and bfloat16 go through
-triton_kernels.py where Triton is installed.
+On CPUs, float32 goes through native.cpp where that can be compiled (native.py); on CUDA, float32 and bfloat16 go
+through triton_kernels.py and triton_encoder.py where Triton is installed.
 
 Letters: B tokens in a batch, D width, F latents, K kept latents.
 """
@@ -28,7 +28,7 @@ interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels then
 
 
 def compiled(*tensors: Tensor) -> Any:
-    """The compiled operations for where these tensors lie, if they serve them: Triton on CUDA, C++ on CPUs; else None."""
+    """The compiled operations where these tensors lie, if they serve them: Triton on CUDA, C++ on CPUs; else None."""
     if tensors[0].device.type != "cuda" and not interpreted:
         return native.ops(*tensors)
     return _triton().ops(*tensors) if native.enabled and _triton() else None

@@ -2,8 +2,8 @@
 
 encode_top_k finds the K largest of x @ W^T + b per token without writing the (B, F) matrix. A product of bfloat16s on
 tensor cores comes tile by tile; what rounding can have changed has a bound, by Cauchy-Schwarz,
-|x.w - x'.w'| <= |x - x'| |w| + |x'| |w - w'|, and so has the order in which tensor cores add. With it each number has an
-upper and a lower end. Of each tile a token's few latents of the largest upper ends go to memory. The K-th best lower
+|x.w - x'.w'| <= |x - x'| |w| + |x'| |w - w'|, and so has the order in which tensor cores add. With it each number has
+an upper and a lower end. Of each tile a token's few latents of the largest upper ends go to memory. The K-th best lower
 end of a token is at most its K-th best product, so only latents whose upper end reaches it can be among the K best.
 These few are computed again in float32, and chosen from. Where a tile may hold more of them than it kept, which shows
 in the last that it kept, all of its latents are computed again.
@@ -103,9 +103,11 @@ def _uppers(
         product = tl.dot(a, b, product)
         left += DEPTH
         right += DEPTH
-    far = tl.load(norm + latents)[None, :] * tl.load(reach + rows)[:, None] + tl.load(slack + latents)[None, :]
-    total = product + tl.load(bias + latents)[None, :]
-    return (tl.abs(total) if ABSOLUTE else total) + far
+    far = tl.load(norm + latents)[None, :] * tl.load(reach + rows)[:, None]
+    if ABSOLUTE:
+        return tl.abs(product + tl.load(bias + latents)[None, :]) + (far + tl.load(slack + latents)[None, :])
+    else:  # fewer numbers to hold at a time
+        return product + (far + (tl.load(bias + latents) + tl.load(slack + latents))[None, :])
 
 
 @triton.jit
@@ -162,8 +164,7 @@ def _rank(
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, N)
     count, least = tl.load(counts + row), tl.load(leasts + row)
     proven = count >= 0
-    worst = lane.to(tl.int64) + -(2**63)  # codes of nobody, all different
-    best = worst
+    best = tl.full((N,), -(2**63), tl.int64)
     for start in range(0, tl.where(proven, count, F), STEP):
         tile = keys + row * M + start // TILE * C
         first = tl.load(tile, mask=count < 0, other=0) | (TILE - 1)
@@ -186,9 +187,8 @@ def _rank(
             if ABSOLUTE:
                 code += (value < 0).to(tl.int64)
             rank = _key(tl.abs(value) if ABSOLUTE else value).to(tl.int64) * (2**32) + code
-            both = tl.reshape(tl.join(best, tl.where(there, rank, worst + N)), (2 * N,))
-            position = tl.sum((both[:, None] < both[None, :]).to(tl.int32), 1)  # how many are better
-            best = tl.sum(tl.where(position[:, None] == lane[None, :], both[:, None], 0), 0)
+            both = tl.reshape(tl.join(best, tl.where(there, rank, -(2**63))), (2 * N,))
+            best = tl.max(tl.reshape(tl.sort(both, descending=True), (2, N)), 0)  # the first half
     value = _number((best >> 32).to(tl.int32))
     if ABSOLUTE:
         value = tl.where((best & 1) == 1, -value, value)
@@ -281,13 +281,13 @@ def encode_top_k(x: Tensor, W: Tensor, b: Tensor, k: int, absolute: bool) -> tup
     norm, slack, reach = product[3:]
     _candidates[(triton.cdiv(B, ROWS) * n_tiles,)](
         *product, keys, B, F, product[0].shape[1], C,
-        ABSOLUTE=absolute, ROWS=ROWS, TILE=TILE, DEPTH=DEPTH, WIDEN=not x.is_cuda, num_warps=8, num_stages=3,
+        ABSOLUTE=absolute, ROWS=ROWS, TILE=TILE, DEPTH=DEPTH, WIDEN=not x.is_cuda, num_warps=4, num_stages=3,
     )  # fmt: skip
     block = triton.next_power_of_2(M)
     at_once = max(1, 2048 // block)
     _sift[(triton.cdiv(B, at_once),)](
         keys, norm, slack, reach, survivors, counts, leasts, B, k, M, C,
-        TILE=TILE, ROOM=2 * N, ROWS=at_once, BLOCK=block,
+        TILE=TILE, ROOM=2 * N, ROWS=at_once, BLOCK=block, num_warps=max(4, min(16, block // 512)),
     )  # fmt: skip
     _rank[(B,)](
         rows, latents, b, keys, survivors, counts, leasts, indices, values, x.shape[1], F, k, M, C,
@@ -303,13 +303,13 @@ def encode_above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor) -> tuple[Tensor
     tokens = torch.arange(B, device=x.device)
     rows, latents = _operands(x, W)
     product = _product(rows, latents, b, b - floor)
-    grid, room = (triton.cdiv(B, ROWS) * triton.cdiv(F, TILE),), 64 * B
+    grid, room = (triton.cdiv(B, ROWS // 2) * triton.cdiv(F, TILE),), 64 * B
     while True:
         places, count = tokens.new_empty(room), tokens.new_zeros(1)
         if B:
             _above[grid](
                 *product, places, count, B, F, product[0].shape[1], room,
-                ROWS=ROWS, TILE=TILE, DEPTH=DEPTH, WIDEN=not x.is_cuda, num_warps=8, num_stages=3,
+                ROWS=ROWS // 2, TILE=TILE, DEPTH=DEPTH, WIDEN=not x.is_cuda, num_warps=8, num_stages=3,
             )  # fmt: skip
         n = int(count)
         if n <= room:

@@ -308,11 +308,11 @@ def _squares(grad, W, out, n, D, PROJECT: tl.constexpr, ROWS: tl.constexpr, BLOC
 
 
 def _row_grid(n: int, D: int | None) -> tuple[int, int, dict[str, int]]:
-    """Of n numbers in rows of D, or in a line: how many programs take them, the width, and how large their blocks are."""
+    """Of n numbers in rows of D, or in a line: how many programs take them, the width, and the size of blocks."""
     D = D or 2048
     block = triton.next_power_of_2(D)
     at_once = max(1, 2048 // block)
-    return triton.cdiv(n, D * at_once), D, {"ROWS": at_once, "BLOCK": block}
+    return triton.cdiv(n, D * at_once), D, {"ROWS": at_once, "BLOCK": block, "num_warps": min(16, max(4, block // 512))}
 
 
 def squares(grad: Tensor, W: Tensor | None) -> Tensor:
