@@ -255,6 +255,14 @@ def _sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: T
     return F.embedding_bag(tokens, x, starts, mode="sum", per_sample_weights=values.reshape(-1)[order].to(x.dtype))
 
 
+def _sum_values(indices: Tensor, offsets: Tensor | None, values: Tensor, n_tokens: int, n_latents: int) -> Tensor:
+    """(F,): the sum of each latent's values; on a GPU through the sort that the sums of rows take, not by atomic
+    additions, whose order changes."""
+    if values.device.type != "cpu" or interpreted:
+        return _sum_by_latent(indices, offsets, values, values.new_ones(n_tokens, 1), n_latents)[:, 0]
+    return values.new_zeros(n_latents).index_add_(0, indices.reshape(-1), values.reshape(-1))
+
+
 def _dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """Like indices: left[token] . right[indices[place]], for left (B, D) and right (F, D), (places, D) never stored."""
     if ops := compiled(left, right):
@@ -312,7 +320,7 @@ class _Gather(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_W = _sum_by_latent(indices, offsets, grad, x, n_latents).t()
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-            grad_b = grad.new_zeros(n_latents).index_add_(0, indices.reshape(-1), grad.reshape(-1))
+            grad_b = _sum_values(indices, offsets, grad, len(x), n_latents)
         if ctx.needs_input_grad[1] and grad_b is not None:
             grad_centre = -_combine(grad_b, W_enc.t())  # of the tokens' sum: cheaper than all of theirs
         return grad_x, grad_centre, grad_W, grad_b, None, None, None
