@@ -302,7 +302,7 @@ def encode_above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor) -> tuple[Tensor
     B, F = len(x), len(W)
     tokens = torch.arange(B, device=x.device)
     rows, latents = _operands(x, W)
-    product = _product(rows, latents, b, b - floor)
+    product = _product(rows, latents, b, (b - floor).clamp(-3e38, 3e38))  # no difference of infinities
     grid, room = (triton.cdiv(B, ROWS // 2) * triton.cdiv(F, TILE),), 64 * B
     while True:
         places, count = tokens.new_empty(room), tokens.new_zeros(1)

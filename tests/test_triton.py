@@ -1,5 +1,5 @@
 """Triton's kernels choose what plain torch chooses, with proof, and compute what it computes; on CPUs, in Triton's
-interpreter. What only a compiler can tell, whether they compile for an H100, a process of its own asks it; no GPU needed.
+interpreter. A process of its own compiles the encoder for an H100, which takes no GPU.
 
 Run: python -m pytest tests/test_triton.py
 """
@@ -7,6 +7,7 @@ Run: python -m pytest tests/test_triton.py
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from sae.config import SAEConfig
 from sae.learner import Learner
 from sae.models import create_sae
 
+ROOT = Path(__file__).resolve().parent.parent
 if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read where functions are defined: in these two lines
+os.environ["TRITON_INTERPRET"] = "1"  # read where functions are defined, which is here
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
@@ -32,6 +34,7 @@ del os.environ["TRITON_INTERPRET"]
 def interpreted(monkeypatch):
     """All kernels through the interpreter, which loses most of its time in two places: it looks through the whole of
     Triton's language again at every call of a function, and it adds up bits in loops where Triton sorts."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(kernels, "interpreted", True)
     interpreter._patch_lang(tl.standard.sum.fn)
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", lambda self, *a, **k: self.rewrite()(*a, **k))
@@ -70,11 +73,11 @@ def assert_best(x, W, b, k, indices, values, absolute=False):
 
 
 def problems():
-    x, W, b = randn(6, 127), randn(1001, 127).t() / 11, randn(1001) / 10
+    x, W, b = randn(6, 127), randn(300, 127).t() / 11, randn(300) / 10
     outlier = x.clone()
     outlier[:, 5] += 3000.0
-    skewed = W.t() * torch.logspace(-3, 3, 1001)[:, None]
-    close = W.t()[:1].repeat(1001, 1) + 1e-6 * randn(1001, 127)
+    skewed = W.t() * torch.logspace(-3, 3, 300)[:, None]
+    close = W.t()[:1].repeat(300, 1) + 1e-6 * randn(300, 127)
     return {
         "plain": (x, W, b, 7), "k = 1": (x, W, b, 1), "one token": (x[:1], W, b, 7), "none": (x[:0], W, b, 7),
         "many kept": (x[:2], W, b, 125), "a tile and a bit": (x, W[:, :129], b[:129], 16),
@@ -126,7 +129,7 @@ def test_equal_latents_by_the_hundred_are_looked_at_again():
 
 def test_a_tile_that_hides_some_of_the_best_is_looked_at_again(monkeypatch):
     """Nine of the ten best lie in one tile of five, which keeps two; a tile that keeps enough costs no second look."""
-    monkeypatch.setattr(triton_encoder, "_kept_of_tile", lambda k, n_tiles: 2)
+    monkeypatch.setattr(triton_encoder, "_kept_of_tile", lambda *_: 2)
     x, W, b = randn(4, 24), 0.01 * randn(640, 24), torch.zeros(640)
     b[[130, 140, 150, 160, 170, 180, 190, 200, 210, 600]] = torch.linspace(1, 2, 10)
     x[3] *= 100  # this token's best lie all over
@@ -150,7 +153,7 @@ def test_a_token_that_is_not_finite_spoils_no_other():
         indices, values, _ = triton_encoder.encode_top_k(bad, W.t().contiguous(), b, k, False)
     good = [0, 1, 2, 4]
     assert_best(x[good], W, b, k, indices[good], values[good])
-    assert ((indices >= 0) & (indices < 1001)).all()
+    assert ((indices >= 0) & (indices < 300)).all()
     assert values[3].isnan().all()
 
 
@@ -212,7 +215,7 @@ def test_gradients_equal_those_of_float64(size, dtype):
     for name, a, b in zip(("out", "x", "W_enc", "b_enc", "W_dec", "b_dec"), got, want, strict=True):
         assert a.dtype == dtype
         relative = (a.double() - b).norm() / b.norm().clamp(min=1e-30)
-        assert relative < (1e-5 if dtype == torch.float32 else 1e-2), f"{name}: {relative:.1e}"
+        assert relative < (1e-5 if dtype == torch.float32 else 3e-2), f"{name}: {relative:.1e}"
 
 
 def ragged(B, n, K):
@@ -250,7 +253,7 @@ def test_a_latent_of_many_tokens_is_summed_in_pieces():
     x, values = randn(300, 20), randn(300, 2)
     got = triton_kernels.sum_by_latent(indices, None, values, x, 9)
     want = torch.zeros(300, 9).scatter_add(1, indices, values).t() @ x
-    assert 300 > 2 * triton_kernels.PIECE
+    assert len(x) > 2 * triton_kernels.PIECE
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert torch.equal(got, triton_kernels.sum_by_latent(indices, None, values, x, 9))
 
@@ -349,9 +352,9 @@ print("wgmma" in tile.asm["ptx"], len(tile.asm["cubin"]) > 0, tile.metadata.shar
 """
 
 
-def test_the_encoder_compiles_to_an_h100s_tensor_cores_twice_on_a_multiprocessor():
-    env = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True)
+def test_the_encoder_compiles_to_an_h100s_tensor_cores_twice_on_a_multiprocessor(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tensor_cores, compiled, shared = done.stdout.split()
     assert (tensor_cores, compiled) == ("True", "True")
