@@ -54,6 +54,15 @@ def _triton() -> Any:
     return triton_kernels
 
 
+def second_looks(device: torch.device) -> float:
+    """The share of tokens so far whose largest latents were not proven at the first attempt, and were found again."""
+    if device.type != "cuda" and not interpreted:
+        return native.second_looks()
+    ops = encoder(torch.empty(32, 1, device=device))
+    seen, again = ops.looks() if ops else (0, 0)
+    return again / seen if seen else 0.0
+
+
 def status(device: torch.device) -> str:
     """What runs on this device, in words."""
     if device.type == "cpu" and not interpreted:

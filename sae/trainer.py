@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sae import config as cfg
-from sae import formats, log, native
+from sae import formats, kernels, log, native
 from sae import schedules as sched
 from sae.activations import Acts, ModelSource, Stream, TensorSource, check_finite
 from sae.config import VERSION, SAEConfig, UserError
@@ -175,7 +175,7 @@ class SAETrainer:
         share = (max(steps, forwards) if apart else steps + forwards) / seconds
         parts = f"forwards {forwards:.1f} s, steps" if forwards else "steps"
         rate = f"{n_tokens / seconds:,.0f} tokens/s, {share:.0%} of the bound"
-        twice = native.second_looks()
+        twice = kernels.second_looks(self.device)
         looks = f"; {twice:.1%} of tokens were encoded twice, for proof" if twice else ""
         return f"{rate} ({parts} {steps:.1f} s of {seconds:.1f} s){looks}"
 

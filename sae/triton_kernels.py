@@ -264,9 +264,16 @@ def _along(g, w):
 
 
 @triton.jit
+def _at_random(number, random):
+    """Rounded up or down to bfloat16 by 16 random bits, in proportion to what is near (float32, ready to be stored)."""
+    return ((number.to(tl.int32, bitcast=True) + (random & 0xFFFF)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _step_rows(
-    p, grad, m, v, scale, factors, n, D, rate, per_root, beta1, beta2, eps,
-    PROJECT: tl.constexpr, ADAM: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    p, grad, m, v, scale, factors, n, D, seed, rate, per_root, beta1, beta2, eps,
+    PROJECT: tl.constexpr, ADAM: tl.constexpr, UNIT: tl.constexpr, RANDOM: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Drop the gradient along rows, take Adam's step, bring rows to unit norm; any of these, in one pass."""
     rows, d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
@@ -281,9 +288,12 @@ def _step_rows(
             g *= tl.load(scale).to(tl.float32)
             first = beta1 * tl.load(m + at, mask=mask, other=0.0).to(tl.float32) + (1 - beta1) * g
             second = beta2 * tl.load(v + at, mask=mask, other=0.0).to(tl.float32) + (1 - beta2) * g * g
+            w -= rate * first / (tl.sqrt(second) * per_root + eps)
+            if RANDOM:
+                random = tl.randint(seed, at.to(tl.int32))
+                first, second = _at_random(first, random), _at_random(second, random >> 16)
             tl.store(m + at, first, mask=mask)
             tl.store(v + at, second, mask=mask)
-            w -= rate * first / (tl.sqrt(second) * per_root + eps)
         else:
             tl.store(grad + at, g, mask=mask)
     if UNIT:
@@ -330,14 +340,15 @@ def adam_(
 ) -> None:  # fmt: skip
     """In place, Adam (Kingma & Ba 2015, algorithm 1) on numbers that lie alike in all four tensors, with the gradient
     times scale, a number or a scalar on the device. step counts from 1. unit_rows: p's rows (F, D) move on the sphere:
-    the gradient's part along a row is dropped first, and the row gets unit norm after."""
+    the gradient's part along a row is dropped first, and the row gets unit norm after. Moments in bfloat16 are rounded
+    up or down at random."""
     n_programs, D, block = _row_grid(p.numel(), p.shape[1] if unit_rows else None)
     rate, per_root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
     factors = torch.empty(len(p), dtype=torch.float32, device=p.device) if unit_rows else None
     scale = scale if isinstance(scale, Tensor) else p.new_full((), scale)
     _step_rows[(n_programs,)](
-        p, grad, m, v, scale, factors, p.numel(), D, rate, per_root, beta1, beta2, eps,
-        PROJECT=unit_rows, ADAM=True, UNIT=unit_rows, **block,
+        p, grad, m, v, scale, factors, p.numel(), D, step, rate, per_root, beta1, beta2, eps,
+        PROJECT=unit_rows, ADAM=True, UNIT=unit_rows, RANDOM=m.dtype == torch.bfloat16, **block,
     )  # fmt: skip
 
 
@@ -345,8 +356,8 @@ def project_rows_(grad: Tensor, W: Tensor) -> None:
     """In place: the part of every row of grad (F, D) along the same row of W is dropped."""
     n_programs, D, block = _row_grid(W.numel(), W.shape[1])
     _step_rows[(n_programs,)](
-        W, grad, None, None, None, None, W.numel(), D, 0.0, 0.0, 0.0, 0.0, 0.0,
-        PROJECT=True, ADAM=False, UNIT=False, **block,
+        W, grad, None, None, None, None, W.numel(), D, 0, 0.0, 0.0, 0.0, 0.0, 0.0,
+        PROJECT=True, ADAM=False, UNIT=False, RANDOM=False, **block,
     )  # fmt: skip
 
 
@@ -355,7 +366,7 @@ def unit_rows_(W: Tensor) -> Tensor:
     n_programs, D, block = _row_grid(W.numel(), W.shape[1])
     factors = W.new_empty(len(W), 1)
     _step_rows[(n_programs,)](
-        W, None, None, None, None, factors, W.numel(), D, 0.0, 0.0, 0.0, 0.0, 0.0,
-        PROJECT=False, ADAM=False, UNIT=True, **block,
+        W, None, None, None, None, factors, W.numel(), D, 0, 0.0, 0.0, 0.0, 0.0, 0.0,
+        PROJECT=False, ADAM=False, UNIT=True, RANDOM=False, **block,
     )  # fmt: skip
     return factors

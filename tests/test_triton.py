@@ -141,10 +141,13 @@ def test_a_tile_that_hides_some_of_the_best_is_looked_at_again(k, monkeypatch):
     assert again >= 3
 
 
-def test_second_looks_are_rare():
+def test_second_looks_are_rare_and_counted():
     x, W, b = randn(32, 64), randn(2048, 64), randn(2048)
+    seen = triton_encoder.looks()[0]
     _, _, again = triton_encoder.encode_top_k(x, W, b, 16, False)
     assert again == 0
+    assert triton_encoder.looks()[0] - seen == 32
+    assert 0 <= kernels.second_looks(torch.device("cpu")) < 1
 
 
 def test_a_token_that_is_not_finite_spoils_no_other():
@@ -326,6 +329,17 @@ def test_adam_takes_torchs_steps_on_scaled_gradients(shape):
         adam.step()
         triton_kernels.adam_(p, grad, m, v, step, 0.01, 0.9, 0.98, 1e-8, scale, False)
         torch.testing.assert_close(p, want.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_moments_in_bfloat16_are_rounded_at_random():
+    """A moment moves by less than bfloat16 can tell each time, and gets there on average; each kind by its own bits."""
+    p, m, v = torch.zeros(20000), torch.ones(20000, dtype=torch.bfloat16), torch.ones(20000, dtype=torch.bfloat16)
+    for step in range(1, 11):
+        triton_kernels.adam_(p, torch.full_like(p, 1.1), m, v, step, 0.0, 0.99, 0.99, 1e-8, 1.0, False)
+    for moment, goal in ((m, 1.1), (v, 1.21)):
+        want = goal + (1 - goal) * 0.99**10
+        assert abs(moment.float().mean() - want) < 0.03 * (want - 1)
+    assert torch.corrcoef(torch.stack([m.float(), v.float()]))[0, 1].abs() < 0.05
 
 
 def test_the_flag_turns_them_off(monkeypatch):
