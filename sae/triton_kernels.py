@@ -290,7 +290,7 @@ def _step_rows(
             second = beta2 * tl.load(v + at, mask=mask, other=0.0).to(tl.float32) + (1 - beta2) * g * g
             w -= rate * first / (tl.sqrt(second) * per_root + eps)
             if RANDOM:
-                random = tl.randint(seed, at.to(tl.int32))
+                random = tl.randint(seed, at.to(tl.int32)).to(tl.int32, bitcast=True)
                 first, second = _at_random(first, random), _at_random(second, random >> 16)
             tl.store(m + at, first, mask=mask)
             tl.store(v + at, second, mask=mask)
