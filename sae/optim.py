@@ -178,7 +178,7 @@ class Optimizer:
                 total += ops.squares(p.grad, unit if p is unit else None)
         norm = torch.as_tensor(total, dtype=torch.float64).sqrt()
         adam.descend(ops, (self.most / (norm + 1e-6)).clamp(max=1.0), unit)
-        return norm
+        return norm.float()
 
     def zero_grad(self) -> None:
         for part in self.parts:
