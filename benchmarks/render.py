@@ -206,6 +206,52 @@ def scaling() -> str:
     )
 
 
+def meshes() -> str:
+    """Predicted and measured steps of several processes, and the best mesh for a cluster."""
+    r = load("scale_model")
+    about = r["about"]
+    lines = [
+        "| replicas x shards | kernels | wire and waiting | predicted | measured | error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in r["measured"]:
+        ms = lambda v: f"{1e3 * v:.0f} ms"
+        cells = (
+            f"{row['replicas']} x {row['shards']}", ms(row["kernels"]), ms(row["predicted"] - row["kernels"]),
+            ms(row["predicted"]), ms(row["measured"]), f"{100 * row['error']:+.0f}%",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    shape = about["shape"]
+    lines += ["", f"(D={shape['d_in']} F={shape['d_sae']} k={shape['k']}, {shape['batch_size']} tokens a step, "
+              f"processes over gloo on {about['cores']} {about['machine']} cores, {about['date']})", ""]  # fmt: skip
+    best = ", ".join(f"{p['gpus']}: {p['replicas']} x {p['shards']} {p['tokens_per_s']:,.0f}" for p in r["predicted"])
+    lines += [f"Best meshes for F={about['d_sae']:,} D={about['d_in']:,}, {about['batch']:,} tokens a step, by the "
+              f"same model (GPUs: replicas x shards, tokens/s; nothing of it measured): {best}."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def plans() -> str:
+    """What --plan foretold and what the runs took."""
+    r = load("plan")
+    lines = ["| flags | predicted peak | measured | error |", "|---|---|---|---|"]
+    for row in r["rows"]:
+        error = row["predicted_mib"] / row["measured_mib"] - 1
+        lines.append(f"| `{row['flags']}` | {row['predicted_mib']:.0f} MiB | {row['measured_mib']:.0f} MiB | "
+                     f"{100 * error:+.1f}% |")  # fmt: skip
+    return "\n".join([*lines, "", f"(peak resident memory, {r['about']['machine']}, {r['about']['date']})"])
+
+
+def faults() -> str:
+    """Killed processes."""
+    r = load("fault")
+    spoke = sum(row["said"] for row in r["rows"])
+    return (
+        f"One of four processes killed at a random moment, {len(r['rows'])} times in one run on changing meshes: the "
+        f"others ended after at most {r['longest_s']:.1f} s ({spoke} times with the sentence, else at torchrun's "
+        f"hand), and every resume went on to a later checkpoint ({r['about']['date']})."
+    )
+
+
 def samples() -> str:
     """What the embedded model writes."""
     return "\n\n".join(f"`{r['command']}`:\n\n~~~\n{r['text']}\n~~~" for r in load("pygpt")["samples"])
@@ -222,6 +268,9 @@ TABLES = {
     "steps": steps,
     "time_to_quality": time_to_quality,
     "scaling": scaling,
+    "meshes": meshes,
+    "plans": plans,
+    "faults": faults,
     "flags": lambda: flags(TrainConfig),
 }
 

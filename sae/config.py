@@ -322,6 +322,8 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
     )
     finetune: str | None = knob(None, "start from this SAE: a run, a weights file, or a hub id")
     distribute_modules: bool = knob(False, "give whole hookpoints to processes (with several processes)")
+    shard_latents: int = knob(1, "processes that share the latents of every SAE (with several processes)")
+    plan: bool = knob(False, "say what the run would take (memory, time, disk) and start nothing")
     save_dir: str = knob("sae_models", "folder of all runs", alias=("output_dir",))
     run_name: str | None = knob(None, "name of this run's folder (default: layer_10 or the hookpoint)")
     resume: bool = knob(False, "go on from the run's newest checkpoint")
@@ -337,7 +339,7 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
         super().__post_init__()
         self.check_data()
         self.check_hooks()
-        _at_least(self, 1, "max_tokens")
+        _at_least(self, 1, "max_tokens", "shard_latents")
         least = 2 * self.batch_size * self.grad_acc_steps
         require(
             self.buffer_tokens >= least,

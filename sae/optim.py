@@ -6,15 +6,16 @@ Letters: D width, F latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sae import kernels
-from sae.base import SAE
+from sae.base import SAE, SHARED
 from sae.config import PENALISED, SAEConfig, UserError
+from sae.distributed import ALONE, Axis
 from sae.schedules import adam_betas, peak_lr
 
 ROWS = 2**22  # numbers taken in hand at a time
@@ -47,18 +48,30 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
                 p.copy_(x.lerp_(z, share).lerp_(z, 1 - m))
 
 
-def clip_gradients_(params: list[nn.Parameter], most: float) -> Tensor:
-    """Scale the gradients down to a joint norm of at most `most`, in place; returns the norm there was."""
+def clip_gradients_(
+    params: list[nn.Parameter], most: float, shards: Axis = ALONE.latents, shared: Sequence[nn.Parameter] = ()
+) -> Tensor:
+    """Scale the gradients down to a joint norm of at most `most`, in place; returns the norm there was.
+
+    Where shards have a part of the latents each: `shared` are the parameters that all of them have.
+    """
     norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    if shards.size > 1:
+        rest = torch.nn.utils.get_total_norm([p.grad for p in shared if p.grad is not None]).double().square()
+        norm = (shards.sum_(norm.double().square() - rest) + rest).sqrt().to(norm.dtype)
     if norm.device.type != "cpu" or not norm <= most:  # elsewhere a look at the norm costs more than a pass over memory
         torch.nn.utils.clip_grads_with_norm_(params, most, norm)
     return norm
 
 
-def _lay_alike(p: Tensor) -> None:
-    """Give the gradient the memory layout of its parameter: torch's fused Adam on CPUs mixes up two different ones."""
-    if p.grad is not None and p.grad.stride() != p.stride():
+def own_layout(p: nn.Parameter) -> Tensor:
+    """The gradient of p in the memory layout of p: torch's fused Adam on CPUs mixes up two different ones, and so would
+    a sum over processes. Zeros where there is none."""
+    if p.grad is None:
+        p.grad = torch.zeros_like(p)
+    elif p.grad.stride() != p.stride():
         p.grad = torch.empty_like(p).copy_(p.grad)
+    return p.grad
 
 
 class Adam(torch.optim.Adam):
@@ -81,7 +94,8 @@ class Adam(torch.optim.Adam):
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for p in group["params"]:
-                _lay_alike(p)
+                if p.grad is not None:
+                    own_layout(p)
         ops = self.compiled() if closure is None else None
         if ops is None and self.moments is torch.float32:
             return super().step(closure)
@@ -139,6 +153,7 @@ class Optimizer:
 
     def __init__(self, sae: SAE, c: SAEConfig, n_steps: int, device: torch.device):
         self.sae = sae
+        self.shared = [p for name, p in sae.named_parameters() if name in SHARED]
         self.most = c.clip_norm if c.clip_norm is not None else math.inf
         self.parts = BUILDERS[c.optimizer](sae, c, n_steps, device)
 
@@ -155,7 +170,7 @@ class Optimizer:
             for part in self.parts:
                 scaler.unscale_(part)
         self.sae.project_gradient_()
-        norm = clip_gradients_(list(self.sae.parameters()), self.most)
+        norm = clip_gradients_(list(self.sae.parameters()), self.most, self.sae.world.latents, self.shared)
         for part in self.parts:
             if scaler is None:
                 part.step()
@@ -172,10 +187,16 @@ class Optimizer:
         """The same in two passes over memory: one for the norm, one for all else."""
         unit = self.sae.W_dec if self.sae.unit_decoder else None
         total: Tensor | float = 0.0
+        rest: Tensor | float = 0.0
         for p in self.sae.parameters():
             if p.grad is not None:
-                _lay_alike(p)
-                total += ops.squares(p.grad, unit if p is unit else None)
+                squares = ops.squares(own_layout(p), unit if p is unit else None)
+                total += squares
+                rest += squares if any(p is one for one in self.shared) else 0.0
+        shards = self.sae.world.latents
+        if shards.size > 1:
+            device = self.sae.W_dec.device
+            total = shards.sum_(torch.as_tensor(total - rest, dtype=torch.float64, device=device).clone()) + rest
         norm = torch.as_tensor(total, dtype=torch.float64).sqrt()
         adam.descend(ops, (self.most / (norm + 1e-6)).clamp(max=1.0), unit)
         return norm.float()
@@ -183,6 +204,11 @@ class Optimizer:
     def zero_grad(self) -> None:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
+
+    def names(self, sae: nn.Module) -> list[list[str]]:
+        """The parameters that the numbers in state_dict stand for."""
+        known = {id(p): name for name, p in sae.named_parameters()}
+        return [[known[id(p)] for group in part.param_groups for p in group["params"]] for part in self.parts]
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [part.state_dict() for part in self.parts]
