@@ -331,6 +331,11 @@ def join(device: torch.device) -> Axis:
     """Meet the other processes that torchrun started, over NCCL between GPUs and gloo else; alone without torchrun."""
     if not started():
         return Axis()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    require(
+        not missing,
+        f"WORLD_SIZE is set and {', '.join(missing)} is not; for several processes start them with torchrun",
+    )
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
