@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from sae import formats, log
-from scripts import sae_collect, sae_eval, sae_train, sae_viz
+from scripts import sae_collect, sae_eval, sae_train, sae_upload, sae_viz
 from tests.conftest import ROOT
 
-SCRIPTS = {"sae_train": sae_train, "sae_eval": sae_eval, "sae_viz": sae_viz, "sae_collect": sae_collect}
+SCRIPTS = {
+    "sae_train": sae_train, "sae_eval": sae_eval, "sae_viz": sae_viz, "sae_upload": sae_upload,
+    "sae_collect": sae_collect,
+}  # fmt: skip
 SMALL = ["--k", "4", "--batch_size", "64", "--buffer_tokens", "256", "--max_tokens", "640", "--val_tokens", "200"]
 
 
