@@ -324,7 +324,9 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
     distribute_modules: bool = knob(False, "give whole hookpoints to processes (with several processes)")
     save_dir: str = knob("sae_models", "folder of all runs", alias=("output_dir",))
     run_name: str | None = knob(None, "name of this run's folder (default: layer_10 or the hookpoint)")
-    resume: bool = knob(False, "go on from the run's newest checkpoint")
+    resume: bool = knob(
+        False, "go on from a run's newest checkpoint, with its settings (of --run_name or --layer, else the newest run)"
+    )
     overwrite: bool = knob(False, "replace an existing run")
     log_to_wandb: bool = knob(False, "log to Weights & Biases too")
     wandb_project: str = knob("nanosae", "project there")

@@ -376,7 +376,9 @@ RUN_FILES = (
     formats.WEIGHTS,
 )
 # What may differ between the two halves of a resumed run.
-FREE_SETTINGS = {"resume", "overwrite", "device", "save_dir", "save_every", "log_to_wandb", "wandb_project", "assess"}
+FREE_SETTINGS = {
+    "resume", "overwrite", "device", "save_dir", "run_name", "save_every", "log_to_wandb", "wandb_project", "assess",
+}  # fmt: skip
 
 
 def checkpoints(save_dir: Path) -> list[Path]:
