@@ -291,8 +291,8 @@ class NeuronpediaClient:
 
     def _send(self, batch: list[dict[str, Any]], model_id: str, source: str, journal: Journal) -> None:
         indexes = [f["index"] for f in batch]
-        doubt = not journal.empty or any(i in journal.begun for i in indexes)
-        settled = max((journal.begun[i] for i in indexes if i in journal.begun), default=0.0) + SETTLE_S
+        begun = not journal.begun.isdisjoint(indexes)
+        doubt, settled = begun or not journal.empty, journal.opened + SETTLE_S if begun else 0.0
         for attempt in range(ATTEMPTS):
             try:
                 todo = self._missing(batch, model_id, source, settled) if doubt else batch
@@ -364,13 +364,13 @@ def missing(feature: dict[str, Any], there: Mapping[str, Any] | None) -> dict[st
 class Journal:
     """What is known of an upload: a file of one json object a line, on disk before and after every request.
 
-    done: indexes that the server has. begun: {index: time} of those it was sent. empty: the source set was not there
-    when the journal was made (is_empty is asked then), so that what is not begun is not on the server. about: what is
-    uploaded and where; the journal of another upload is refused, and so is a second process.
+    done: indexes that the server has; begun: those it was sent. empty: the source set was not there when the journal
+    was made (is_empty is asked then), so that what is not begun is not on the server. opened: when this process began.
+    about: what is uploaded and where; the journal of another upload is refused, and so is a second process.
     """
 
     def __init__(self, path: str | Path, about: dict[str, str], is_empty: Callable[[], bool]):
-        self.path, self.done, self.begun = Path(path), set[int](), dict[int, float]()
+        self.path, self.done, self.begun, self.opened = Path(path), set[int](), set[int](), time.time()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+", encoding="ascii")
         try:
@@ -404,16 +404,13 @@ class Journal:
         )
         self.empty: bool = lines[0]["empty"]
         for line in lines[1:]:
-            if "done" in line:
-                self.done.update(line["done"])
-            else:
-                self.begun.update(dict.fromkeys(line["begin"], line["time"]))
+            self.done.update(line.get("done", ()))
+            self.begun.update(line.get("begin", ()))
 
     def begin(self, indexes: list[int]) -> None:
         """To be called before a request with these features."""
-        now = time.time()
-        self._write({"begin": indexes, "time": now})
-        self.begun.update(dict.fromkeys(indexes, now))
+        self._write({"begin": indexes})
+        self.begun.update(indexes)
 
     def finish(self, indexes: list[int]) -> None:
         """To be called once the server is known to have them."""

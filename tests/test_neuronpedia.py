@@ -393,7 +393,7 @@ def test_the_journal(tmp_path):
     whole = path.read_text()
     path.write_text(whole + '{"done": [3')  # killed while writing
     with Journal(path, {"to": "a"}, lambda: pytest.fail("asked once")) as journal:
-        assert (journal.done, set(journal.begun), journal.empty) == ({1, 2}, {1, 2, 3}, True)
+        assert (journal.done, journal.begun, journal.empty) == ({1, 2}, {1, 2, 3}, True)
         journal.finish([3])
     assert path.read_text() == whole + '{"done": [3]}\n'
     with pytest.raises(UserError, match="use another --set_name"):
