@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from sae.config import TrainConfig
+from sae.config import CollectConfig, EvalConfig, TrainConfig, UploadConfig, VizConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -272,6 +272,10 @@ TABLES = {
     "plans": plans,
     "faults": faults,
     "flags": lambda: flags(TrainConfig),
+    "flags_eval": lambda: flags(EvalConfig),
+    "flags_viz": lambda: flags(VizConfig),
+    "flags_upload": lambda: flags(UploadConfig),
+    "flags_collect": lambda: flags(CollectConfig),
 }
 
 

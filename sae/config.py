@@ -326,7 +326,9 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
     plan: bool = knob(False, "say what the run would take (memory, time, disk) and start nothing")
     save_dir: str = knob("sae_models", "folder of all runs", alias=("output_dir",))
     run_name: str | None = knob(None, "name of this run's folder (default: layer_10 or the hookpoint)")
-    resume: bool = knob(False, "go on from the run's newest checkpoint")
+    resume: bool = knob(
+        False, "go on from a run's newest checkpoint, with its settings (of --run_name or --layer, else the newest run)"
+    )
     overwrite: bool = knob(False, "replace an existing run")
     log_to_wandb: bool = knob(False, "log to Weights & Biases too")
     wandb_project: str = knob("nanosae", "project there")
@@ -452,3 +454,33 @@ class CollectConfig(DataConfig, HookConfig):
         self.check_data()
         self.check_hooks()
         _at_least(self, 1, "max_tokens", "shard_tokens")
+
+
+@dataclass(frozen=True)
+class UploadConfig:
+    """sae_upload: publish features on Neuronpedia. Without --upload everything is checked and nothing is sent."""
+
+    sae_path: str | None = knob(
+        None, "a run or a hookpoint folder (default: the newest run in sae_models)", alias=("sae_dir",)
+    )
+    features: str | None = knob(None, "the features.jsonl (default: the one that sae_viz wrote beside the SAE)")
+    dry_run: bool = knob(False, "only check, and show what would be sent; what happens without --upload, too")
+    upload: bool = knob(False, "send; the key comes from NEURONPEDIA_API_KEY, or is asked for")
+    export: str | None = knob(None, "folder to write Neuronpedia's bulk-import tree into")
+    graph_features: str | None = knob(None, "folder to write a json per feature into, for Neuronpedia's graph page")
+    model_id: str | None = knob(None, "the model's id there, a new one or an existing one (default: from its name)")
+    model_layers: int | None = knob(None, "layers of a model that is new there (default: the model is loaded to see)")
+    set_name: str = knob("nanosae", "the source set there; the SAE's source is then 10-nanosae")
+    layer: int | None = knob(None, "the SAE's layer (default: the number in its hookpoint)")
+    api_base: str = knob("https://www.neuronpedia.org/api", "the API, such as http://localhost:3000/api")
+    batch_size: int = knob(128, "features per request")
+
+    def __post_init__(self) -> None:
+        require(not (self.upload and self.dry_run), "--upload and --dry_run were both given; choose one")
+        require(
+            not self.upload or self.model_id is not None,
+            "--upload wants --model_id, the id that the model has or shall get on Neuronpedia",
+        )
+        require(1 <= self.batch_size <= 128, f"batch_size={self.batch_size}; Neuronpedia takes 1 to 128 at a time")
+        _at_least(self, 0, "layer")
+        _at_least(self, 1, "model_layers")

@@ -34,6 +34,7 @@ COLUMNS = (
 )  # fmt: skip
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 HELD_OUT = ("validation", "valid", "val", "dev", "test")  # splits that can validate, in the order they are taken
+FOLDERS = ("data", "datasets", "out")  # with these, owner/name is meant as a path
 FILES = (".txt", ".md", ".py", ".json", ".jsonl", ".ndjson", ".parquet", ".bin", ".csv", ".gz")
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -216,6 +217,10 @@ def _from_hub(name: str, column: str | None, split: str, streaming: bool) -> Dat
     """A dataset of the hub, `name` or `name:config`. No code of a dataset's own is ever run."""
     if not HUB_NAME.fullmatch(name) or Path(name).suffix in FILES:
         raise UserError(f"dataset '{name}' does not exist; give a file, a folder, or a HuggingFace dataset")
+    parent = Path(name).parts[0] if "/" in name else ""
+    if parent in FOLDERS or (parent and Path(parent).is_dir()):  # not worth half a minute's wait for the hub
+        here = f"there is no such thing in '{parent}'" if Path(parent).is_dir() else f"there is no folder '{parent}'"
+        raise UserError(f"dataset '{name}' does not exist, {here}; give a file, a folder, or a HuggingFace dataset")
     library = _extra("datasets", f"there is no file or folder '{name}', and a HuggingFace dataset")
     library.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # versions that still can would ask
     path, _, config = name.partition(":")

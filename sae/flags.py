@@ -11,6 +11,7 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -156,11 +157,13 @@ def _add_flag(parser: _Parser, f: dataclasses.Field, hint: Any, *, sweep: bool =
 
 
 def from_cli(
-    cls: type[C], argv: list[str], *, prog: str = "", description: str = "", replaced: dict[str, str] | None = None
-) -> C:
+    cls: type[C], argv: list[str], *, prog: str = "", description: str = "", replaced: dict[str, str] | None = None,
+    start_from: Callable[[dict[str, Any]], Path | None] = lambda _: None,
+) -> C:  # fmt: skip
     """A config from flags. Later wins: defaults < `--config file.json` < flags; validated once, together.
 
-    replaced: flags that other tools have and this one does not, with what to do instead.
+    replaced: flags that other tools have and this one does not, with what to do instead. start_from: given the flags,
+    the file that stands in for a --config that is not among them; it may add to them.
     Raises UserError for an unknown flag (with the nearest one) or a bad value; `--help` prints and exits.
     """
     parser = _Parser(
@@ -186,7 +189,7 @@ def from_cli(
     fields = vars(given)
     several = {f.name: fields.pop(f.name) for f in dataclasses.fields(cls) if f.name in swept & fields.keys()}  # type: ignore[arg-type]
     fields |= {name: values[0] for name, values in several.items()}
-    path = fields.pop("config", None)
+    path = fields.pop("config", None) or start_from(fields)
     start = read_json(path) if path else {}
     if isinstance(start, dict):
         start = start.get("config", start)  # a run's config.json keeps the settings under "config"

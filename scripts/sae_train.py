@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,8 +123,39 @@ def run_folder(c: TrainConfig, hookpoints: list[str]) -> Path:
         name = hookpoints[0] if len(hookpoints) == 1 else re.sub(r"[^\w.@-]", "_", (c.hookpoints or hookpoints)[0])
         return Path(c.save_dir) / name
     numbers = [re.findall(r"\d+", name)[0] for name in hookpoints]
-    name = ("layer_" if len(numbers) == 1 else "layers_") + "_".join(numbers)
-    return Path(c.save_dir) / (name if c.hook_type == "resid_post" else f"{name}_{c.hook_type}")
+    return Path(c.save_dir) / layers_name(numbers, c.hook_type)
+
+
+def run_to_resume(flags: dict[str, Any]) -> Path | None:
+    """The config.json of the run that --resume means: of --run_name, of --layer or --layers, or the newest.
+
+    None without --resume, and where only the model could tell the run's name (--hookpoints, --activations).
+    """
+    if not flags.get("resume"):
+        return None
+    root = Path(flags.get("save_dir", TrainConfig.save_dir))
+    layers = flags.get("layers") or [flags.get("layer")]
+    if "run_name" in flags:
+        folder = root / str(flags["run_name"])
+    elif layers != [None]:
+        folder = root / layers_name(layers, flags.get("hook_type", TrainConfig.hook_type))
+    elif flags.keys() & {"hookpoints", "activations", "hook_type", "layer_stride"}:
+        return None
+    else:
+        written = [p for p in root.rglob("checkpoint_step*.pt") if (p.parent / "config.json").is_file()]
+        if not written:
+            raise UserError(f"there is no run to resume in '{root}'; start one without --resume")
+        folder = max(written, key=lambda p: p.stat().st_mtime).parent
+    if not (folder / "config.json").is_file():
+        return None
+    flags |= {"save_dir": str(folder.parent), "run_name": folder.name}
+    return folder / "config.json"
+
+
+def layers_name(layers: Sequence[Any], hook_type: str) -> str:
+    """layer_10, layers_0_4_8, layer_10_mlp."""
+    name = ("layer_" if len(layers) == 1 else "layers_") + "_".join(map(str, layers))
+    return name if hook_type == "resid_post" else f"{name}_{hook_type}"
 
 
 def check_folder(c: TrainConfig, folder: Path) -> None:
@@ -275,7 +307,10 @@ def check_processes(c: TrainConfig) -> None:
 
 
 def main(argv: list[str]) -> None:
-    c = from_cli(TrainConfig, argv, prog="python -m scripts.sae_train", description=__doc__ or "", replaced=REPLACED)
+    c = from_cli(
+        TrainConfig, argv, prog="python -m scripts.sae_train", description=__doc__ or "", replaced=REPLACED,
+        start_from=run_to_resume,
+    )  # fmt: skip
     if c.plan:
         say_plan(c)
         return

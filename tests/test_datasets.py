@@ -313,6 +313,10 @@ def test_a_local_path_wins_over_the_hub(tmp_path, monkeypatch):
     (tmp_path / "imdb").mkdir()
     (tmp_path / "imdb" / "a.txt").write_text("mine")
     assert documents(open_dataset("imdb")) == ["mine"]
+    (tmp_path / "texts").mkdir()
+    for name, why in (("texts/mine", "no such thing in 'texts'"), ("data/shakespeare_char", "no folder 'data'")):
+        with pytest.raises(UserError, match=f"'{name}' does not exist, there is {why}"):
+            open_dataset(name)
 
 
 def test_no_code_of_a_dataset_is_run(monkeypatch):

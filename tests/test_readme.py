@@ -12,11 +12,14 @@ import pytest
 
 import train
 from benchmarks import render
-from sae.config import CollectConfig, EvalConfig, TrainConfig, VizConfig, from_cli
+from sae.config import CollectConfig, EvalConfig, TrainConfig, UploadConfig, VizConfig, from_cli
 from tests.conftest import ROOT
 
 DOCUMENTS = ("README.md", "SAE_README.md", "assets/pygpt/README.md", "CONTRIBUTING.md")
-CONFIGS = {"sae_train": TrainConfig, "sae_eval": EvalConfig, "sae_viz": VizConfig, "sae_collect": CollectConfig}
+CONFIGS = {
+    "sae_train": TrainConfig, "sae_eval": EvalConfig, "sae_viz": VizConfig, "sae_upload": UploadConfig,
+    "sae_collect": CollectConfig,
+}  # fmt: skip
 
 
 def blocks(language):
@@ -83,7 +86,7 @@ def test_the_public_names():
     import sae
 
     promised = "SAEConfig TrainConfig create_sae load_sae save_sae load_saes SAETrainer train_sae_from_activations"
-    promised += " ActivationCollector load_language_model SAEEvaluator FeatureVisualizer"
+    promised += " ActivationCollector load_language_model SAEEvaluator FeatureVisualizer NeuronpediaClient"
     for name in promised.split():
         assert hasattr(sae, name), name
         assert name in sae.__all__

@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from sae import formats, log
-from scripts import sae_collect, sae_eval, sae_train, sae_viz
+from scripts import sae_collect, sae_eval, sae_train, sae_upload, sae_viz
 from tests.conftest import ROOT
 
-SCRIPTS = {"sae_train": sae_train, "sae_eval": sae_eval, "sae_viz": sae_viz, "sae_collect": sae_collect}
+SCRIPTS = {
+    "sae_train": sae_train, "sae_eval": sae_eval, "sae_viz": sae_viz, "sae_upload": sae_upload,
+    "sae_collect": sae_collect,
+}  # fmt: skip
 SMALL = ["--k", "4", "--batch_size", "64", "--buffer_tokens", "256", "--max_tokens", "640", "--val_tokens", "200"]
 
 
@@ -128,6 +131,32 @@ def test_resume_and_overwrite(here, base, capsys):
     assert call(sae_train, *flags, "--overwrite", "--k", 5) == 0
     assert call(sae_train, *flags, "--resume", "--run_name", "other") == 2
     assert "no checkpoint to resume from" in capsys.readouterr().err
+
+
+def test_resume_needs_no_flags(here, base, capsys):
+    """The run's own settings are taken over, sweeps included, and it goes on to the bit."""
+    flags = [*base, *SMALL, "--activation", "gated", "--save_every", 5, "--init_seeds", 0, 1, "--no-save_best"]
+    assert call(sae_train, "--layer", 1, *flags) == 0
+    run = here / "sae_models" / "layer_1"
+    weights = lambda: {name: sae.state_dict() for name, sae in formats.load_saes(here / "sae_models").items()}
+    before = weights()
+    for more in ([], ["--layer", 1], ["--run_name", "layer_1"], ["--run_name", "renamed"], ["--save_every", 2]):
+        if "renamed" in more:
+            run = run.rename(run.with_name("renamed"))
+        (run / "checkpoint_step10.pt").unlink()  # as if it had been killed on the way
+        for file in run.rglob(formats.WEIGHTS):
+            file.unlink()
+        capsys.readouterr()
+        assert call(sae_train, *more, "--resume") == 0
+        assert f"resuming 'sae_models/{run.name}' at step 5" in capsys.readouterr().out
+        after = weights()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[n][p], before[n][p]) for n in before for p in before[n]), more
+    assert (run / "checkpoint_step8.pt").is_file()
+    assert call(sae_train, "--resume", "--lr", 0.5) == 2
+    assert "trained with learning_rate=None and 0.5 is asked" in capsys.readouterr().err
+    assert call(sae_train, "--resume", "--save_dir", "elsewhere") == 2
+    assert "no run to resume in 'elsewhere'" in capsys.readouterr().err
 
 
 class Evil:
