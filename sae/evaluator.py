@@ -57,6 +57,13 @@ class Totals:
             old = getattr(self, name)
             setattr(self, name, value.to(old.device) if isinstance(old, Tensor) else value)
 
+    def merge(self, other: Totals) -> None:
+        """Add the sums over other tokens."""
+        self.n += other.n
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and name != "mean":
+                value.add_(getattr(other, name).to(value.device))
+
     @torch.no_grad()
     def add(self, x: Tensor, x_hat: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
         """Add a batch: x and x_hat (B, D), and the codes between them, whose `activity` it returns."""

@@ -16,12 +16,13 @@ FLOORS = {
     "distributed": 3, "hooks": 3, "base": 3, "tokenizers": 3,
     "models": 4, "optim": 4,
     "language_model": 5, "formats": 5,
-    "datasets": 6, "records": 6,
+    "datasets": 6, "records": 6, "syntax": 0, "directions": 0, "dashboard": 7,
     "tokens": 7,
     "activations": 8,
     "cache": 9, "evaluator": 9, "runtime": 9,
-    "activation_files": 10, "learner": 10, "feature_viz": 10, "assessment": 10, "plots": 10,
-    "trainer": 11, "end_to_end": 11, "sweep": 11,
+    "activation_files": 10, "learner": 10, "feature_tables": 10, "assessment": 10, "plots": 10,
+    "labels": 11, "explainer": 7,
+    "feature_viz": 12, "trainer": 11, "end_to_end": 11, "sweep": 11,
     "neuronpedia": 11,
 }  # fmt: skip
 FILES = sorted(p for p in (ROOT / "sae").glob("*.py") if p.stem != "__init__")
