@@ -6,7 +6,9 @@ from pathlib import Path
 
 from sae import log
 from sae.config import VizConfig, from_cli
+from sae.explainer import Endpoint, Explainer
 from sae.feature_viz import FeatureVisualizer
+from sae.labels import distribution
 from sae.plots import plot_evaluation, plot_training
 from scripts.sae_eval import open_sae
 
@@ -20,12 +22,25 @@ def main(argv: list[str]) -> None:
         ctx_len=trained_on.get("context_size", 256), skip_first=trained_on.get("skip_first", False),
         exclude_tokens=trained_on.get("exclude_tokens", ()),
     )  # fmt: skip
+    if c.explainer_url and c.explainer_model:
+        journal = out / f"explanations_{viz.identity()[:12]}.jsonl"
+        explainer = Explainer(Endpoint(c.explainer_url, c.explainer_model), journal)
+        cost = explainer.estimate(*viz.to_explain)
+        log.say(
+            f"asking {c.explainer_model} {cost['questions']:,} questions: about {cost['tokens_in']:,} tokens to read "
+            f"and at most {cost['tokens_out']:,} to write; answers are kept in {journal}"
+        )
+        viz.explain(explainer)
     index = viz.save(out / "features")
     totals = viz.tables.totals
     plot_evaluation(totals, out / "plots")
     if (folder / "metrics.jsonl").is_file():
         plot_training(folder / "metrics.jsonl", out / "plots")
-    log.say(f"{len(viz.records)} of {sae.d_sae} features, from {totals.n:,} tokens; plots in {out / 'plots'}")
+    log.say(f"{len(viz.chosen)} of {sae.d_sae} features, from {totals.n:,} tokens; plots in {out / 'plots'}")
+    live = set(viz.tables.live())
+    if c.labels and live:
+        for line in distribution([label for i, label in zip(viz.tables.latents, viz.labels, strict=True) if i in live]):
+            log.say(line)
     log.say(f"open {index}")
 
 
