@@ -16,7 +16,7 @@ FLOORS = {
     "hooks": 3, "base": 3, "tokenizers": 3,
     "models": 4, "optim": 4,
     "language_model": 5, "formats": 5,
-    "datasets": 6, "neuronpedia_format": 6,
+    "datasets": 6, "neuronpedia_format": 6, "records": 6,
     "tokens": 7, "neuronpedia": 7,
     "buffer": 3, "activations": 8,
     "plan": 4, "checkpoint": 6, "cache": 9, "evaluator": 9, "runtime": 9,

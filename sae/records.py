@@ -1,0 +1,123 @@
+"""What is known of one latent: FeatureRecord, and features.jsonl, which holds one a line for other programs.
+
+Plain data: no tensors, no model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sae.config import UserError
+from sae.formats import write_atomic
+
+FEATURES = "features.jsonl"
+
+
+@dataclass(frozen=True)
+class Context:
+    """Tokens and a latent's activation at each. tokens[peak] is the one meant, at `position` of held-out `sequence`.
+
+    low, high, share: drawn at random where the latent's activation lies in low..high, as it does on that share of the
+    tokens it is active on; None for a context that is among the strongest.
+    """
+
+    tokens: list[str]
+    values: list[float]
+    peak: int
+    sequence: int
+    position: int
+    low: float | None = None
+    high: float | None = None
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """counts[i] activations lay in edges[i]..edges[i + 1]; both are empty for a latent that never fired."""
+
+    edges: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class FeatureRecord:
+    """A latent over n_tokens tokens: how often and how strongly it fires, where, what it does, and what it may mean.
+
+    density: share of tokens it is active on; mean_active: mean activation over those. label: what it seems to stand
+    for, with precision (share of the label's tokens that it is active on) and recall (share of its active tokens that
+    the label names) on text that the label was not made from; None where that could not be measured. promoted,
+    suppressed: (token, effect of one unit of activation on its logit), strongest first; empty where there is no way to
+    the logits. neighbours: (latent, cosine of decoder directions); cofiring: (latent, correlation of being active).
+    typical: (token, share of the activations that are on it); first: the same, of activations whose latent was silent
+    on the token before. positions: how often it is active at each place of a sequence (POSITIONS of feature_viz.py),
+    over how often all tokens are. contexts: the strongest first, at most one per sequence, then samples by interval.
+    """
+
+    latent: int
+    n_tokens: int
+    density: float
+    max_activation: float
+    mean_active: float
+    label: str = ""
+    label_precision: float | None = None
+    label_recall: float | None = None
+    promoted: list[tuple[str, float]] = field(default_factory=list)
+    suppressed: list[tuple[str, float]] = field(default_factory=list)
+    neighbours: list[tuple[int, float]] = field(default_factory=list)
+    cofiring: list[tuple[int, float]] = field(default_factory=list)
+    typical: list[tuple[str, float]] = field(default_factory=list)
+    first: list[tuple[str, float]] = field(default_factory=list)
+    positions: list[float] = field(default_factory=list)
+    histogram: Histogram = field(default_factory=Histogram)
+    contexts: list[Context] = field(default_factory=list)
+
+    @property
+    def strongest(self) -> list[Context]:
+        """The contexts that were not drawn from an interval."""
+        return [c for c in self.contexts if c.low is None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain json values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> FeatureRecord:
+        """What to_dict gave; raises UserError for missing or unknown fields."""
+        pairs = ("promoted", "suppressed", "neighbours", "cofiring", "typical", "first")
+        try:
+            made = {
+                "contexts": [Context(**c) for c in value["contexts"]], "histogram": Histogram(**value["histogram"]),
+                **{name: [(a, b) for a, b in value.get(name, [])] for name in pairs},
+            }  # fmt: skip
+            return cls(**{**value, **made})
+        except (TypeError, ValueError, KeyError, AttributeError) as e:
+            raise UserError(f"a line is no feature's record ({e}); write the file again with sae_viz") from e
+
+
+def write_features(records: Iterable[FeatureRecord], path: Path) -> None:
+    """One record a line, in ascii."""
+
+    def write(tmp: Path) -> None:
+        with tmp.open("w", encoding="ascii", newline="\n") as f:
+            for record in records:
+                f.write(json.dumps(record.to_dict(), allow_nan=False) + "\n")
+
+    write_atomic(path, write)
+
+
+def read_features(path: str | Path) -> Iterator[FeatureRecord]:
+    """The records of a features.jsonl, one at a time. Raises UserError that names the line that is none."""
+    try:
+        with Path(path).open(encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    yield FeatureRecord.from_dict(json.loads(line))
+                except ValueError as e:
+                    raise UserError(f"'{path}', line {number}: {e}") from e
+    except OSError as e:
+        raise UserError(f"'{path}' cannot be read ({e.strerror}); run sae_viz first, or give its features.jsonl") from e
