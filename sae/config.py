@@ -431,6 +431,8 @@ class VizConfig(EvalConfig):
     all_features: bool = knob(False, "a page for every feature (default: the first 1000 that fire)")
     top_k: int = knob(20, "contexts per feature")
     context_tokens: int = knob(24, "tokens shown on each side of the strongest one")
+    train_text: bool = knob(False, "read the text for training instead of the held-out one: there is more of it")
+    labels: bool = knob(True, "give each feature a label, a rule that half of the text makes and the other half tests")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -76,6 +76,13 @@ class Totals:
                 setattr(whole, name, self.data.sum_(value.clone()))
         return whole
 
+    def merge(self, other: Totals) -> None:
+        """Add the sums over other tokens."""
+        self.n += other.n
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and name != "mean":
+                value.add_(getattr(other, name).to(value.device))
+
     @torch.no_grad()
     def add(self, x: Tensor, x_hat: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
         """Add a batch: x and x_hat (B, D), and the codes between them, whose `activity` it returns."""

@@ -5,8 +5,8 @@ Plain data: no tensors, no model.
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,8 +49,8 @@ class FeatureRecord:
     """A latent over n_tokens tokens: how often and how strongly it fires, where, what it does, and what it may mean.
 
     density: share of tokens it is active on; mean_active: mean activation over those. label: what it seems to stand
-    for, with precision (share of the label's tokens that it is active on) and recall (share of its active tokens that
-    the label names) on text that the label was not made from; None where that could not be measured. promoted,
+    for, in short, and rule, in full; with precision (share of the rule's tokens that it is active on) and recall (share
+    of its active tokens that the rule names) on text that the rule was not made from, None where that has none. promoted,
     suppressed: (token, effect of one unit of activation on its logit), strongest first; empty where there is no way to
     the logits. neighbours: (latent, cosine of decoder directions); cofiring: (latent, correlation of being active).
     typical: (token, share of the activations that are on it); first: the same, of activations whose latent was silent
@@ -64,6 +64,7 @@ class FeatureRecord:
     max_activation: float
     mean_active: float
     label: str = ""
+    rule: str = ""
     label_precision: float | None = None
     label_recall: float | None = None
     promoted: list[tuple[str, float]] = field(default_factory=list)
@@ -82,8 +83,9 @@ class FeatureRecord:
         return [c for c in self.contexts if c.low is None]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain json values."""
-        return dataclasses.asdict(self)
+        """Plain json values, which share the record's lists."""
+        contexts = [vars(c) for c in self.contexts]
+        return {**vars(self), "histogram": vars(self.histogram), "contexts": contexts}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> FeatureRecord:
@@ -99,25 +101,38 @@ class FeatureRecord:
             raise UserError(f"a line is no feature's record ({e}); write the file again with sae_viz") from e
 
 
+def line_of(record: FeatureRecord) -> str:
+    """A line of features.jsonl, in ascii, without its end."""
+    return json.dumps(record.to_dict(), allow_nan=False, separators=(",", ":"))
+
+
 def write_features(records: Iterable[FeatureRecord], path: Path) -> None:
-    """One record a line, in ascii."""
+    """A features.jsonl of these records."""
 
     def write(tmp: Path) -> None:
         with tmp.open("w", encoding="ascii", newline="\n") as f:
-            for record in records:
-                f.write(json.dumps(record.to_dict(), allow_nan=False) + "\n")
+            f.writelines(line_of(record) + "\n" for record in records)
 
     write_atomic(path, write)
 
 
-def read_features(path: str | Path) -> Iterator[FeatureRecord]:
-    """The records of a features.jsonl, one at a time. Raises UserError that names the line that is none."""
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(latent, its line) of a features.jsonl, one at a time; a line that is no record is found when it is parsed."""
     try:
         with Path(path).open(encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
-                try:
-                    yield FeatureRecord.from_dict(json.loads(line))
-                except ValueError as e:
-                    raise UserError(f"'{path}', line {number}: {e}") from e
+                found = re.match(r'\{"latent": ?(\d+),', line)
+                if found is None:
+                    raise UserError(f"'{path}', line {number} is no feature's record; write the file with sae_viz")
+                yield int(found[1]), line.rstrip("\n")
     except OSError as e:
         raise UserError(f"'{path}' cannot be read ({e.strerror}); run sae_viz first, or give its features.jsonl") from e
+
+
+def read_features(path: str | Path) -> Iterator[FeatureRecord]:
+    """The records of a features.jsonl, one at a time. Raises UserError that names the line that is none."""
+    for number, (_, line) in enumerate(read_lines(path), 1):
+        try:
+            yield FeatureRecord.from_dict(json.loads(line))
+        except ValueError as e:
+            raise UserError(f"'{path}', line {number}: {e}") from e

@@ -7,6 +7,7 @@ from pathlib import Path
 from sae import log
 from sae.config import VizConfig, from_cli
 from sae.feature_viz import FeatureVisualizer
+from sae.labels import distribution
 from sae.plots import plot_evaluation, plot_training
 from scripts.sae_eval import open_sae
 
@@ -25,7 +26,11 @@ def main(argv: list[str]) -> None:
     plot_evaluation(totals, out / "plots")
     if (folder / "metrics.jsonl").is_file():
         plot_training(folder / "metrics.jsonl", out / "plots")
-    log.say(f"{len(viz.records)} of {sae.d_sae} features, from {totals.n:,} tokens; plots in {out / 'plots'}")
+    log.say(f"{len(viz.chosen)} of {sae.d_sae} features, from {totals.n:,} tokens; plots in {out / 'plots'}")
+    live = set(viz.tables.live())
+    if c.labels and live:
+        for line in distribution([label for i, label in zip(viz.tables.latents, viz.labels, strict=True) if i in live]):
+            log.say(line)
     log.say(f"open {index}")
 
 

@@ -16,12 +16,12 @@ FLOORS = {
     "hooks": 3, "base": 3, "tokenizers": 3,
     "models": 4, "optim": 4,
     "language_model": 5, "formats": 5,
-    "datasets": 6, "neuronpedia_format": 6, "records": 6,
+    "datasets": 6, "neuronpedia_format": 6, "records": 6, "syntax": 0, "directions": 0, "dashboard": 7, "explainer": 7,
     "tokens": 7, "neuronpedia": 7,
     "buffer": 3, "activations": 8,
     "plan": 4, "checkpoint": 6, "cache": 9, "evaluator": 9, "runtime": 9,
-    "activation_files": 10, "learner": 10, "feature_viz": 10, "assessment": 10, "plots": 10,
-    "trainer": 11, "end_to_end": 11, "sweep": 11,
+    "activation_files": 10, "learner": 10, "feature_tables": 10, "assessment": 10, "plots": 10,
+    "labels": 11, "feature_viz": 12, "trainer": 11, "end_to_end": 11, "sweep": 11,
 }  # fmt: skip
 FILES = sorted(p for p in (ROOT / "sae").glob("*.py") if p.stem != "__init__")
 
