@@ -433,10 +433,20 @@ class VizConfig(EvalConfig):
     context_tokens: int = knob(24, "tokens shown on each side of the strongest one")
     train_text: bool = knob(False, "read the text for training instead of the held-out one: there is more of it")
     labels: bool = knob(True, "give each feature a label, a rule that half of the text makes and the other half tests")
+    explainer_url: str | None = knob(
+        None, "base of an OpenAI-compatible API that explains features, such as http://localhost:8000/v1; "
+        "a key, if one is needed, is NANOSAE_API_KEY in the environment",
+    )  # fmt: skip
+    explainer_model: str | None = knob(None, "the model there that explains")
+    explainer_limit: int = knob(100, "features it explains in one run, the first that have a page")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "top_k", "context_tokens")
+        _at_least(self, 1, "top_k", "context_tokens", "explainer_limit")
+        require(
+            (self.explainer_url is None) == (self.explainer_model is None),
+            "--explainer_url and --explainer_model go together; give both or neither",
+        )
         for i in self.feature:
             require(i >= 0, f"feature {i} was asked for; features are numbered from 0")
 

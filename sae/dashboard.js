@@ -51,6 +51,12 @@ function token(text, value, largest, peak) {
   return e;
 }
 
+// A label as nodes: what stands between backticks is a token.
+function labelled(text) {
+  return text.split(/(`[^`]*`)/).filter(Boolean).map((piece) => (piece.length > 1 && piece[0] === "`" && piece.endsWith("`")
+    ? el("code", {}, ...shown(piece.slice(1, -1))) : piece));
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // data
 
@@ -135,7 +141,7 @@ function tableRow(row, i) {
     ? el("div", {className: "t row"}, el("span", {className: "l"}, ...parts(row.before)), el("span", {}, ...parts(row.after)))
     : el("span", {className: "dim"}, "never fired");
   const tr = el("tr", {className: i === state.at ? "at" : "", onclick: () => go(row.latent)}, el("td", {}, open),
-    el("td", {title: row.label}, rate, " ", row.label), el("td", {}, percent(row.density)), el("td", {}, num(row.max)),
+    el("td", {title: row.label}, rate, " ", ...labelled(row.label)), el("td", {}, percent(row.density)), el("td", {}, num(row.max)),
     el("td", {}, num(row.mean)), el("td", {}, el("span", {className: "t row"}, row.top ? token(row.top, 0, 1, false) : "")),
     el("td", {}, text));
   return tr;
@@ -189,12 +195,13 @@ function map() {
   c.clearRect(0, 0, size, size);
   state.largest ??= state.rows.reduce((m, r) => Math.max(m, r.max), 1e-9);
   const [value, low, high] = COLOURS[$("colour").value], all = state.shown.length === state.rows.length;
-  const radius = Math.max(1, Math.min(3.2, 150 / Math.sqrt(state.rows.length))) * Math.sqrt(view.zoom);
+  const radius = Math.max(0.8, Math.min(3.2, 110 / Math.sqrt(state.rows.length))) * Math.sqrt(view.zoom);
   const dot = (row, fill) => {
     const [x, y] = place(row, size);
     if (x < -9 || y < -9 || x > size + 9 || y > size + 9) return;
     c.fillStyle = fill;
-    c.fillRect(x - radius, y - radius, 2 * radius, 2 * radius);
+    if (radius < 1.6) c.fillRect(x - radius, y - radius, 2 * radius, 2 * radius);
+    else { c.beginPath(); c.arc(x, y, radius, 0, 7); c.fill(); }
   };
   if (!all) for (const row of state.rows) dot(row, dark.matches ? "#2d3138" : "#e4e6ea");
   for (const row of state.shown) dot(row, row.max > 0 ? `rgb(${colour(value(row))})` : "#888");
@@ -248,7 +255,7 @@ function mapEvents() {
 }
 
 function tip(row) {
-  $("tip").replaceChildren(...(row ? [el("b", {}, String(row.latent)), " ", row.label || "no label"]
+  $("tip").replaceChildren(...(row ? [el("b", {}, String(row.latent)), " ", ...labelled(row.label || "no label")]
     : [el("span", {className: "dim"}, "Each dot is a feature; near ones write in like directions. Point at it, click to open, scroll to zoom.")]));
 }
 
@@ -303,9 +310,10 @@ function list(items, kind = "") {
 const tokens = (pairs, text, kind) => list(pairs.map(([t, v]) => [el("bdi", {}, ...shown(t)), v, text(v)]), kind);
 const links = (pairs) => list(pairs.map(([latent, v]) => {
   const row = state.names.get(latent);
-  return [row ? el("a", {href: `#${latent}`, title: row.label}, `${latent} ${row.label}`) : `${latent}`, v, num(v, 2)];
+  return [row ? el("a", {href: `#${latent}`, title: row.label}, `${latent} `, ...labelled(row.label)) : `${latent}`, v, num(v, 2)];
 }));
-const part = (width, title, content, note) => el("section", {className: width}, el("h2", {}, title), content, note ? el("small", {}, note) : null);
+const part = (width, title, content, note) => el("section", {className: width},
+  el("h2", {}, title, " ", note ? el("small", {}, note) : null), content);
 
 function contexts(record) {
   const groups = new Map();
@@ -329,24 +337,26 @@ function page(record) {
   const q = record.label_precision === null ? -1 : Math.min(record.label_precision, record.label_recall);
   const facts = [["density", percent(record.density)], ["active on", `${Math.round(record.density * record.n_tokens).toLocaleString("en")} of ${record.n_tokens.toLocaleString("en")} tokens`],
     ["largest activation", num(record.max_activation, 4)], ["mean when active", num(record.mean_active, 4)]];
-  if (q >= 0) facts.push(["label's precision", percent(record.label_precision)], ["label's recall", percent(record.label_recall)]);
+  if (q >= 0) facts.push(["label's precision", el("span", {className: grade(record.label_precision)}, percent(record.label_precision))],
+    ["label's recall", el("span", {className: grade(record.label_recall)}, percent(record.label_recall))]);
   const fired = record.histogram.counts.length > 0, none = el("small", {}, "no way to the logits");
-  const parts = fired ? [
-    part("w6", "Activations", histogram(record.histogram)),
-    part("w3", "Promotes", record.promoted.length ? tokens(record.promoted, (v) => `+${num(v, 2)}`) : none),
-    part("w3", "Suppresses", record.suppressed.length ? tokens(record.suppressed, (v) => num(v, 2), "cool") : none),
-    part("w3", "Typical tokens", tokens(record.typical, percent), "share of its activations"),
-    part("w3", "First tokens", tokens(record.first, percent), "where it begins to fire"),
-    part("w3", "Near directions", links(record.neighbours), "cosine of decoder rows"),
-    part("w3", "Fires with", links(record.cofiring), "correlation of being active"),
-  ] : [part("w6", "Near directions", links(record.neighbours)), part("w3", "Promotes", record.promoted.length ? tokens(record.promoted, (v) => `+${num(v, 2)}`) : none),
-    part("w3", "Suppresses", record.suppressed.length ? tokens(record.suppressed, (v) => num(v, 2), "cool") : none)];
-  if (fired) parts[0].append(el("h2", {style: "margin-top:1rem"}, "Positions"), el("div", {className: "pos"}, positions(record.positions, state.facts.position_starts)));
+  const effects = (title, pairs, kind) => part("w6", title, pairs.length
+    ? tokens(pairs, (v) => (v > 0 ? "+" : "") + num(v, 2), kind) : none, "effect on logits");
+  const logits = [effects("Promotes", record.promoted, ""), effects("Suppresses", record.suppressed, "cool")];
+  const left = fired ? el("div", {className: "w6"}, part("", "Activations", histogram(record.histogram)),
+    part("pos", "Positions", positions(record.positions, state.facts.position_starts))) : null;
+  const right = el("div", {className: "w6 cols in"}, ...logits, ...(fired ? [
+    part("w6", "Typical tokens", tokens(record.typical, percent), "share of its activations"),
+    part("w6", "First tokens", tokens(record.first, percent), "share of where it begins to fire")] : []));
+  const parts = [left, right, part("w6", "Near directions", links(record.neighbours), "cosine of decoder rows"),
+    fired ? part("w6", "Fires with", links(record.cofiring), "correlation of being active") : null].filter(Boolean);
   return [
     el("h1", {}, `Feature ${record.latent}`),
-    el("p", {className: "what"}, el("span", {className: q >= 0 ? grade(q) : "weak"}, record.label || (fired ? "no label" : `never fired on ${record.n_tokens.toLocaleString("en")} tokens`)),
-      q >= 0 && q < 0.5 ? el("small", {}, " (a weak label: see its precision and recall)") : null),
-    record.rule ? el("small", {}, record.rule) : null,
+    el("p", {className: "what"}, ...labelled(record.label || (fired ? "no label" : `never fired on ${record.n_tokens.toLocaleString("en")} tokens`)),
+      q >= 0 && q < 0.5 ? el("small", {className: "fair"}, " weak label: see its precision and recall") : null),
+    record.explanation ? el("p", {}, record.explanation, el("small", {}, ` by ${record.explainer}` +
+      (record.detection === null ? "" : `, detection ${num(record.detection, 2)}`) + (record.fuzzing === null ? "" : `, fuzzing ${num(record.fuzzing, 2)}`))) : null,
+    record.rule && record.rule !== record.label ? el("details", {}, el("summary", {}, "the whole rule"), el("p", {}, ...labelled(record.rule))) : null,
     el("dl", {}, ...facts.map(([k, v]) => el("div", {}, el("dt", {}, k), el("dd", {}, v)))),
     el("div", {className: "cols"}, ...parts), ...contexts(record),
   ];
@@ -415,6 +425,7 @@ function key(e) {
 }
 
 function start(latent) {
+  $("title").textContent = `Features of ${state.facts.hookpoint} in ${state.facts.model}`;
   const facts = Object.entries(state.facts.shown || {});
   $("facts").replaceChildren(...facts.map(([k, v]) => el("div", {}, el("dt", {}, k), el("dd", {}, v))));
   document.querySelectorAll("th").forEach((th) => { th.firstChild.onclick = () => sortBy(th.dataset.key); });
@@ -427,6 +438,7 @@ function start(latent) {
     $("side").hidden = off; $("maps").ariaPressed = String(!off);
     rows(true); map();
   };
+  if (matchMedia("(max-width:64rem)").matches) $("maps").onclick();  // there it would stand before the list
   mapEvents(); tip(null);
   addEventListener("scroll", () => state.open === undefined && rows(), {passive: true});
   addEventListener("resize", () => { rows(true); map(); });

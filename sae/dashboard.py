@@ -1,6 +1,6 @@
 """Records as pages: a folder that opens from disk with a double click, without network or server.
 
-index.html holds the program (dashboard.js, dashboard.css); data/index.js what the list shows of every feature, and
+index.html holds the program (dashboard.html, .css, .js); data/index.js what the list shows of every feature, and
 data/N.js the records of PER_CHUNK features, loaded when one is opened: a page may load a script from its folder, where
 it may not read a file. Everything from data goes in as json in ascii and is shown as text; a policy forbids scripts but
 these. features.jsonl has the same records for other programs.
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from sae.config import UserError, read_json, require
@@ -28,33 +29,7 @@ PER_CHUNK = 32  # features a file: a third of a megabyte
 N_SHOWN = (8, 10)  # tokens before and from the peak on, in the list
 OURS = re.compile(r"index\.html|features\.jsonl|data|feature_\d+\.html|\..*")
 
-BODY = """
-<main id="list"><h1>Features</h1><dl id="facts"></dl>
-<div class="bar"><input id="search" type="search" placeholder="search labels, tokens, contexts, or #12" aria-label="search">
-<select id="quality" aria-label="label"><option value="any">any label</option><option value="good">label good (80)</option>
-<option value="fair">label fair (50)</option><option value="weak">label weak</option></select>
-<select id="often" aria-label="density"><option value="any">any density</option><option value="rare">below 0.1%</option>
-<option value="some">0.1% to 1%</option><option value="common">1% to 10%</option><option value="dense">above 10%</option></select>
-<select id="life" aria-label="dead"><option value="all">live and dead</option><option value="live">live</option>
-<option value="dead">dead</option></select>
-<select id="order" class="narrow" aria-label="sort by"><option value="latent">by number</option><option value="label">by label</option>
-<option value="density">by density</option><option value="max">by max</option><option value="mean">by mean</option></select>
-<button id="maps" type="button" aria-pressed="true">map</button><output id="count" class="dim"></output></div>
-<div class="both" id="both"><table><colgroup><col class="c1"><col class="c2"><col class="c3"><col class="c4"><col class="c5">
-<col class="c6"><col></colgroup><thead><tr>HEADS</tr></thead><tbody id="rows"></tbody></table>
-<aside id="side"><canvas id="map" role="img" aria-label="map of decoder directions"></canvas>
-<div class="legend dim"><select id="colour" aria-label="colour by"><option value="density">density</option>
-<option value="quality">label</option><option value="max">max</option></select><span id="low"></span>
-<span class="ramp" id="ramp"></span><span id="high"></span></div><p id="tip"></p></aside></div>
-<footer class="dim"><kbd>/</kbd> search &ensp;<kbd>&uarr;</kbd><kbd>&darr;</kbd><kbd>Enter</kbd> choose and open</footer></main>
-<main id="one" hidden><nav id="nav"></nav><article id="page"></article>
-<footer class="dim"><kbd>&larr;</kbd><kbd>&rarr;</kbd> neighbours in the list &ensp;<kbd>b</kbd> line breaks &ensp;<kbd>Esc</kbd> back
-</footer></main>
-"""
-COLUMNS = {
-    "latent": "feature", "label": "label", "density": "density", "max": "max", "mean": "mean",
-    "top": "promotes", "text": "strongest context",
-}  # fmt: skip
+COLUMNS = ("latent", "label", "density", "max", "mean", "top", "precision", "recall", "x", "y", "before", "after")
 
 
 @cache
@@ -69,20 +44,13 @@ def _inline(value: Any) -> str:
 
 def page(inside: str, *, title: str = "Features", files: bool = False) -> str:
     """The program with a script `inside` that starts it. files: it may load scripts beside it."""
-    scripts = (_asset("dashboard.js"), inside)
+    program = _asset("dashboard.js")
     digest = lambda text: f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-    allowed = " ".join([*map(digest, scripts), *(["'self'", "file:"] if files else [])])
-    heads = "".join(
-        f'<th scope="col" data-key="{key}"><button type="button">{escape(name)}</button></th>'
-        for key, name in COLUMNS.items()
-    )
-    data = '<script src="data/index.js"></script>' if files else ""
-    return (
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">\n'
-        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none';style-src 'unsafe-inline';"
-        f'script-src {allowed}"><title>{escape(title)}</title>\n<style>{_asset("dashboard.css")}</style>\n'
-        f"{BODY.replace('HEADS', heads)}<script>{scripts[0]}</script>{data}<script>{inside}</script>\n"
-    )
+    return Template(_asset("dashboard.html")).substitute(
+        allowed=" ".join([digest(program), digest(inside), *(["'self'", "file:"] if files else [])]),
+        title=escape(title), style=_asset("dashboard.css"), program=program, inside=inside,
+        data='<script src="data/index.js"></script>\n' if files else "",
+    )  # fmt: skip
 
 
 class Listing:
@@ -90,8 +58,7 @@ class Listing:
 
     def __init__(self, facts: Mapping[str, Any], places: Mapping[int, tuple[float, float]]):
         self.facts, self.places = facts, places
-        names = (*(name for name in COLUMNS if name != "text"), "precision", "recall", "x", "y", "before", "after")
-        self.columns: dict[str, list[Any]] = {name: [] for name in names}
+        self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
 
     def add(self, r: FeatureRecord) -> None:
         x, y = self.places.get(r.latent, (0.5, 0.5))

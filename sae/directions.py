@@ -39,15 +39,15 @@ def plane(W_dec: Tensor, near: Tensor, *, seed: int = 0) -> Tensor:
         return torch.full((F, 2), 0.5)
     centred = unit - unit.mean(0)
     places = centred @ torch.linalg.eigh(centred.t() @ centred).eigenvectors[:, -2:]
-    places *= 10 / places.std(0).clamp(min=1e-9)
+    places *= 4 / places.std(0).clamp(min=1e-9)
     g = torch.Generator().manual_seed(seed)
     places += 1e-2 * torch.randn(F, 2, generator=g)  # equal rows must be able to part
     a, b = torch.arange(F).repeat_interleave(n), near.flatten()
     for epoch in range(EPOCHS):
-        rate = 0.5 * (1 - epoch / EPOCHS)
+        rate = 0.3 * (1 - epoch / EPOCHS)
         step = torch.zeros_like(places)
         apart = places[a] - places[b]
-        pull = -2 * apart / (1 + apart.square().sum(1, keepdim=True)) / n
+        pull = -2 * apart / (1 + apart.square().sum(1, keepdim=True))
         step.index_add_(0, a, pull).index_add_(0, b, pull, alpha=-1)
         others = torch.randint(F, (F, 5), generator=g)
         apart = places[:, None] - places[others]

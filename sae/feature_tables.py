@@ -50,22 +50,22 @@ class Candidates(NamedTuple):
 
 
 class Events(NamedTuple):
-    """The sampled text and what fires in it, in reading order: ids, sequence, position, keep, block (S,); the row of
-    the tables of each activation (E,), its value, the token (an index into the S) it is on."""
+    """The sampled text and what fires in it, in reading order: ids, sequence, position, keep, block (S,); of each
+    activation (E,) the latent, its value, and the token (an index into the S) it is on."""
 
     ids: np.ndarray
     sequence: np.ndarray
     position: np.ndarray
     keep: np.ndarray
     block: np.ndarray
-    row: np.ndarray
+    latent: np.ndarray
     value: np.ndarray
     token: np.ndarray
 
-    def by_row(self, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """(order (E,), starts (n_rows + 1,)): the activations of row r are order[starts[r] : starts[r + 1]]."""
-        order = torch.from_numpy(self.row).sort(stable=True).indices.numpy()
-        counts = np.bincount(self.row, minlength=n_rows)
+    def by_latent(self, n_latents: int) -> tuple[np.ndarray, np.ndarray]:
+        """(order (E,), starts (n_latents + 1,)): the activations of latent i are order[starts[i] : starts[i + 1]]."""
+        order = torch.from_numpy(self.latent).sort(stable=True).indices.numpy()
+        counts = np.bincount(self.latent, minlength=n_latents)
         return order, np.concatenate(([0], counts.cumsum()))
 
 
@@ -75,25 +75,27 @@ class Sample:
     def __init__(self, n_tokens: int = SAMPLE_TOKENS, *, seed: int = 0):
         self.n_tokens, self.seed = n_tokens, seed
         self.blocks: dict[int, list[tuple]] = {}
+        self._cutoff: tuple[int, int] | None = None  # the largest priority kept, and its block, once there is no room
 
     def _priority(self, block: int) -> int:
         return int(np.random.SeedSequence((self.seed, block)).generate_state(1, np.uint64)[0])
 
-    def add(self, ids: Tensor, valid: Tensor, keep: Tensor, rows: Tensor, values: Tensor, *, first: int) -> None:
-        """Add N sequences: ids, valid, keep (N, T); of the valid tokens, latents' rows (B, K), -1 for none, and values.
+    def add(self, ids: Tensor, valid: Tensor, keep: Tensor, codes: Codes, *, first: int) -> None:
+        """Add N sequences: ids, valid, keep (N, T), and the codes (B, K) of the valid tokens.
 
         A block of which a part is kept is whole: what decides between blocks is the same for all of its parts.
         """
-        stops = valid.sum(1).cumsum(0).tolist()
+        assert codes.indices is not None
+        indices, values, stops = codes.indices, codes.values, valid.sum(1).cumsum(0).tolist()
         for n, stop in enumerate(stops):
             block = (first + n) // BLOCK
             if block not in self.blocks and not self._makes_room(block, ids.shape[1]):
                 continue
             part = slice(stops[n - 1] if n else 0, stop)
-            on = (values[part] > 0) & (rows[part] >= 0)
+            on = values[part] > 0
             at = on.nonzero()[:, 0]
             inside = valid[n]
-            what = (ids[n][inside].int(), inside.nonzero()[:, 0].int(), keep[n][inside], rows[part][on].int(),
+            what = (ids[n][inside].int(), inside.nonzero()[:, 0].int(), keep[n][inside], indices[part][on].int(),
                     values[part][on].clone(), at.int())  # fmt: skip
             self.blocks.setdefault(block, []).append((first + n, *(x.numpy() for x in what)))
 
@@ -113,7 +115,7 @@ class Sample:
     def merge(self, other: Sample) -> None:
         """Take in the sample of another part of the same text; of both, those are kept that one pass would keep."""
         room = max(len(self.blocks), len(other.blocks))
-        both = {b: [] for b in (*self.blocks, *other.blocks)}
+        both: dict[int, list[tuple]] = {b: [] for b in (*self.blocks, *other.blocks)}
         for sample in (self, other):
             for b, parts in sample.blocks.items():
                 both[b] += parts
@@ -127,7 +129,7 @@ class Sample:
         joined = lambda i: np.concatenate([part[i] for _, part in parts])
         return Events(
             ids=joined(1), sequence=np.repeat([part[0] for _, part in parts], sizes), position=joined(2),
-            keep=joined(3), block=np.repeat([b for b, _ in parts], sizes), row=joined(4), value=joined(5),
+            keep=joined(3), block=np.repeat([b for b, _ in parts], sizes), latent=joined(4), value=joined(5),
             token=np.concatenate([part[6] + start for (_, part), start in zip(parts, starts, strict=True)]),
         )  # fmt: skip
 
@@ -170,9 +172,10 @@ class FeatureTables:
         Only kept tokens count and can be a peak; windows show what the latent does at the others too.
         """
         assert codes.indices is not None
-        rows, values = self.row[codes.indices.cpu()], codes.values.cpu().float()
+        codes = Codes(codes.indices.cpu(), codes.values.cpu().float())
+        rows, values = self.row[codes.indices], codes.values
         places = valid.flatten().nonzero()[:, 0]  # n * T + t
-        self.sample.add(ids, valid, keep, rows, values, first=first)
+        self.sample.add(ids, valid, keep, codes, first=first)
         T, K = ids.shape[1], rows.shape[1]
         counted = (values > 0) & keep.flatten()[places][:, None]
         if len(self.latents) < len(self.row):
@@ -250,7 +253,9 @@ class FeatureTables:
             getattr(self, name).add_(getattr(other, name))
         f, r = (other.peaks > 0).nonzero(as_tuple=True)
         place = other.places[f, r].long()
-        self._waiting = [Candidates(f, other.peaks[f, r], place[:, 0], place[:, 1], other.ids[f, r], other.values[f, r])]
+        self._waiting = [
+            Candidates(f, other.peaks[f, r], place[:, 0], place[:, 1], other.ids[f, r], other.values[f, r])
+        ]
         self._settle()
         self.sample.merge(other.sample)
         self.totals.merge(other.totals)

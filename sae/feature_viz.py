@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,8 @@ from sae.activations import check_finite
 from sae.config import VizConfig, require
 from sae.dashboard import Listing, save_pages, whole_page
 from sae.datasets import Dataset, open_dataset
-from sae.feature_tables import EDGES, POSITIONS, Events, FeatureTables
+from sae.explainer import Explainer, Explanation, explained
+from sae.feature_tables import EDGES, POSITIONS, FeatureTables
 from sae.kernels import Codes
 from sae.labels import Label, make_labels
 from sae.language_model import LanguageModel
@@ -30,6 +30,7 @@ N_SHARES = 8  # typical tokens, neighbours and the like
 INTERVALS = 5  # of equal width, from 0 to the largest activation
 PER_INTERVAL = 3
 MAX_PAGES = 1000  # unless asked for all
+Shares = list[tuple[str, float]]
 COFIRING_TOKENS = 1024  # of a latent's own that are looked at for what else fires
 
 
@@ -43,15 +44,17 @@ def rounded(x: np.ndarray) -> np.ndarray:
 class RecordMaker:
     """Records out of finished tables: what is exact from the tables, what needs no exactness from their sample."""
 
-    def __init__(self, tables: FeatureTables, lm: LanguageModel, sae: SAE, labels: Sequence[Label | None], *, seed: int = 0):
+    def __init__(
+        self, tables: FeatureTables, lm: LanguageModel, sae: SAE, labels: Sequence[Label | None], *, seed: int = 0
+    ):
         self.tables, self.lm, self.sae, self.labels = tables, lm, sae, labels
         self.token = lru_cache(None)(lm.tokenizer.token_str)
         self.events = events = tables.sample.events()
-        self.order, self.starts = events.by_row(len(tables.latents))
+        self.order, self.starts = events.by_latent(sae.d_sae)
         self.first_event = np.searchsorted(events.token, np.arange(len(events.ids) + 1))
-        self.n_kept = max(1, int(events.keep.sum()))
-        self.rate = np.bincount(events.row[events.keep[events.token]], minlength=len(tables.latents)) / self.n_kept
-        self.generator = np.random.default_rng(seed)
+        kept = events.latent[events.keep[events.token]]
+        self.rate = np.bincount(kept, minlength=sae.d_sae) / max(1, int(events.keep.sum()))
+        self.seed = seed
 
     def records(self, latents: Sequence[int]) -> Iterator[FeatureRecord]:
         """The records of these latents, made in blocks."""
@@ -74,7 +77,8 @@ class RecordMaker:
             start, stop = (int(used[0]), int(used[-1]) + 1) if n else (0, 0)
             promoted, suppressed = ([(self.token(j), round(float(effects[i, j]), 5)) for j in top[i]] for top in tops)
             largest, label = float(t.peaks[row, 0]), self.labels[row]
-            typical, first, cofiring = self._around(row)
+            generator = np.random.default_rng((self.seed, latent))  # so that a record is the same alone or among others
+            typical, first, cofiring = self._around(latent, generator)
             yield FeatureRecord(
                 latent=latent, n_tokens=n_tokens, density=n / max(1, n_tokens), max_activation=largest,
                 mean_active=float(t.sums[row]) / max(1, n),
@@ -85,7 +89,7 @@ class RecordMaker:
                 cofiring=cofiring,
                 positions=rounded(t.positions[row].numpy()[there] / max(1, n) / share[there]).tolist() if n else [],
                 histogram=Histogram(EDGES[start : stop + 1].tolist() if n else [], counts[start:stop].tolist()),
-                contexts=[*self._strongest(row), *self._drawn(row, largest)],
+                contexts=[*self._strongest(row), *self._drawn(latent, largest, generator)],
             )  # fmt: skip
 
     def _strongest(self, row: int) -> Iterator[Context]:
@@ -98,40 +102,42 @@ class RecordMaker:
                 tokens = [self.token(j) for j in ids[r][inside].tolist()]
                 yield Context(tokens, values[r][inside].tolist(), int(inside[:middle].sum()), sequence, position)
 
-    def _own(self, row: int) -> np.ndarray:
-        """The sampled tokens that count and that a row is active on."""
-        mine = self.order[self.starts[row] : self.starts[row + 1]]
+    def _own(self, latent: int) -> np.ndarray:
+        """The sampled activations of a latent, on tokens that count."""
+        mine = self.order[self.starts[latent] : self.starts[latent + 1]]
         return mine[self.events.keep[self.events.token[mine]]]
 
-    def _drawn(self, row: int, largest: float) -> Iterator[Context]:
+    def _drawn(self, latent: int, largest: float, generator: np.random.Generator) -> Iterator[Context]:
         """Random contexts by interval of the activation, from the top down; none that is among the strongest."""
-        e, mine = self.events, self._own(row)
+        e, mine, row = self.events, self._own(latent), int(self.tables.row[latent])
         interval = np.minimum((e.value[mine] / max(largest, 1e-30) * INTERVALS).astype(int), INTERVALS - 1)
         shown = set(map(tuple, self.tables.places[row][self.tables.peaks[row] > 0].tolist()))
         for i in reversed(range(INTERVALS)):
             inside = mine[interval == i]
-            drawn = self.generator.permutation(inside)[: 4 * PER_INTERVAL]
+            drawn = generator.permutation(inside)[: 4 * PER_INTERVAL]
             places = [(int(e.sequence[e.token[j]]), int(e.position[e.token[j]]), int(e.token[j])) for j in drawn]
             for sequence, position, token in [p for p in places if p[:2] not in shown][:PER_INTERVAL]:
-                tokens, values, peak = self._window(row, token)
+                tokens, values, peak = self._window(latent, token)
                 low, high = (float(f"{largest * x / INTERVALS:.4g}") for x in (i, i + 1))
                 yield Context(tokens, values, peak, sequence, position, low, high, round(len(inside) / len(mine), 5))
 
-    def _window(self, row: int, token: int) -> tuple[list[str], list[float], int]:
+    def _window(self, latent: int, token: int) -> tuple[list[str], list[float], int]:
         """Tokens and values around a sampled token, and its place in them."""
         e, half = self.events, self.tables.ids.shape[2] // 2
         a = max(0, token - min(half, int(e.position[token])))
         b = a + int(np.searchsorted(e.sequence[a : token + half + 1], e.sequence[token], side="right"))
-        mine = self.order[self.starts[row] : self.starts[row + 1]]
+        mine = self.order[self.starts[latent] : self.starts[latent + 1]]
         inside = mine[slice(*np.searchsorted(e.token[mine], (a, b)))]
         values = np.zeros(b - a)
         values[e.token[inside] - a] = rounded(e.value[inside])
         return [self.token(j) for j in e.ids[a:b].tolist()], values.tolist(), token - a
 
-    def _around(self, row: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]], list[tuple[int, float]]]:
+    def _around(
+        self, latent: int, generator: np.random.Generator
+    ) -> tuple[list[tuple[str, float]], list[tuple[str, float]], list[tuple[int, float]]]:
         """Typical tokens and first tokens with their shares, and what fires with it."""
         e = self.events
-        at = e.token[self._own(row)]
+        at = e.token[self._own(latent)]
         if not len(at):
             return [], [], []
         begins = np.diff(at, prepend=-2) > 1
@@ -141,15 +147,15 @@ class RecordMaker:
             counts = np.bincount(ids)
             top = np.argsort(-counts, kind="stable")[: min(N_SHARES, np.count_nonzero(counts))]
             shares.append([(self.token(int(i)), round(float(counts[i]) / len(ids), 5)) for i in top])
-        some = at if len(at) <= COFIRING_TOKENS else self.generator.choice(at, COFIRING_TOKENS, replace=False)
+        some = at if len(at) <= COFIRING_TOKENS else generator.choice(at, COFIRING_TOKENS, replace=False)
         lengths = self.first_event[some + 1] - self.first_event[some]
         offsets = np.repeat(self.first_event[some] - (lengths.cumsum() - lengths), lengths) + np.arange(lengths.sum())
-        both = np.bincount(e.row[offsets], minlength=len(self.rate)) / len(some)
-        p, q = self.rate[row], self.rate
+        both = np.bincount(e.latent[offsets], minlength=len(self.rate)) / len(some)
+        p, q = self.rate[latent], self.rate
         correlation = (both - q) * p / np.sqrt(np.maximum(p * (1 - p) * q * (1 - q), 1e-12))
-        correlation[row] = 0
+        correlation[latent] = 0
         top = np.argsort(-correlation, kind="stable")[:N_SHARES]
-        with_it = [(self.tables.latents[j], round(float(correlation[j]), 4)) for j in top if correlation[j] > 0.01]
+        with_it = [(int(j), round(float(correlation[j]), 4)) for j in top if correlation[j] > 0.01]
         return shares[0], shares[1], with_it
 
 
@@ -168,6 +174,7 @@ class FeatureVisualizer:
         self.sae, self.lm, self.config = sae, lm, config or VizConfig()
         self.hookpoint, self.dataset = hookpoint or sae.config.hook_point, dataset or open_dataset()
         self.ctx_len, self.skip_first, self.exclude_tokens = self.config.ctx_len or ctx_len, skip_first, exclude_tokens
+        self.explanations: dict[int, Explanation] = {}
 
     @cached_property
     @torch.no_grad()
@@ -208,7 +215,13 @@ class FeatureVisualizer:
         if not self.config.labels:
             return [None] * len(self.tables.latents)
         tokenizer = self.lm.tokenizer
-        return make_labels(self.tables.sample.events(), len(self.tables.latents), tokenizer.token_str, tokenizer.special_ids)
+        return make_labels(
+            self.tables.sample.events(), self.tables.row.numpy(), tokenizer.token_str, tokenizer.special_ids
+        )
+
+    @cached_property
+    def maker(self) -> RecordMaker:
+        return RecordMaker(self.tables, self.lm, self.sae, self.labels)
 
     @cached_property
     def chosen(self) -> list[int]:
@@ -217,8 +230,20 @@ class FeatureVisualizer:
         return self.tables.latents if c.feature or c.all_features else self.tables.live()[:MAX_PAGES]
 
     def each(self) -> Iterator[FeatureRecord]:
-        """The record of each chosen feature, one at a time."""
-        return RecordMaker(self.tables, self.lm, self.sae, self.labels).records(self.chosen)
+        """The record of each chosen feature, one at a time, with its explanation if `explain` gave one."""
+        for record in self.maker.records(self.chosen):
+            yield explained(record, self.explanations.get(record.latent))
+
+    def explain(self, explainer: Explainer) -> dict[int, Explanation]:
+        """Let a model explain the first config.explainer_limit of the chosen features that fired."""
+        self.explanations = explainer.run(self.to_explain())
+        return self.explanations
+
+    def to_explain(self) -> list[FeatureRecord]:
+        """Those features' records."""
+        live = set(self.tables.live())
+        few = [latent for latent in self.chosen if latent in live][: self.config.explainer_limit]
+        return list(self.maker.records(few))
 
     @cached_property
     def records(self) -> list[FeatureRecord]:
@@ -228,7 +253,9 @@ class FeatureVisualizer:
     @cached_property
     def places(self) -> dict[int, tuple[float, float]]:
         """Where each latent lies on the map."""
-        return dict(enumerate(map(tuple, directions.plane(self.sae.W_dec, directions.nearest(self.sae.W_dec)[0]).tolist())))
+        return dict(
+            enumerate(map(tuple, directions.plane(self.sae.W_dec, directions.nearest(self.sae.W_dec)[0]).tolist()))
+        )
 
     def listing(self) -> Listing:
         """The list of features, still empty, with the facts that stand above it."""

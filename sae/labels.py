@@ -1,9 +1,9 @@
 """A short label for every feature without any other model: a rule over its own statistics, with measured quality.
 
 A rule is a set of values of one property of tokens (what they are, how they end, what stands before them, where they
-are, what they are in Python's syntax), or of two properties at once. Half of the sampled text decides which property and
-which values; precision and recall are measured on the other half. A token counts as the feature's own if the feature is
-active on it at all, however weakly.
+are, what they are in Python's syntax), or of two properties at once. Half of the sampled text decides which property
+and which values; precision and recall are measured on the other half. A token counts as the feature's own if the
+feature is active on it at all, however weakly.
 
 Letters: S tokens of the sample, E activations, F rows (latents asked for), G values of a property, C choices.
 """
@@ -11,9 +11,9 @@ Letters: S tokens of the sample, E activations, F rows (latents asked for), G va
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,8 +36,8 @@ class Label:
 
 
 class Property(NamedTuple):
-    """A property that each token has one value of: values (S,) int64 in 0..G-1, what value i is called, and how a set of
-    names is put. A name may have a second part, such as where a token stands, that is said once for all that share it."""
+    """A property that each token has one value of: values (S,) int64 in 0..G-1, what value i is called, and how a set
+    of names is put. A name may have a second part, such as where a token stands, said once for all that share it."""
 
     values: np.ndarray
     name: Callable[[int], tuple[str, str]]
@@ -55,15 +55,16 @@ def number(*columns: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def quoted(text: str) -> str:
-    """A token as a label shows it."""
-    return f"'{text}'" if text.strip() == text and text.isprintable() and text else repr(text)
+    """A token as a label shows it: `self`, or spelled out where that would not be seen."""
+    plain = text.isprintable() and "`" not in text
+    return f"`{text}`" if plain else f"`{ascii(text)[1:-1].replace('`', chr(92) + 'x60')}`"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # properties
 
 
-def properties(events: Events, token_str: Callable[[int], str], special_ids: Sequence[int]) -> dict[str, Property]:
+def properties(events: Events, token_str: Callable[[int], str], special_ids: Collection[int]) -> dict[str, Property]:
     """All that labels speak of, for the tokens of a sample."""
     ids = events.ids.astype(np.int64)
     texts = np.array([token_str(i) for i in range(int(ids.max(initial=0)) + 1)], dtype=object)
@@ -74,29 +75,37 @@ def properties(events: Events, token_str: Callable[[int], str], special_ids: Seq
     start = np.array([t[:3] if len(t) > 3 else "" for t in stripped], dtype=object)
     layout = _layout(events, texts, special_ids)
     kind, place, statement, word, part, head, column = layout
-    token = lambda i: quoted(texts[i]) if i >= 0 else "nothing"
+    token = lambda i: quoted(str(texts[i])) if i >= 0 else "nothing"
     found: dict[str, Property] = {}
 
-    def add(key: str, columns: Sequence[np.ndarray], first: Callable, second: Callable | None = None, form: str = "{}") -> None:
+    def add(
+        key: str, columns: Sequence[np.ndarray], first: Callable, second: Callable | None = None, form: str = "{}"
+    ) -> None:
         """A property of one column; or of two, whose names have two parts."""
         code, values = number(*columns)
         more = second or (lambda *_: "")
         found[key] = Property(code, lambda i: (first(values[0][i]), more(values[-1][i])), form)
 
+    said = lambda t: quoted(str(t))
     by_text = lambda table, i: table[np.maximum(i, 0)].astype(str)
     add("token", [ids], token)
-    add("word", [by_text(lowered, ids)], quoted, form="{} in any case")
+    add("word", [by_text(lowered, ids)], said, form="{} in any case")
     add("end", [by_text(end, ids)], lambda t: f"-{t}" if t else "(short ones)", form="tokens ending in {}")
     add("start", [by_text(start, ids)], lambda t: f"{t}-" if t else "(short ones)", form="tokens beginning with {}")
     add("before", [before], token, form="after {}")
     add("next", [_shifted(ids, events, -1)], token, form="before {}")
-    add("whole word", [word], lambda w: quoted(w) if w else "no word", form="within the word {}")
+    add("whole word", [word], lambda w: quoted(str(w)) if w else "no word", form="within the word {}")
     part_of_sequence = np.searchsorted(np.array(POSITIONS), events.position, side="right") - 1
     add("position", [part_of_sequence], lambda p: str(POSITIONS[p]), form="in parts of a sequence from token {} on")
-    add("line", [head], lambda h: quoted(h) if h else "(nothing yet)", form="in lines that begin with {}")
+    add("line", [head], lambda h: quoted(str(h)) if h else "(nothing yet)", form="in lines that begin with {}")
     add("syntax", number(kind, place, statement)[:1], *_syntax_names(kind, place, statement))
     add("token before", [ids, before], token, lambda b: f" after {token(b)}")
-    add("word before", [by_text(lowered, ids), by_text(lowered, before)], quoted, lambda b: f" after {quoted(b)} in any case")
+    add(
+        "word before",
+        [by_text(lowered, ids), by_text(lowered, before)],
+        quoted,
+        lambda b: f" after {quoted(b)} in any case",
+    )
     add("token kind", [ids, kind], token, lambda k: f" as {KINDS[k]}" if k else " outside of code")
     add("token place", [ids, place], token, lambda p: f" {PLACES[p]}" if p else " outside of code")
     add("token statement", [ids, statement], token, lambda s: f" in {_statement(s)}" if s else " outside of statements")
@@ -137,7 +146,7 @@ def _shifted(x: np.ndarray, events: Events, by: int) -> np.ndarray:
     return out
 
 
-def _layout(events: Events, texts: np.ndarray, special_ids: Sequence[int]) -> list[np.ndarray]:
+def _layout(events: Events, texts: np.ndarray, special_ids: Collection[int]) -> list[np.ndarray]:
     """Of each token, read as part of its document: kind, place and statement in Python's syntax, the word it is part
     of, which part (PARTS), the first token of its line, and whether that stands before it."""
     S = len(events.ids)
@@ -165,7 +174,7 @@ def _layout(events: Events, texts: np.ndarray, special_ids: Sequence[int]) -> li
             if j == i + 1:
                 part[a + i] = 1
         first = ""
-        for n, piece in enumerate(pieces, a):
+        for n, piece in enumerate(pieces, int(a)):
             head[n], column[n] = first, first != ""
             first = "" if "\n" in piece else first or piece.strip()
     return [kind, place, statement, word.astype(str), part, head.astype(str), column]
@@ -231,10 +240,14 @@ def measure(rules: Rules, row: np.ndarray, value: np.ndarray, totals: np.ndarray
     return np.stack((hits / np.maximum(named, 1), hits / np.maximum(n_active, 1)))
 
 
-def make_labels(events: Events, n_rows: int, token_str: Callable[[int], str], special_ids: Sequence[int]) -> list[Label | None]:
-    """A label for each row; None for one that is silent in the half that rules are made from."""
-    on = events.keep[events.token]
-    row, token = events.row[on].astype(np.int64), events.token[on]
+def make_labels(
+    events: Events, row_of: np.ndarray, token_str: Callable[[int], str], special_ids: Collection[int]
+) -> list[Label | None]:
+    """A label for each row, row_of (d_sae,) saying which row a latent has, -1 for none; None for a row that is silent
+    in the half that rules are made from."""
+    on = events.keep[events.token] & (row_of[events.latent] >= 0)
+    row, token = row_of[events.latent[on]], events.token[on]
+    n_rows = int(row_of.max()) + 1
     _, block = np.unique(events.block, return_inverse=True)
     half = block % 2  # of the text: 0 to make rules, 1 to measure them
     found = properties(events, token_str, special_ids)
@@ -244,7 +257,9 @@ def make_labels(events: Events, n_rows: int, token_str: Callable[[int], str], sp
     for property in found.values():
         G = int(property.values.max(initial=0)) + 1
         totals = [np.bincount(property.values[events.keep & (half == h)], minlength=G) for h in (0, 1)]
-        parts = [(row[half[token] == h], property.values[token[half[token] == h]], totals[h], n_active[h]) for h in (0, 1)]
+        parts = [
+            (row[half[token] == h], property.values[token[half[token] == h]], totals[h], n_active[h]) for h in (0, 1)
+        ]
         rules = choose(*parts[0])
         precision, recall = measure(rules, *parts[1])
         starts = np.searchsorted(rules.row, np.arange(n_rows + 1))
@@ -260,7 +275,9 @@ def in_words(property: Property, values: np.ndarray, hits: np.ndarray) -> tuple[
     """A set of values, the most frequent first: in short, and in full."""
     names = [property.name(int(v)) for v in values[np.argsort(-hits, kind="stable")]]
     short = property.form.format(_listed(names[:N_NAMED]))
-    return short + (f" or {len(names) - N_NAMED} more" if len(names) > N_NAMED else ""), property.form.format(_listed(names))
+    return short + (f" or {len(names) - N_NAMED} more" if len(names) > N_NAMED else ""), property.form.format(
+        _listed(names)
+    )
 
 
 def _listed(names: Sequence[tuple[str, str]]) -> str:

@@ -50,12 +50,14 @@ class FeatureRecord:
 
     density: share of tokens it is active on; mean_active: mean activation over those. label: what it seems to stand
     for, in short, and rule, in full; with precision (share of the rule's tokens that it is active on) and recall (share
-    of its active tokens that the rule names) on text that the rule was not made from, None where that has none. promoted,
-    suppressed: (token, effect of one unit of activation on its logit), strongest first; empty where there is no way to
-    the logits. neighbours: (latent, cosine of decoder directions); cofiring: (latent, correlation of being active).
-    typical: (token, share of the activations that are on it); first: the same, of activations whose latent was silent
-    on the token before. positions: how often it is active at each place of a sequence (POSITIONS of feature_viz.py),
-    over how often all tokens are. contexts: the strongest first, at most one per sequence, then samples by interval.
+    of its active tokens that the rule names) on text that the rule was not made from, None where that has none.
+    explanation: what the model `explainer` said of it, and the scores of that (explainer.py). promoted, suppressed:
+    (token, effect of one unit of activation on its logit), strongest first; empty where there is no way to the logits.
+    neighbours: (latent, cosine of decoder directions); cofiring: (latent, correlation of being active). typical:
+    (token, share of the activations that are on it); first: the same, of activations whose latent was silent on the
+    token before. positions: how often it is active in each part of a sequence over how often tokens are there, for the
+    parts that begin at POSITIONS (feature_tables.py). contexts: the strongest first, at most one per sequence, then
+    samples by interval.
     """
 
     latent: int
@@ -67,6 +69,10 @@ class FeatureRecord:
     rule: str = ""
     label_precision: float | None = None
     label_recall: float | None = None
+    explanation: str = ""
+    explainer: str = ""
+    detection: float | None = None
+    fuzzing: float | None = None
     promoted: list[tuple[str, float]] = field(default_factory=list)
     suppressed: list[tuple[str, float]] = field(default_factory=list)
     neighbours: list[tuple[int, float]] = field(default_factory=list)

@@ -5,7 +5,6 @@ Text need not be whole: a piece of a file may begin inside a string or end in th
 
 from __future__ import annotations
 
-import bisect
 import io
 import keyword
 import tokenize
@@ -34,7 +33,9 @@ OPEN, CLOSE = "([{", ")]}"
 COMPARE = ("==", "!=", "<", ">", "<=", ">=")
 BLANK = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 # Python 3.12 cuts f-strings into parts
-PARTS = tuple(getattr(tokenize, name) for name in ("FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END") if hasattr(tokenize, name))
+PARTS = tuple(
+    getattr(tokenize, name) for name in ("FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END") if hasattr(tokenize, name)
+)
 STRINGS = (tokenize.STRING, *PARTS)
 
 
@@ -68,8 +69,9 @@ def _annotate(text: str, skip: int) -> tuple[np.ndarray, float] | None:
         keywords += sum(t.string in ("def", "class", "import", "return", "self", "=") for t in statement)
     if not keywords or not names:
         return None
-    what[0][what[0] == 0] = KIND["a line's end or indentation"] * np.array(
-        [c.isspace() for c in text], dtype=np.uint8)[what[0] == 0]
+    what[0][what[0] == 0] = (
+        KIND["a line's end or indentation"] * np.array([c.isspace() for c in text], dtype=np.uint8)[what[0] == 0]
+    )
     return what[:, skip:], prose / names
 
 
@@ -92,10 +94,10 @@ def _statements(lines: list[str]) -> Iterator[list[tokenize.TokenInfo]]:
                 last = max(last, end[0])
                 if token.type not in BLANK:
                     statement.append(token._replace(start=begin, end=end))
-                if token.type in (tokenize.NEWLINE, tokenize.ENDMARKER, tokenize.COMMENT) and statement:
-                    if token.type != tokenize.COMMENT or len(statement) == 1:
-                        yield statement
-                        statement = []
+                alone = token.type == tokenize.COMMENT and len(statement) == 1
+                if statement and (alone or token.type in (tokenize.NEWLINE, tokenize.ENDMARKER)):
+                    yield statement
+                    statement = []
             return
         except (tokenize.TokenError, SyntaxError) as e:
             if statement:
@@ -125,7 +127,9 @@ def _roles(statement: list[tokenize.TokenInfo]) -> tuple[list[str], str, list[st
     if head == "async" and len(statement) > 1:
         head = statement[1].string
     texts = [t.string for t in statement] + ["", ""]
-    kinds, places, stack = [], [], []
+    kinds: list[str] = []
+    places: list[str] = []
+    stack: list[str] = []  # the brackets that are open
     for i, token in enumerate(statement):
         text, before, after = token.string, texts[i - 1] if i else "", texts[i + 1]
         if text in CLOSE and stack and text:
@@ -134,30 +138,33 @@ def _roles(statement: list[tokenize.TokenInfo]) -> tuple[list[str], str, list[st
         kinds.append(_kind(token, text, before, after, head, place, i, len(statement)))
         places.append(place)
         if text in OPEN and text:
-            stack.append(_bracket(text, kinds[i - 1] if i else "", before, head, stack))
+            stack.append(_bracket(text, kinds[i - 1] if i else "", before))
     if head not in STATEMENT:
         equals = any(t == "=" and p == TOP for t, p in zip(texts, places, strict=False))
-        head = "an assignment" if equals or any(t[-1:] == "=" and t not in COMPARE for t in texts) else (
-            "a call" if "a called function" in kinds or "a called method" in kinds else "an expression")
+        head = (
+            "an assignment"
+            if equals or any(t[-1:] == "=" and t not in COMPARE for t in texts)
+            else ("a call" if "a called function" in kinds or "a called method" in kinds else "an expression")
+        )
     if kinds[0] in ("a comment", "a docstring"):
         head = ""
     return kinds, head, places
 
 
-def _bracket(text: str, kind: str, before: str, head: str, stack: list[str]) -> str:
+def _bracket(text: str, kind: str, before: str) -> str:
     if text == "(":
-        if kind in ("a function's name in its def",):
+        if kind == "a function's name in its def":
             return "in a parameter list"
-        return "in a call's arguments" if kind.startswith(("a called", "a class's", "a decorator")) else "in parentheses"
+        return (
+            "in a call's arguments" if kind.startswith(("a called", "a class's", "a decorator")) else "in parentheses"
+        )
     if text == "{":
         return "in a dict or set"
     named = before and (before.isidentifier() and not keyword.iskeyword(before) or before in ")]")
     return "in a subscript" if named else "in a list"
 
 
-def _kind(
-    token: tokenize.TokenInfo, text: str, before: str, after: str, head: str, place: str, i: int, n: int
-) -> str:
+def _kind(token: tokenize.TokenInfo, text: str, before: str, after: str, head: str, place: str, i: int, n: int) -> str:
     if token.type == tokenize.COMMENT:
         return "a comment"
     if token.type in STRINGS:
@@ -165,7 +172,7 @@ def _kind(
     if token.type == tokenize.NUMBER:
         return "a number"
     if token.type == tokenize.NAME:
-        return _name(text, before, after, head, place, i)
+        return _name(text, before, after, head, place)
     if text and text in OPEN:
         return "an opening bracket"
     if text and text in CLOSE:
@@ -175,10 +182,11 @@ def _kind(
     if text == "@" and i == 0:
         return "a decorator"
     return {",": "a comma", ":": "a colon", ".": "a dot"}.get(text) or (
-        "an assignment" if text[-1:] == "=" else "an operator")
+        "an assignment" if text[-1:] == "=" else "an operator"
+    )
 
 
-def _name(text: str, before: str, after: str, head: str, place: str, i: int) -> str:
+def _name(text: str, before: str, after: str, head: str, place: str) -> str:
     if keyword.iskeyword(text):
         return "a keyword"
     if before == "def":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sae import log
 from sae.config import VizConfig, from_cli
+from sae.explainer import Endpoint, Explainer
 from sae.feature_viz import FeatureVisualizer
 from sae.labels import distribution
 from sae.plots import plot_evaluation, plot_training
@@ -21,6 +22,15 @@ def main(argv: list[str]) -> None:
         ctx_len=trained_on.get("context_size", 256), skip_first=trained_on.get("skip_first", False),
         exclude_tokens=trained_on.get("exclude_tokens", ()),
     )  # fmt: skip
+    if c.explainer_url and c.explainer_model:
+        journal = out / f"explanations_{viz.identity()[:12]}.jsonl"
+        explainer = Explainer(Endpoint(c.explainer_url, c.explainer_model), journal)
+        cost = explainer.estimate(viz.to_explain())
+        log.say(
+            f"asking {c.explainer_model} {cost['questions']:,} questions: about {cost['tokens_in']:,} tokens to read "
+            f"and at most {cost['tokens_out']:,} to write; answers are kept in {journal}"
+        )
+        viz.explain(explainer)
     index = viz.save(out / "features")
     totals = viz.tables.totals
     plot_evaluation(totals, out / "plots")

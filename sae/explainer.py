@@ -1,0 +1,244 @@
+"""Explanations by a language model behind any OpenAI-compatible address, and how good they are.
+
+explain: the model reads a feature's strongest contexts and says in a phrase what they have in common. Two scores, as
+in delphi (github.com/EleutherAI/delphi, Paulo et al. 2024, arxiv.org/abs/2410.13928): detection, where it is shown
+contexts and says of each whether the feature fires in it; fuzzing, where tokens are marked and it says whether they are
+such as the feature fires on. Half of the examples are contexts the feature is silent in, so guessing scores 0.5; in
+fuzzing as many of their tokens are marked, at the places of another example. Examples are not those that the
+explanation was made from. A journal keeps every answer, so a run that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from sae import log
+from sae.config import UserError
+from sae.records import Context, FeatureRecord
+
+N_READ = 10  # contexts that an explanation is made from
+N_TESTED = 10  # true examples of each score, and as many false ones
+PER_QUESTION = 5  # examples asked about at once, as delphi does
+TRIES = 5
+WAIT_S = 2.0  # before the second try; doubled for each further one
+TIMEOUT_S = 120
+CHARS_PER_TOKEN = 3.0  # for the estimate; code and marks take more tokens than prose
+ANSWER_TOKENS = 120
+
+EXPLAIN = (
+    "You study one feature of a neural network that reads text. Each line below is a context in which it is active; "
+    "the tokens it is active on stand between << and >>. Say what these have in common, as specifically as they allow: "
+    "a kind of token, what stands before it, a topic, a place in the syntax. Answer with one line that begins with "
+    "[EXPLANATION]: and has at most 20 words."
+)
+DETECT = (
+    "A feature of a neural network is described as follows: {explanation}\nOf each numbered text below, say whether it "
+    "holds this feature. Answer with a json list of {n} numbers, 1 for yes and 0 for no, and nothing else."
+)
+FUZZ = (
+    "A feature of a neural network is described as follows: {explanation}\nIn each numbered text below some tokens "
+    "stand between << and >>. Say whether all of these are ones that the feature describes. Answer with a json list of "
+    "{n} numbers, 1 for yes and 0 for no, and nothing else."
+)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a model said of a latent; detection, fuzzing: balanced accuracy in 0..1, None without examples."""
+
+    latent: int
+    text: str
+    detection: float | None
+    fuzzing: float | None
+    model: str
+
+
+class Endpoint:
+    """A chat model: `url` as OpenAI's base (https://api.openai.com/v1). The key is NANOSAE_API_KEY or OPENAI_API_KEY in
+    the environment, and may be missing; it is never written or shown."""
+
+    def __init__(self, url: str, model: str):
+        self.url, self.model = url.rstrip("/") + "/chat/completions", model
+        self.session = requests.Session()
+        key = os.environ.get("NANOSAE_API_KEY") or os.environ.get("OPENAI_API_KEY")
+        if key:
+            self.session.headers["Authorization"] = f"Bearer {key}"
+
+    def ask(self, system: str, user: str) -> str:
+        """The answer. Waits and asks again where the server is busy or fails; raises UserError where it refuses."""
+        body: Any = {"model": self.model, "temperature": 0, "max_tokens": ANSWER_TOKENS,
+                "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}]}  # fmt: skip
+        reason = ""
+        for attempt in range(TRIES):
+            if attempt:
+                time.sleep(WAIT_S * 2 ** (attempt - 1))
+            try:
+                answer = self.session.post(self.url, json=body, timeout=TIMEOUT_S)
+            except requests.RequestException as e:
+                reason = type(e).__name__
+                continue
+            if answer.status_code == 429 or answer.status_code >= 500:
+                reason = f"status {answer.status_code}"
+                continue
+            return self._text(answer)
+        raise UserError(f"'{self.url}' gave no answer in {TRIES} tries ({reason}); what is done is kept, run it again")
+
+    def _text(self, answer: requests.Response) -> str:
+        if answer.status_code != 200:
+            raise UserError(
+                f"'{self.url}' refused with status {answer.status_code}: {answer.text[:200]!r}; check --explainer_url, "
+                "--explainer_model and NANOSAE_API_KEY"
+            )
+        try:
+            return str(answer.json()["choices"][0]["message"]["content"])
+        except (ValueError, LookupError, TypeError) as e:
+            raise UserError(f"'{self.url}' does not speak OpenAI's chat completions; check --explainer_url") from e
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is asked
+
+
+def marked(c: Context, on: Collection[int] | None = None) -> str:
+    """A context as text; the tokens at `on` (default: where the feature is active) between << and >>."""
+    on = [i for i, v in enumerate(c.values) if v > 0] if on is None else on
+    text = "".join(f"<<{t}>>" if i in on else t for i, t in enumerate(c.tokens))
+    return text.replace(">><<", "").replace("\n", "\\n")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text to judge, and whether the right answer is yes."""
+
+    text: str
+    true: bool
+
+
+def examples(r: FeatureRecord, others: Sequence[FeatureRecord], kind: str, *, seed: int = 0) -> list[Example]:
+    """The examples of a score, mixed: the record's contexts that its explanation was not made from, and as many of
+    other features that lie away from all of its own. kind: detection, or fuzzing, in which tokens are marked."""
+    rng = random.Random(f"{seed} {r.latent} {kind}")
+    true = [c for c in r.contexts if c not in r.strongest[:N_READ]]
+    true = rng.sample(true, min(N_TESTED, len(true)))
+    reach = max((len(c.tokens) for c in r.contexts), default=0)
+    near = lambda c: any(o.sequence == c.sequence and abs(o.position - c.position) <= reach for o in r.contexts)
+    false: list[Context] = []
+    for _ in range(50 * len(true)):
+        other = rng.choice(others)
+        c = rng.choice(other.contexts) if other.contexts and other.latent != r.latent else None
+        if c is not None and c not in false and not near(c):
+            false.append(c)
+        if len(false) == len(true):
+            break
+    if kind == "detection":
+        found = [Example(marked(c, ()), c in true) for c in (*true, *false)]
+    else:
+        places = [[i for i, v in enumerate(c.values) if v > 0] for c in true]
+        found = [Example(marked(c, at), True) for c, at in zip(true, places, strict=True)]
+        found += [Example(marked(c, rng.choice(places)), False) for c in false]
+    rng.shuffle(found)
+    return found
+
+
+def accuracy(found: Sequence[Example], answers: Sequence[int | None]) -> float | None:
+    """Mean of the shares of true and of false examples that were judged rightly; no answer is a wrong one."""
+    right: dict[bool, list[bool]] = {True: [], False: []}
+    for example, answer in zip(found, answers, strict=True):
+        right[example.true].append(answer is not None and bool(answer) == example.true)
+    if not right[True] or not right[False]:
+        return None
+    return sum(sum(x) / len(x) for x in right.values()) / 2
+
+
+def read_list(text: str, n: int) -> list[int | None]:
+    """The n numbers of an answer; None for all where it is no list of n zeros and ones."""
+    found = re.search(r"\[[\s01,]*\]", text)
+    try:
+        numbers = json.loads(found[0]) if found else []
+    except ValueError:
+        numbers = []
+    return numbers if len(numbers) == n and all(v in (0, 1) for v in numbers) else [None] * n
+
+
+class Explainer:
+    """Explains features one after the other, each answer kept in `journal` (json lines) as soon as it is whole."""
+
+    def __init__(self, endpoint: Endpoint, journal: Path, *, seed: int = 0):
+        self.endpoint, self.journal, self.seed = endpoint, Path(journal), seed
+        self.done: dict[int, Explanation] = {}
+        if self.journal.is_file():
+            for line in self.journal.read_text(encoding="utf-8").splitlines():
+                try:
+                    known = Explanation(**json.loads(line))
+                except (ValueError, TypeError):
+                    continue  # torn by a kill; it is asked again
+                if known.model == endpoint.model:
+                    self.done[known.latent] = known
+
+    def estimate(self, records: Sequence[FeatureRecord]) -> dict[str, int]:
+        """About what the features still to be explained will cost: questions, and tokens read and written."""
+        questions, chars = 0, 0
+        for r in self._open(records):
+            texts = [EXPLAIN, *map(marked, r.strongest[:N_READ])]
+            for kind in ("detection", "fuzzing"):
+                found = examples(r, records, kind, seed=self.seed)
+                asked = -(-len(found) // PER_QUESTION)
+                questions += asked
+                texts += [e.text for e in found] + [DETECT] * asked
+            questions += 1
+            chars += sum(map(len, texts))
+        return {
+            "questions": questions,
+            "tokens_in": round(chars / CHARS_PER_TOKEN),
+            "tokens_out": questions * ANSWER_TOKENS,
+        }
+
+    def run(self, records: Sequence[FeatureRecord]) -> dict[int, Explanation]:
+        """The explanation of every record that has a context; those in the journal are not asked for again."""
+        todo = self._open(records)
+        with log.progress(len(todo), "explaining", unit="feature") as bar:
+            for r in todo:
+                self.done[r.latent] = found = self._explain(r, records)
+                self.journal.parent.mkdir(parents=True, exist_ok=True)
+                with self.journal.open("a", encoding="utf-8") as f:
+                    f.write(json.dumps(asdict(found)) + "\n")
+                    f.flush()
+                bar.update()
+        return self.done
+
+    def _open(self, records: Sequence[FeatureRecord]) -> list[FeatureRecord]:
+        return [r for r in records if r.contexts and r.latent not in self.done]
+
+    def _explain(self, r: FeatureRecord, records: Sequence[FeatureRecord]) -> Explanation:
+        lines = "\n".join(f"{i}: {marked(c)}" for i, c in enumerate(r.strongest[:N_READ], 1))
+        answer = self.endpoint.ask(EXPLAIN, lines)
+        text = " ".join(answer.rsplit("[EXPLANATION]:", 1)[-1].split())[:500]
+        scores = {kind: self._score(text, examples(r, records, kind, seed=self.seed), question)
+                  for kind, question in (("detection", DETECT), ("fuzzing", FUZZ))}  # fmt: skip
+        return Explanation(r.latent, text, scores["detection"], scores["fuzzing"], self.endpoint.model)
+
+    def _score(self, explanation: str, found: Sequence[Example], question: str) -> float | None:
+        answers: list[int | None] = []
+        for i in range(0, len(found), PER_QUESTION):
+            some = found[i : i + PER_QUESTION]
+            asked = question.replace("{explanation}", explanation).replace("{n}", str(len(some)))
+            text = "\n".join(f"{n}: {e.text}" for n, e in enumerate(some, 1))
+            answers += read_list(self.endpoint.ask(asked, text), len(some))
+        return accuracy(found, answers)
+
+
+def explained(r: FeatureRecord, found: Explanation | None) -> FeatureRecord:
+    """The record with what a model said of it, beside its label."""
+    if found is None:
+        return r
+    return replace(r, explanation=found.text, explainer=found.model, detection=found.detection, fuzzing=found.fuzzing)
