@@ -278,28 +278,31 @@ function svg(width, height, ...children) {
   return e;
 }
 
+// Drawn as wide as they are shown, so that letters have their size.
+const wide = () => Math.max(260, Math.min(640, (innerWidth > 736 ? innerWidth / 2 : innerWidth) - 60));
+
 // Bars over bins of eighths of an octave: the axis is logarithmic.
 function histogram({edges, counts}) {
-  const n = counts.length, highest = Math.max(...counts);
+  const n = counts.length, highest = Math.max(...counts), W = wide();
   const bars = counts.map((count, i) => {
     const h = count && Math.max(1, (118 * count) / highest);
-    return ["rect", {x: (400 * i) / n, y: 133 - h, width: (400 / n) * 0.9, height: h}, undefined,
+    return ["rect", {x: (W * i) / n, y: 133 - h, width: (W / n) * 0.9, height: h}, undefined,
       `${num(edges[i])} to ${num(edges[i + 1])}: ${count.toLocaleString("en")} tokens`];
   });
   const label = (x, anchor, text, y = 147) => ["text", {x, y, "text-anchor": anchor}, text];
-  return svg(400, 164, ["line", {x2: 400, y1: 133.5, y2: 133.5}], ...bars, label(0, "start", `${highest.toLocaleString("en")} tokens`, 10),
-    label(0, "start", num(edges[0])), label(200, "middle", num(edges[Math.floor(n / 2)])), label(400, "end", num(edges[n])),
-    label(200, "middle", "activation, log scale", 161));
+  return svg(W, 164, ["line", {x2: W, y1: 133.5, y2: 133.5}], ...bars, label(0, "start", `${highest.toLocaleString("en")} tokens`, 10),
+    label(0, "start", num(edges[0])), label(W / 2, "middle", num(edges[Math.floor(n / 2)])), label(W, "end", num(edges[n])),
+    label(W / 2, "middle", "activation, log scale", 161));
 }
 
 // How often it is active at each part of a sequence, against how often all tokens are there: 1 is evenly.
 function positions(rates, starts) {
-  const n = rates.length, highest = Math.max(2, ...rates), y = (v) => 62 - (50 * v) / highest;
+  const n = rates.length, W = wide(), highest = Math.max(2, ...rates), y = (v) => 62 - (50 * v) / highest;
   const name = (i) => (i + 1 < n && starts[i + 1] === starts[i] + 1 ? `${starts[i]}` : i + 1 < n ? `${starts[i]} to ${starts[i + 1] - 1}` : `${starts[i]} on`);
-  const bars = rates.map((v, i) => ["rect", {x: (400 * i) / n, y: y(v), width: (400 / n) * 0.9, height: Math.max(0.5, 62 - y(v))},
+  const bars = rates.map((v, i) => ["rect", {x: (W * i) / n, y: y(v), width: (W / n) * 0.9, height: Math.max(0.5, 62 - y(v))},
     undefined, `position ${name(i)}: ${num(v)} times as often as evenly`]);
-  const labels = rates.map((_, i) => ["text", {x: (400 * (i + 0.45)) / n, y: 76, "text-anchor": "middle"}, String(starts[i])]);
-  return svg(400, 80, ...bars, ["line", {x2: 400, y1: y(1), y2: y(1)}], ["text", {x: 400, y: y(1) - 3, "text-anchor": "end"}, "evenly"], ...labels);
+  const labels = rates.map((_, i) => ["text", {x: (W * (i + 0.45)) / n, y: 76, "text-anchor": "middle"}, String(starts[i])]);
+  return svg(W, 80, ...bars, ["line", {x2: W, y1: y(1), y2: y(1)}], ["text", {x: W, y: y(1) - 3, "text-anchor": "end"}, "evenly"], ...labels);
 }
 
 function list(items, kind = "") {
@@ -341,13 +344,13 @@ function page(record) {
     ["label's recall", el("span", {className: grade(record.label_recall)}, percent(record.label_recall))]);
   const fired = record.histogram.counts.length > 0, none = el("small", {}, "no way to the logits");
   const effects = (title, pairs, kind) => part("w6", title, pairs.length
-    ? tokens(pairs, (v) => (v > 0 ? "+" : "") + num(v, 2), kind) : none, "effect on logits");
+    ? tokens(pairs, (v) => (v > 0 ? "+" : "") + num(v, 2), kind) : none, "logits");
   const logits = [effects("Promotes", record.promoted, ""), effects("Suppresses", record.suppressed, "cool")];
   const left = fired ? el("div", {className: "w6"}, part("", "Activations", histogram(record.histogram)),
     part("pos", "Positions", positions(record.positions, state.facts.position_starts))) : null;
   const right = el("div", {className: "w6 cols in"}, ...logits, ...(fired ? [
-    part("w6", "Typical tokens", tokens(record.typical, percent), "share of its activations"),
-    part("w6", "First tokens", tokens(record.first, percent), "share of where it begins to fire")] : []));
+    part("w6", "Typical tokens", tokens(record.typical, percent), "of its activations"),
+    part("w6", "First tokens", tokens(record.first, percent), "where it begins")] : []));
   const parts = [left, right, part("w6", "Near directions", links(record.neighbours), "cosine of decoder rows"),
     fired ? part("w6", "Fires with", links(record.cofiring), "correlation of being active") : null].filter(Boolean);
   return [
@@ -379,7 +382,7 @@ function feature(latent) {
       on !== undefined && i >= 0 ? el("a", {href: `#${on}`, rel: "next"}, `${on} \u2192`) : "",
       el("button", {type: "button", id: "code", ariaPressed: String(document.body.classList.contains("code")), onclick: lines}, "line breaks"),
       el("small", {}, `${state.facts.hookpoint} of ${state.facts.model}`));
-    $("page").replaceChildren(...(record ? page(record) : [el("h1", {}, `Feature ${latent}`), el("p", {}, "has no page here; run sae_viz with --feature or --all_features")]));
+    $("page").replaceChildren(...(record ? page(record).filter((e) => e !== null) : [el("h1", {}, `Feature ${latent}`), el("p", {}, "has no page here; run sae_viz with --feature or --all_features")]));
     document.title = `Feature ${latent}`;
     $("list").hidden = true; $("one").hidden = false;
     scrollTo(0, 0);

@@ -75,7 +75,7 @@ def properties(events: Events, token_str: Callable[[int], str], special_ids: Col
     start = np.array([t[:3] if len(t) > 3 else "" for t in stripped], dtype=object)
     layout = _layout(events, texts, special_ids)
     kind, place, statement, word, part, head, column = layout
-    token = lambda i: quoted(str(texts[i])) if i >= 0 else "nothing"
+    token = lambda i: quoted(str(texts[i])) if i >= 0 else "the beginning"
     found: dict[str, Property] = {}
 
     def add(
@@ -89,7 +89,7 @@ def properties(events: Events, token_str: Callable[[int], str], special_ids: Col
     said = lambda t: quoted(str(t))
     by_text = lambda table, i: table[np.maximum(i, 0)].astype(str)
     add("token", [ids], token)
-    add("word", [by_text(lowered, ids)], said, form="{} in any case")
+    add("word", [by_text(lowered, ids)], said, form="{} (any case)")
     add("end", [by_text(end, ids)], lambda t: f"-{t}" if t else "(short ones)", form="tokens ending in {}")
     add("start", [by_text(start, ids)], lambda t: f"{t}-" if t else "(short ones)", form="tokens beginning with {}")
     add("before", [before], token, form="after {}")
@@ -104,7 +104,7 @@ def properties(events: Events, token_str: Callable[[int], str], special_ids: Col
         "word before",
         [by_text(lowered, ids), by_text(lowered, before)],
         quoted,
-        lambda b: f" after {quoted(b)} in any case",
+        lambda b: f" after {quoted(str(b))} (any case)",
     )
     add("token kind", [ids, kind], token, lambda k: f" as {KINDS[k]}" if k else " outside of code")
     add("token place", [ids, place], token, lambda p: f" {PLACES[p]}" if p else " outside of code")
@@ -229,13 +229,10 @@ def choose(row: np.ndarray, value: np.ndarray, totals: np.ndarray, n_active: np.
 def measure(rules: Rules, row: np.ndarray, value: np.ndarray, totals: np.ndarray, n_active: np.ndarray) -> np.ndarray:
     """(2, F): precision and recall of rules on the text that row, value, totals and n_active are of."""
     G, F = len(totals), len(n_active)
-    chosen = np.sort(rules.row.astype(np.int64) * G + rules.value)
-    key = row.astype(np.int64) * G + value
-    at = np.searchsorted(chosen, key)
-    hit = np.zeros(len(key), dtype=bool)
-    inside = at < len(chosen)
-    hit[inside] = chosen[at[inside]] == key[inside]
-    hits = np.bincount(row[hit], minlength=F)
+    found = np.sort(row.astype(np.int64) * G + value)
+    chosen = rules.row.astype(np.int64) * G + rules.value
+    each = np.searchsorted(found, chosen, side="right") - np.searchsorted(found, chosen)
+    hits = np.bincount(rules.row, weights=each, minlength=F)
     named = np.bincount(rules.row, weights=totals[rules.value], minlength=F)
     return np.stack((hits / np.maximum(named, 1), hits / np.maximum(n_active, 1)))
 
