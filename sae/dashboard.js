@@ -51,10 +51,12 @@ function token(text, value, largest, peak) {
   return e;
 }
 
+const clean = (text) => [...text].map((c) => (c !== " " && NO_GLYPH.test(c) ? spelled(c) : c)).join("");
+
 // A label as nodes: what stands between backticks is a token.
 function labelled(text) {
   return text.split(/(`[^`]*`)/).filter(Boolean).map((piece) => (piece.length > 1 && piece[0] === "`" && piece.endsWith("`")
-    ? el("code", {}, ...shown(piece.slice(1, -1))) : piece));
+    ? el("code", {}, ...shown(piece.slice(1, -1))) : clean(piece)));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ function load(latent, then) {
 const quality = (row) => (row.precision === null ? -1 : Math.min(row.precision, row.recall));
 const grade = (q) => (q >= 0.8 ? "good" : q >= 0.5 ? "fair" : "weak");
 const KEYS = {latent: (r) => r.latent, label: quality, density: (r) => r.density, max: (r) => r.max, mean: (r) => r.mean,
-  top: (r) => r.top.toLowerCase(), text: (r) => r.after.map((t) => t[0]).join("").toLowerCase()};
+  top: (r) => r.top.toLowerCase(), text: (r) => (r.peak ??= r.after.map((t) => t[0]).join("").toLowerCase())};
 const wanted = {
   any: () => true, good: (r) => quality(r) >= 0.8, fair: (r) => quality(r) >= 0.5, weak: (r) => quality(r) < 0.5 && r.max > 0,
 };
@@ -112,13 +114,15 @@ function choose() {
     return words.every((w) => row.text.includes(w));
   });
   const key = KEYS[state.sort], sign = state.down ? -1 : 1;
-  const keyed = state.shown.map((row) => [key(row), row]);
-  keyed.sort((a, b) => (a[0] < b[0] ? -sign : a[0] > b[0] ? sign : a[1].latent - b[1].latent));
-  state.shown = keyed.map((k) => k[1]);
+  if (state.sort !== "latent" || state.down) {  // rows come in order of their latents, and sorting is stable
+    const keyed = state.shown.map((row) => [key(row), row]);
+    keyed.sort((a, b) => (a[0] < b[0] ? -sign : a[0] > b[0] ? sign : 0));
+    state.shown = keyed.map((k) => k[1]);
+  }
   state.at = Math.min(state.at, Math.max(0, state.shown.length - 1));
   $("count").textContent = `${state.shown.length.toLocaleString("en")} of ${state.rows.length.toLocaleString("en")}`;
   rows(true);
-  map();
+  mapSoon();
 }
 
 function sortBy(name) {
@@ -176,6 +180,7 @@ function colour(t) {
   const s = Math.max(0, Math.min(1, t)) * (RAMP.length - 1.001), i = Math.floor(s);
   return RAMP[i].map((c, k) => Math.round(c + (s - i) * (RAMP[i + 1][k] - c)));
 }
+const SHADES = Array.from({length: 64}, (_, i) => `rgb(${colour(i / 63)})`);
 const COLOURS = {
   density: [(r) => (Math.log10(Math.max(r.density, 1e-5)) + 5) / 4.5, "1e-5", "0.3"],
   quality: [(r) => quality(r), "0", "1"],
@@ -184,6 +189,12 @@ const COLOURS = {
 
 function place(row, size) {
   return [(row.x - view.x) * view.zoom * size + size / 2, (row.y - view.y) * view.zoom * size + size / 2];
+}
+
+let due = 0;
+function mapSoon() {  // once the list is on the screen
+  clearTimeout(due);
+  due = setTimeout(map, 60);
 }
 
 function map() {
@@ -204,7 +215,7 @@ function map() {
     else { c.beginPath(); c.arc(x, y, radius, 0, 7); c.fill(); }
   };
   if (!all) for (const row of state.rows) dot(row, dark.matches ? "#2d3138" : "#e4e6ea");
-  for (const row of state.shown) dot(row, row.max > 0 ? `rgb(${colour(value(row))})` : "#888");
+  for (const row of state.shown) dot(row, row.max > 0 ? SHADES[Math.round(63 * Math.max(0, Math.min(1, value(row))))] : "#888");
   const hot = view.hover ?? (state.open !== undefined ? state.names.get(state.open) : null);
   if (hot) {
     const [x, y] = place(hot, size);
@@ -285,24 +296,24 @@ const wide = () => Math.max(260, Math.min(640, (innerWidth > 736 ? innerWidth / 
 function histogram({edges, counts}) {
   const n = counts.length, highest = Math.max(...counts), W = wide();
   const bars = counts.map((count, i) => {
-    const h = count && Math.max(1, (118 * count) / highest);
-    return ["rect", {x: (W * i) / n, y: 133 - h, width: (W / n) * 0.9, height: h}, undefined,
+    const h = count && Math.max(1, (180 * count) / highest);
+    return ["rect", {x: (W * i) / n, y: 195 - h, width: (W / n) * 0.9, height: h}, undefined,
       `${num(edges[i])} to ${num(edges[i + 1])}: ${count.toLocaleString("en")} tokens`];
   });
-  const label = (x, anchor, text, y = 147) => ["text", {x, y, "text-anchor": anchor}, text];
-  return svg(W, 164, ["line", {x2: W, y1: 133.5, y2: 133.5}], ...bars, label(0, "start", `${highest.toLocaleString("en")} tokens`, 10),
+  const label = (x, anchor, text, y = 209) => ["text", {x, y, "text-anchor": anchor}, text];
+  return svg(W, 226, ["line", {x2: W, y1: 195.5, y2: 195.5}], ...bars, label(0, "start", `${highest.toLocaleString("en")} tokens`, 10),
     label(0, "start", num(edges[0])), label(W / 2, "middle", num(edges[Math.floor(n / 2)])), label(W, "end", num(edges[n])),
-    label(W / 2, "middle", "activation, log scale", 161));
+    label(W / 2, "middle", "activation, log scale", 223));
 }
 
 // How often it is active at each part of a sequence, against how often all tokens are there: 1 is evenly.
 function positions(rates, starts) {
-  const n = rates.length, W = wide(), highest = Math.max(2, ...rates), y = (v) => 62 - (50 * v) / highest;
+  const n = rates.length, W = wide(), highest = Math.max(2, ...rates), y = (v) => 92 - (80 * v) / highest;
   const name = (i) => (i + 1 < n && starts[i + 1] === starts[i] + 1 ? `${starts[i]}` : i + 1 < n ? `${starts[i]} to ${starts[i + 1] - 1}` : `${starts[i]} on`);
-  const bars = rates.map((v, i) => ["rect", {x: (W * i) / n, y: y(v), width: (W / n) * 0.9, height: Math.max(0.5, 62 - y(v))},
+  const bars = rates.map((v, i) => ["rect", {x: (W * i) / n, y: y(v), width: (W / n) * 0.9, height: Math.max(0.5, 92 - y(v))},
     undefined, `position ${name(i)}: ${num(v)} times as often as evenly`]);
-  const labels = rates.map((_, i) => ["text", {x: (W * (i + 0.45)) / n, y: 76, "text-anchor": "middle"}, String(starts[i])]);
-  return svg(W, 80, ...bars, ["line", {x2: W, y1: y(1), y2: y(1)}], ["text", {x: W, y: y(1) - 3, "text-anchor": "end"}, "evenly"], ...labels);
+  const labels = rates.map((_, i) => ["text", {x: (W * (i + 0.45)) / n, y: 106, "text-anchor": "middle"}, String(starts[i])]);
+  return svg(W, 110, ...bars, ["line", {x2: W, y1: y(1), y2: y(1)}], ["text", {x: W, y: y(1) - 3, "text-anchor": "end"}, "evenly"], ...labels);
 }
 
 function list(items, kind = "") {
@@ -357,7 +368,7 @@ function page(record) {
     el("h1", {}, `Feature ${record.latent}`),
     el("p", {className: "what"}, ...labelled(record.label || (fired ? "no label" : `never fired on ${record.n_tokens.toLocaleString("en")} tokens`)),
       q >= 0 && q < 0.5 ? el("small", {className: "fair"}, " weak label: see its precision and recall") : null),
-    record.explanation ? el("p", {}, record.explanation, el("small", {}, ` by ${record.explainer}` +
+    record.explanation ? el("p", {}, clean(record.explanation), el("small", {}, ` by ${record.explainer}` +
       (record.detection === null ? "" : `, detection ${num(record.detection, 2)}`) + (record.fuzzing === null ? "" : `, fuzzing ${num(record.fuzzing, 2)}`))) : null,
     record.rule && record.rule !== record.label ? el("details", {}, el("summary", {}, "the whole rule"), el("p", {}, ...labelled(record.rule))) : null,
     el("dl", {}, ...facts.map(([k, v]) => el("div", {}, el("dt", {}, k), el("dd", {}, v)))),
@@ -422,7 +433,7 @@ function key(e) {
     return;
   }
   const down = {ArrowDown: 1, j: 1, ArrowUp: -1, k: -1}[e.key];
-  if (down) { state.at = Math.max(0, Math.min(state.shown.length - 1, state.at + down)); e.preventDefault(); reveal(); }
+  if (down) { document.activeElement?.blur(); state.at = Math.max(0, Math.min(state.shown.length - 1, state.at + down)); e.preventDefault(); reveal(); }
   else if (e.key === "Enter" && state.shown[state.at] && !["A", "BUTTON"].includes(document.activeElement?.tagName)) go(state.shown[state.at].latent);
   else if (e.key === "/") { e.preventDefault(); $("search").focus(); }
 }

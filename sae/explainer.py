@@ -176,8 +176,11 @@ class Explainer:
     def __init__(self, endpoint: Endpoint, journal: Path, *, seed: int = 0):
         self.endpoint, self.journal, self.seed = endpoint, Path(journal), seed
         self.done: dict[int, Explanation] = {}
+        self._start = ""  # what goes before the next line: a kill may have left half of one
         if self.journal.is_file():
-            for line in self.journal.read_text(encoding="utf-8").splitlines():
+            text = self.journal.read_text(encoding="utf-8")
+            self._start = "" if text.endswith("\n") or not text else "\n"
+            for line in text.splitlines():
                 try:
                     known = Explanation(**json.loads(line))
                 except (ValueError, TypeError):
@@ -185,13 +188,14 @@ class Explainer:
                 if known.model == endpoint.model:
                     self.done[known.latent] = known
 
-    def estimate(self, records: Sequence[FeatureRecord]) -> dict[str, int]:
-        """About what the features still to be explained will cost: questions, and tokens read and written."""
+    def estimate(self, records: Sequence[FeatureRecord], pool: Sequence[FeatureRecord] | None = None) -> dict[str, int]:
+        """About what `run` will cost: questions, and tokens read and written."""
+        pool = records if pool is None else pool
         questions, chars = 0, 0
         for r in self._open(records):
             texts = [EXPLAIN, *map(marked, r.strongest[:N_READ])]
             for kind in ("detection", "fuzzing"):
-                found = examples(r, records, kind, seed=self.seed)
+                found = examples(r, pool, kind, seed=self.seed)
                 asked = -(-len(found) // PER_QUESTION)
                 questions += asked
                 texts += [e.text for e in found] + [DETECT] * asked
@@ -203,27 +207,33 @@ class Explainer:
             "tokens_out": questions * ANSWER_TOKENS,
         }
 
-    def run(self, records: Sequence[FeatureRecord]) -> dict[int, Explanation]:
-        """The explanation of every record that has a context; those in the journal are not asked for again."""
+    def run(
+        self, records: Sequence[FeatureRecord], pool: Sequence[FeatureRecord] | None = None
+    ) -> dict[int, Explanation]:
+        """The explanation of every record that has a context; those in the journal are not asked for again.
+
+        pool: records that contexts are taken from in which a feature is silent (default: the same records).
+        """
+        pool = records if pool is None else pool
         todo = self._open(records)
         with log.progress(len(todo), "explaining", unit="feature") as bar:
             for r in todo:
-                self.done[r.latent] = found = self._explain(r, records)
+                self.done[r.latent] = found = self._explain(r, pool)
                 self.journal.parent.mkdir(parents=True, exist_ok=True)
                 with self.journal.open("a", encoding="utf-8") as f:
-                    f.write(json.dumps(asdict(found)) + "\n")
-                    f.flush()
+                    f.write(self._start + json.dumps(asdict(found)) + "\n")
+                self._start = ""
                 bar.update()
         return self.done
 
     def _open(self, records: Sequence[FeatureRecord]) -> list[FeatureRecord]:
         return [r for r in records if r.contexts and r.latent not in self.done]
 
-    def _explain(self, r: FeatureRecord, records: Sequence[FeatureRecord]) -> Explanation:
+    def _explain(self, r: FeatureRecord, pool: Sequence[FeatureRecord]) -> Explanation:
         lines = "\n".join(f"{i}: {marked(c)}" for i, c in enumerate(r.strongest[:N_READ], 1))
         answer = self.endpoint.ask(EXPLAIN, lines)
         text = " ".join(answer.rsplit("[EXPLANATION]:", 1)[-1].split())[:500]
-        scores = {kind: self._score(text, examples(r, records, kind, seed=self.seed), question)
+        scores = {kind: self._score(text, examples(r, pool, kind, seed=self.seed), question)
                   for kind, question in (("detection", DETECT), ("fuzzing", FUZZ))}  # fmt: skip
         return Explanation(r.latent, text, scores["detection"], scores["fuzzing"], self.endpoint.model)
 

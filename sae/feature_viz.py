@@ -234,16 +234,19 @@ class FeatureVisualizer:
         for record in self.maker.records(self.chosen):
             yield explained(record, self.explanations.get(record.latent))
 
-    def explain(self, explainer: Explainer) -> dict[int, Explanation]:
-        """Let a model explain the first config.explainer_limit of the chosen features that fired."""
-        self.explanations = explainer.run(self.to_explain())
-        return self.explanations
-
-    def to_explain(self) -> list[FeatureRecord]:
-        """Those features' records."""
+    @cached_property
+    def to_explain(self) -> tuple[list[FeatureRecord], list[FeatureRecord]]:
+        """The records of the first config.explainer_limit of the chosen features that fired, and some more, whose
+        contexts serve as examples in which those are silent."""
         live = set(self.tables.live())
         few = [latent for latent in self.chosen if latent in live][: self.config.explainer_limit]
-        return list(self.maker.records(few))
+        others = [latent for latent in self.tables.live() if latent not in set(few)][:100]
+        return list(self.maker.records(few)), list(self.maker.records([*few, *others]))
+
+    def explain(self, explainer: Explainer) -> dict[int, Explanation]:
+        """Let a model explain some of the chosen features; their records have what it says from then on."""
+        self.explanations = explainer.run(*self.to_explain)
+        return self.explanations
 
     @cached_property
     def records(self) -> list[FeatureRecord]:

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     if c.explainer_url and c.explainer_model:
         journal = out / f"explanations_{viz.identity()[:12]}.jsonl"
         explainer = Explainer(Endpoint(c.explainer_url, c.explainer_model), journal)
-        cost = explainer.estimate(viz.to_explain())
+        cost = explainer.estimate(*viz.to_explain)
         log.say(
             f"asking {c.explainer_model} {cost['questions']:,} questions: about {cost['tokens_in']:,} tokens to read "
             f"and at most {cost['tokens_out']:,} to write; answers are kept in {journal}"

@@ -1,5 +1,6 @@
 """Small real things the tests share: a GPT checkpoint with its tokenizer, a text, and the models made of them."""
 
+import json
 import os
 import random
 import sys
@@ -14,7 +15,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
 
 from model import GPT, GPTConfig, save_atomic  # noqa: E402
+from sae.config import SAEConfig  # noqa: E402
 from sae.language_model import load_language_model  # noqa: E402
+from sae.models import create_sae  # noqa: E402
 from tokenizer import BPETokenizer  # noqa: E402
 
 WORDS = [
@@ -97,3 +100,23 @@ def planted(n: int, d: int, n_features: int, active: int, *, seed: int = 0) -> t
     chosen = torch.rand(n, n_features, generator=g).argsort(1)[:, :active]
     codes = torch.zeros(n, n_features).scatter_(1, chosen, 1 + torch.rand(n, active, generator=g))
     return codes @ directions, directions
+
+
+HOOK = "transformer.h.1"
+DEAD = (3, 40)
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory):
+    """Many short documents, so that special tokens stand in every context; a path."""
+    path = tmp_path_factory.mktemp("documents") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": make_text(40, seed)}) + "\n" for seed in range(400)))
+    return path
+
+
+def some_sae(activation="topk", d_in=32):
+    """96 latents on the tiny GPT's stream after block 1, two of them dead."""
+    sae = create_sae(SAEConfig(d_in=d_in, d_sae=96, activation=activation, k=5))
+    with torch.no_grad():
+        sae._encoder_bias()[list(DEAD)] = -1e4
+    return sae

@@ -81,7 +81,7 @@ def stream(n_sequences, *, T=16, F=40, K=3, seed=0):
         yield torch.randint(0, 9, (4, T), generator=g), valid, valid, Codes(indices, values), first
 
 
-def filled(n_sequences, *, skip=lambda first: False, **settings):
+def filled(n_sequences, *, skip=lambda _: False, **settings):
     sae = create_sae(SAEConfig(d_in=4, d_sae=40, k=3))
     tables = FeatureTables(sae, (), top_k=3, context_tokens=2, **settings)
     for *batch, first in stream(n_sequences):

@@ -104,7 +104,8 @@ def test_choose_and_measure_against_brute_force():
             hits = np.array([(fires[:, f] & (values == g)).sum() for g in range(G)])
             order = [g for g in np.argsort(-(hits - 1) / (totals + 0.5), kind="stable") if hits[g] >= 2]
             scores = [
-                2 * (hits[order[:k]] - 1).sum() / (totals[order[:k]].sum() + n_active[f]) for k in range(1, len(order) + 1)
+                2 * (hits[order[:k]] - 1).sum() / (totals[order[:k]].sum() + n_active[f])
+                for k in range(1, len(order) + 1)
             ]
             assert rules.score[f] == pytest.approx(max(scores, default=0))
 

@@ -96,7 +96,9 @@ def test_pieces_of_files():
     assert roles(broken, "os")[0] == "an imported name"
 
 
-@pytest.mark.parametrize("text", ["", "\n", "It was the best of times, it was the worst of times.", "(((((", "\x00\udc80", "1 2 3"])
+@pytest.mark.parametrize(
+    "text", ["", "\n", "It was the best of times, it was the worst of times.", "(((((", "\x00\udc80", "1 2 3"]
+)
 def test_prose_and_noise_are_not_python(text):
     found = annotate(text)
     assert found is None or not found[2].any()
