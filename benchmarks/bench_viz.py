@@ -1,6 +1,6 @@
 """What looking at every feature costs:  python -m benchmarks.bench_viz [--sae_path sae_models/layer_10] [--parts ...]
 
-cost     sae_viz --all_features over 1M tokens of the training text against one plain forward pass over the same tokens:
+cost     sae_viz --all_features over 1M tokens of the training text against a plain forward over the same tokens:
          each batch goes through the whole model, logits included, and then through the pass, so that noise of the
          machine falls on both alike. The pass's time is all else: reading the text, the forward up to the hookpoint,
          the SAE, tables, labels, map, files.
@@ -156,14 +156,16 @@ def peers(sae_path: str, python: str, n_features: int = 512, n_sequences: int = 
     for r in records:
         their = theirs["features"][str(r.latent)]
         mine = {c.sequence: c.position for c in r.strongest}
+        least = r.strongest[-1].values[r.strongest[-1].peak] if len(r.strongest) == config.top_k else 0.0
         seen: set[int] = set()
-        for sequence, position in their["places"]:
-            # their first of each sequence; they take several of one, and none of a sequence's first 6 and last 5 tokens
-            if sequence in seen or not 6 <= mine.get(sequence, 6) < ids.shape[1] - 5:
+        for sequence, position, value in their["places"]:
+            # their first of each sequence; they take several of one, and none of a sequence's first 6 and last 5
+            # tokens, so that some of ours are none of theirs, and some of theirs lie behind our twentieth
+            if value <= 0 or sequence in seen or not 6 <= mine.get(sequence, 6) < ids.shape[1] - 5:
                 continue
             seen.add(sequence)
             total["contexts"] += 1
-            same["contexts"] += mine.get(sequence) == position
+            same["contexts"] += mine.get(sequence) == position or (sequence not in mine and value <= least * 1.0001)
         for mine_, their_ in ((r.promoted, their["promoted"]), (r.suppressed, their["suppressed"])):
             total["logits"] += 10
             same["logits"] += len({t for t, _ in mine_} & {token(i) for i in their_[:10]})

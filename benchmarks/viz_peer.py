@@ -73,7 +73,7 @@ def main() -> None:
     found = {}
     for i, feature in data.feature_data_dict.items():
         top = feature.sequence_data.seq_group_data[0].seq_data
-        places = [[int(s.original_index), int(s.qualifying_token_index)] for s in top]
+        places = [[int(s.original_index), int(s.qualifying_token_index), max(s.feat_acts[:6])] for s in top]
         table = feature.logits_table_data
         found[int(i)] = {"places": places, "promoted": table.top_token_ids, "suppressed": table.bottom_token_ids}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
