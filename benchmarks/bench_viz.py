@@ -188,7 +188,6 @@ def main() -> None:
     parser.add_argument("--peers_python", default=sys.executable)
     given = parser.parse_args()
     native.keep_memory()
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
         "cost": lambda: cost(given.sae_path, given.tokens),
         "memory": lambda: memory(given.latents, given.memory_tokens),
@@ -200,7 +199,8 @@ def main() -> None:
             "machine": platform.machine(), "torch": torch.__version__, "kernels": native.status(),
             "date": time.strftime("%Y-%m-%d"),
         }  # fmt: skip
-        results[part] = {**jobs[part](), "about": about}
+        found = {**jobs[part](), "about": about}
+        results = {**(json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}), part: found}
         print(part, json.dumps(results[part], indent=1))
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
