@@ -7,7 +7,7 @@ Letters: B tokens in a batch, D width, F latents, K kept latents.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -86,6 +86,11 @@ class SAE(nn.Module):
         return super().__getattr__(name)
 
     @property
+    def independent(self) -> bool:
+        """Whether a finished SAE's latents are chosen one by one, each by its own pre-activation."""
+        return True
+
+    @property
     def d_in(self) -> int:
         return self.config.d_in or 0
 
@@ -108,15 +113,16 @@ class SAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations: (..., D) -> (..., F), zero where a latent is not active."""
-        flat = self._flat(x)
-        flat = self._normalise(flat)[0] if self.layer_norm else flat
-        return self.codes(flat)[0].dense(self.d_sae).view(*x.shape[:-1], self.d_sae)
+        return self.encode_codes(x).dense(self.d_sae).view(*x.shape[:-1], self.d_sae)
 
     def encode_sparse(self, x: Tensor) -> Codes:
         """The same as `encode` without the zeros: (B, D) -> Codes of (B, K)."""
+        return self.encode_codes(x).sparse(self.d_sae)
+
+    def encode_codes(self, x: Tensor) -> Codes:
+        """The same as `encode` in whatever form the kind finds them: (..., D) -> Codes of all tokens."""
         flat = self._flat(x)
-        flat = self._normalise(flat)[0] if self.layer_norm else flat
-        return self.codes(flat)[0].sparse(self.d_sae)
+        return self.codes(self._normalise(flat)[0] if self.layer_norm else flat)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Reconstruction of dense latents: (..., F) -> (..., D); with layer norm, of the normalised activation."""
@@ -140,6 +146,10 @@ class SAE(nn.Module):
         codes, pre = self.codes(inner, k=k, whole=whole)
         x_hat = self._predict(inner, codes)
         return Output(x_hat if std is None or mean is None else x_hat * std + mean, codes, pre)
+
+    def unit(self, x: Tensor) -> Tensor | None:
+        """(B, 1): what a unit of the decoder's output is worth at each token of x (B, D); None for 1 everywhere."""
+        return self._normalise(self._flat(x))[2] if self.layer_norm else None
 
     def reconstruct_from(self, codes: Codes, x: Tensor) -> Tensor:
         """What forward gives for x (B, D), from its codes, without encoding it again."""
@@ -286,6 +296,20 @@ class SAE(nn.Module):
             getattr(copy, name).div_(scale)
         copy.layer_norm = self.layer_norm
         return copy.to(self.W_dec.device).train(self.training)
+
+    @torch.no_grad()
+    def part(self: Kind, latents: Tensor) -> Kind:
+        """A finished SAE of these latents (W,) alone, in their order: its encode gives theirs, at their cost.
+
+        Only of SAEs whose latents are independent.
+        """
+        assert self.independent, "latents that compete need all the others"
+        part = type(self)(replace(self.config, d_sae=len(latents), k=1))
+        whole = ("b_dec", "W_skip")
+        cut = lambda name, p: p if name in whole else p[:, latents] if name == "W_enc" else p[latents]
+        part.load_state_dict({name: cut(name, p) for name, p in self.state_dict().items()}, assign=True)
+        part.layer_norm = self.layer_norm
+        return part.eval().requires_grad_(False)
 
     def _scaled_biases(self) -> tuple[str, ...]:
         return ("b_enc",)

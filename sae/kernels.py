@@ -64,6 +64,32 @@ class Codes(NamedTuple):
             return self.values @ W + bias
         return decode(self.indices, self.values, W, self.offsets, bias=bias)
 
+    def at(self, latents: Tensor, n_latents: int) -> Tensor:
+        """(B, W): the activations of these latents (W,)."""
+        if self.indices is None:
+            return self.values[:, latents]
+        if self.offsets is not None:
+            return self.dense(n_latents)[:, latents]
+        column = latents.new_full((n_latents,), len(latents)).scatter(
+            0, latents, torch.arange(len(latents), device=latents.device)
+        )
+        found = self.values.new_zeros(len(self.values), len(latents) + 1)
+        return found.scatter_add_(1, column[self.indices], self.values)[:, :-1]
+
+    def strongest(self, k: int) -> Codes:
+        """The same codes, of each token the k largest in size (at most): (B, k or fewer), strongest first. Reads no
+        device."""
+        if self.indices is None or self.offsets is None:
+            order = self.values.abs().topk(min(k, self.values.shape[1]), dim=1).indices
+            return Codes(order if self.indices is None else self.indices.gather(1, order), self.values.gather(1, order))
+        rows = rows_of(self.indices, self.offsets)
+        order = self.values.abs().argsort(descending=True)
+        order = order[rows[order].argsort(stable=True)]  # token by token, strongest first
+        rank = torch.arange(len(order), device=order.device) - self.offsets[rows[order]]
+        place = (rows[order], rank.clamp(max=k))  # the last column takes what is too many
+        put = lambda x: x.new_zeros(len(self.offsets), k + 1).index_put(place, x[order])[:, :k]
+        return Codes(put(self.indices), put(self.values))
+
     def sparse(self, n_latents: int = 0) -> Codes:
         """The same codes as (B, K), K that of the busiest token (reads the device unless they are so already)."""
         if self.indices is not None and self.offsets is None:

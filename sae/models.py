@@ -28,6 +28,10 @@ K_MULTI = 4  # multi-TopK: the second reconstruction keeps 4k latents (Gao et al
 class TopK(SAE):
     """The k largest pre-activations of a token, then ReLU, so fewer than k may be active (Gao et al. 2024, 2.3)."""
 
+    @property
+    def independent(self) -> bool:
+        return False
+
     def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:
         with torch.no_grad():
             chosen = self._choose(self._centre(x), k or self.config.k, whole)
@@ -76,6 +80,10 @@ class BatchTopK(TopK):
     SAE is a JumpReLU one.
     """
 
+    @property
+    def independent(self) -> bool:
+        return True
+
     def _make_biases(self, F: int) -> None:
         super()._make_biases(F)
         self.register_buffer("threshold", torch.zeros(F))
@@ -112,6 +120,10 @@ class Matryoshka(BatchTopK):
     """Nested dictionaries: each prefix of the latents must reconstruct alone, so that the first ones learn the
     general features (Bussmann et al. 2025, arxiv.org/abs/2503.17547). The loss is the mean over prefixes and the whole.
     """
+
+    @property
+    def independent(self) -> bool:
+        return self.config.matryoshka_base != "topk"
 
     def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.config.matryoshka_base == "topk":

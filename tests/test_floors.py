@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "flags": 0, "native": 0,
     "config": 1, "kernels": 1,
-    "log": 2, "schedules": 2,
+    "log": 2, "schedules": 2, "edits": 2,
     "distributed": 3, "hooks": 3, "base": 3, "tokenizers": 3,
     "models": 4, "optim": 4,
     "language_model": 5, "formats": 5,

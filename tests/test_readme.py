@@ -81,7 +81,7 @@ def test_the_public_names():
     import sae
 
     promised = "SAEConfig TrainConfig create_sae load_sae save_sae load_saes SAETrainer train_sae_from_activations"
-    promised += " ActivationCollector load_language_model SAEEvaluator FeatureVisualizer"
+    promised += " ActivationCollector load_language_model SAEEvaluator InterpretableModel FeatureVisualizer"
     for name in promised.split():
         assert hasattr(sae, name), name
         assert name in sae.__all__
