@@ -77,11 +77,18 @@ class Codes(NamedTuple):
         return found.scatter_add_(1, column[self.indices], self.values)[:, :-1]
 
     def strongest(self, k: int) -> Codes:
-        """The same codes, of each token the k largest in size (at most): (B, k or fewer), strongest first. Reads no
-        device."""
-        if self.indices is None or self.offsets is None:
-            order = self.values.abs().topk(min(k, self.values.shape[1]), dim=1).indices
-            return Codes(order if self.indices is None else self.indices.gather(1, order), self.values.gather(1, order))
+        """The same codes, of each token the k largest in size at most, in no particular order: (B, k or fewer). Reads
+        no device."""
+        if self.offsets is None and self.indices is not None and self.values.shape[1] <= k:
+            return self
+        if self.offsets is None or self.indices is None:
+            best = self.values.abs().topk(min(k, self.values.shape[1]), dim=1, sorted=False).indices
+            return Codes(best if self.indices is None else self.indices.gather(1, best), self.values.gather(1, best))
+        if len(self.offsets) == 1:  # a chat's newest token: all of them are its own
+            one = Codes(self.indices[None], self.values[None]).strongest(k)
+            assert one.indices is not None
+            missing = (0, k - one.values.shape[1])
+            return Codes(F.pad(one.indices, missing), F.pad(one.values, missing))
         rows = rows_of(self.indices, self.offsets)
         order = self.values.abs().argsort(descending=True)
         order = order[rows[order].argsort(stable=True)]  # token by token, strongest first
@@ -113,17 +120,47 @@ def count(indices: Tensor, n: int, weights: Tensor | None = None) -> Tensor:
     return torch.zeros(n, dtype=torch.int64, device=flat.device).index_add_(0, flat, ones)
 
 
+class Packed(NamedTuple):
+    """A copy of W_enc in 8 bits: rows (F, D) int8; of each its unit, norm and rounding error (3, F). It serves the
+    weights it was made of, which `version` tells, for batches of few tokens."""
+
+    rows: Tensor
+    about: Tensor
+    version: int
+
+    def serves(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> bool:
+        """Whether it is quicker than W_enc itself, and still its copy."""
+        return len(x) < 32 and self.version == W_enc._version and native.ops(x, W_enc, b_enc) is not None
+
+
+def pack(W_enc: Tensor) -> Packed | None:
+    """W_enc (D, F) in 8 bits, for kernels that select latents with it and compute what they select from W_enc itself;
+    None where there are no such kernels."""
+    ops = native.ops(W_enc)
+    rows = W_enc.detach().t()
+    if ops is None or not rows.is_contiguous():
+        return None
+    integers, about = ops.pack(rows)
+    return Packed(integers, about, W_enc._version)
+
+
 def top_k(pre: Tensor, k: int) -> Tensor:
     """(B, K) indices of the k largest of each row of pre (B, F), in no particular order."""
     return pre.topk(k, dim=-1, sorted=False).indices
 
 
-def choose_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: bool = False) -> tuple[Tensor, Tensor]:
+def choose_top_k(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: bool = False, packed: Packed | None = None
+) -> tuple[Tensor, Tensor]:
     """The k largest pre-activations x @ W_enc + b_enc of each token: indices and values (B, k), in no particular order.
 
-    x (B, D), W_enc (D, F), b_enc (F,). absolute: largest in size, with their sign. No graph; see gather_pre.
+    x (B, D), W_enc (D, F), b_enc (F,). absolute: largest in size, with their sign. packed: of W_enc, where there is
+    one. No graph; see gather_pre.
     """
     with torch.no_grad():
+        if packed is not None and packed.serves(x, W_enc, b_enc):
+            rows, about, _ = packed
+            return native.ops().packed_top_k(x.contiguous(), W_enc.t(), b_enc, rows, about, k, absolute)
         if k * 8 <= len(b_enc) and (ops := native.encoder(x, W_enc, b_enc)):
             indices, values, _ = ops.encode_top_k(
                 x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), k, absolute
@@ -166,12 +203,17 @@ def choose_batch_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> tuple
         return flat % len(b_enc), pre.flatten()[flat], _offsets(flat // len(b_enc), len(x))
 
 
-def choose_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where pre-activations exceed threshold (F,): indices and values (n,), offsets (B,).
+def choose_above(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, packed: Packed | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where pre-activations exceed threshold (F,): indices and values (n,), offsets (B,). packed: of W_enc.
 
     Reads the device; no graph, see gather_pre.
     """
     with torch.no_grad():
+        if packed is not None and packed.serves(x, W_enc, b_enc):
+            rows, about, _ = packed
+            return native.ops().packed_above(x.contiguous(), W_enc.t(), b_enc, rows, about, threshold.contiguous())
         if ops := native.encoder(x, W_enc, b_enc, threshold):
             return ops.encode_above(x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), threshold.contiguous())
         pre = torch.addmm(b_enc, x, W_enc)
@@ -180,9 +222,11 @@ def choose_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> 
 
 
 def choose_above_if_few(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """choose_above where it is quicker than all pre-activations: on CPUs, for less than a tenth of them; else None."""
+    if packed is not None and packed.serves(x, W_enc, b_enc):
+        return choose_above(x, W_enc, b_enc, threshold, packed=packed)
     if not native.encoder(x, W_enc, b_enc, threshold):
         return None
     with torch.no_grad():
@@ -295,6 +339,8 @@ def gather_pre(
     offsets (B,), found without a graph. Returns the values. Every use of pre-activations of the kinds that select
     (main code, AuxK, multi-TopK) comes through here, so each one trains the encoder.
     """
+    if not torch.is_grad_enabled():
+        return values.to(x.dtype)
     return _Gather.apply(x, centre, W_enc, b_enc, values, indices, offsets)
 
 

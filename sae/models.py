@@ -39,7 +39,7 @@ class TopK(SAE):
 
     def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
         """The latents that the centred x (B, D) keeps and their pre-activations, flat with offsets if there are any."""
-        return *kernels.choose_top_k(x, self.W_enc, self.b_enc, k, absolute=self.signed), None
+        return *kernels.choose_top_k(x, self.W_enc, self.b_enc, k, absolute=self.signed, packed=self.packed), None
 
     def _codes(self, x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor | None = None) -> Codes:
         """Codes of chosen latents, with a graph."""
@@ -93,7 +93,7 @@ class BatchTopK(TopK):
             return kernels.choose_batch_top_k(x, self.W_enc, self.b_enc, k * len(x))
         # a part of a batch may hold any number of those that the whole keeps, the least one included
         least = self.threshold if whole is None else whole.nextafter(whole.new_tensor(-torch.inf)).repeat(self.d_sae)
-        return kernels.choose_above(x, self.W_enc, self.b_enc, least)
+        return kernels.choose_above(x, self.W_enc, self.b_enc, least, packed=self.packed)
 
     @torch.no_grad()
     def survey(self, parts: list[Tensor], k: int | None = None) -> Tensor | None:
@@ -159,7 +159,7 @@ class Penalised(SAE):
         """Places, and x's pre-activations there, with a graph: all that exceed floor (F,) at least; all of them, dense,
         where most do or where finding them would make the device wait."""
         centre = None if self.config.transcode else self.b_dec
-        found = kernels.choose_above_if_few(self._centre(x), self.W_enc, bias, floor)
+        found = kernels.choose_above_if_few(self._centre(x), self.W_enc, bias, floor, packed=self.packed)
         if found is None:
             pre = torch.addmm(bias, self._centre(x), self.W_enc)
             return Codes(None, pre), pre

@@ -106,7 +106,8 @@ class Track:
         """The strongest latents of every token, or of the newest only. hookpoint: None where one SAE is tracked."""
         found = self._whole(hookpoint, last)
         require(len(found) == 2, "chosen latents are tracked here; read them with values()")
-        return Features(*found)
+        order = found[1].abs().argsort(dim=-1, descending=True)
+        return Features(*(y.gather(-1, order) for y in found))
 
     def values(self, hookpoint: str | None = None, *, last: bool = False) -> Tensor:
         """(N, T, W): activations of the chosen latents, in the order they were given."""
@@ -120,9 +121,9 @@ def _strongest(sae: SAE, top_k: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
 
     @torch.no_grad()
     def read(x: Tensor) -> tuple[Tensor, ...]:
-        # some kinds make (tokens, F) on the way: not of a whole long prompt at once
-        found = [sae.encode_codes(part).strongest(min(top_k, sae.d_sae)) for part in x.split(1024)]
-        return tuple(torch.cat(ys) for ys in zip(*((c.indices, c.values) for c in found), strict=True))
+        if len(x) > 1024:  # some kinds make (tokens, F) on the way: not of a whole long prompt at once
+            return tuple(torch.cat(ys) for ys in zip(*map(read, x.split(1024)), strict=True))
+        return sae.encode_codes(x).strongest(min(top_k, sae.d_sae))[:2]  # type: ignore[return-value]
 
     return read
 
@@ -281,7 +282,7 @@ class InterpretableModel:
         self.special_ids = torch.tensor(list(special_ids), device=device) if special_ids else None
         found = load_saes(saes) if isinstance(saes, (str, Path)) else saes
         require(bool(found), "no SAE was given; give {hookpoint: SAE}")
-        self.saes = {name: sae.to(device).eval() for name, sae in found.items()}
+        self.saes = {name: sae.to(device).eval().pack_() for name, sae in found.items()}
         self.max_activations = dict(max_activations or {})
         with hooks.hooked(self.module, {place: lambda _: None for name in self.saes for place in self._places(name)}):
             pass  # every hookpoint is there
