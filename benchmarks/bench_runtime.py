@@ -3,10 +3,10 @@
     python -m benchmarks.bench_runtime [--tokens 60] [--models pygpt gpt2-small]
 
 The embedded pygpt, and a model of GPT-2 small's size (random weights, built here), batch 1, greedy, with KV cache, on
-the CPU. All ways write behind the same prompt, and take turns after every token, so that noise of the machine falls on all
-alike: a way's ratio is the median over tokens of its time over plain's for the same token. Plain runs twice, so that
-the second shows what a ratio is worth. SAEs are TopK with k = 32, random too: what a token costs does not depend on
-what they know. Writes results/bench_runtime.json.
+the CPU. All ways write behind the same prompt, and take turns after every token, so that noise falls on all alike: a
+way's ratio is the median over tokens of its time over plain's for the same token. Plain runs twice, so that the second
+shows what a ratio is worth. SAEs are TopK with k = 32, random too: what a token costs does not depend on what they
+know. Writes results/bench_runtime.json.
 """
 
 from __future__ import annotations

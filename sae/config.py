@@ -442,3 +442,44 @@ class CollectConfig(DataConfig, HookConfig):
         self.check_data()
         self.check_hooks()
         _at_least(self, 1, "max_tokens", "shard_tokens")
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """chat: talk to a model, see the features on every token, steer them."""
+
+    sae_path: str | None = knob(
+        None, "a run, all of whose SAEs take part, or a weights file (default: the newest run in sae_models)",
+        alias=("sae_dir",),
+    )  # fmt: skip
+    model: str | None = knob(
+        None, "the language model (default: the one the SAE was trained on)", alias=("checkpoint", "model_name")
+    )
+    dataset: str | None = knob(None, "where a nanoGPT checkpoint's meta.pkl lies (default: as in training)")
+    device: str | None = knob(None, "cpu, cuda, cuda:1, mps (default: the best there is)")
+    no_sae: bool = knob(False, "the plain model: nothing watched, nothing steered")
+    raw: bool = knob(False, "go on with the text instead of answering it (models without a chat do so anyway)")
+    seed: int = knob(0, "seed of the answers")
+    max_new_tokens: int = knob(128, "tokens in an answer, at most")
+    temperature: float = knob(0.8, "how freely tokens are drawn; 0: always the best one")
+    top_k: int | None = knob(200, "draw from the best so many tokens, or none for all")
+    top_features: int = knob(5, "features shown beside each token")
+    steer: tuple[str, ...] = knob((), "edits: 12:+8 adds, 12:=4 sets, 12:*0 scales, 12:|0 projects out, 12:<4 caps")
+    stop_when: tuple[str, ...] = knob((), "conditions that end an answer: 45>3")
+    prompt: str | None = knob(None, "answer this and end, instead of a conversation")
+    json: bool = knob(False, "with --prompt: print one json object, every token with its features")
+    explain: str | None = knob(None, "with --prompt: which features pushed the model towards this token")
+    web: bool = knob(False, "talk on a page in the browser")
+    host: str = knob("127.0.0.1", "address that --web listens on; another lets others in, who need no password")
+    port: int = knob(8000, "port that --web listens on; 0 takes a free one")
+    max_waiting: int = knob(64, "requests that may wait for an answer; more are told to come back (--web)")
+
+    def __post_init__(self) -> None:
+        alone = self.prompt is not None
+        require(alone or not (self.json or self.explain is not None), "--json and --explain go with --prompt; give it")
+        require(not (self.web and alone), "--web and --prompt exclude each other; drop one")
+        _at_least(self, 1, "max_new_tokens", "top_k", "top_features", "max_waiting")
+        _at_least(self, 0, "seed", "temperature", "port")
+        require(self.port < 65536, f"port={self.port}; it must be below 65536")
+        edits = self.steer or self.stop_when or self.explain is not None
+        require(not (self.no_sae and edits), "the plain model has no features to steer or explain with; drop --no_sae")

@@ -78,7 +78,7 @@ class Track:
     """
 
     def __init__(self, readers: Mapping[str, Callable[[Tensor], tuple[Tensor, ...]]]):
-        self.names: list[str] = list(readers)
+        self.names = list(readers)
         self._readers = readers
         self._parts: dict[str, list[tuple[int, tuple[Tensor, ...]]]] = {name: [] for name in readers}
 
@@ -187,7 +187,7 @@ class Steering:
         needs = [(e.hookpoint, e.latent) for e in edits if e.reads] + [(c.hookpoint, c.latent) for c in conditions]
         for hookpoint, latent in dict.fromkeys(needs):
             self._needs.setdefault(live.name_of(hookpoint, latent), []).append(latent)
-        self.names: list[str] = [name for name in live.saes if name in self._edits or name in self._needs]
+        self.names = [name for name in live.saes if name in self._edits or name in self._needs]
         self._readers, self._coefficients = {}, {}
         for name, latents in self._needs.items():
             sae = live.saes[name]
@@ -284,10 +284,9 @@ class InterpretableModel:
         require(bool(found), "no SAE was given; give {hookpoint: SAE}")
         self.saes = {name: sae.to(device).eval().pack_() for name, sae in found.items()}
         self.max_activations = dict(max_activations or {})
-        with hooks.hooked(self.module, {place: lambda _: None for name in self.saes for place in self._places(name)}):
+        with hooks.hooked(self.module, {place: lambda _: None for name in self.saes for place in self.places(name)}):
             pass  # every hookpoint is there
-        self._tracks: list[Track] = []
-        self._steerings: list[Steering] = []
+        self._blocks: list[Track | Steering] = []
         self._now = Forward(None, 0)
         self._hooks = ExitStack()
 
@@ -314,16 +313,14 @@ class InterpretableModel:
             return e.value
         if name not in self.max_activations:
             raise UserError(f"the largest activations of '{name}' are not known; give '{e}' in activation units")
-        return e.value * float(self.max_activations[name][e.latent])
+        largest = float(self.max_activations[name][e.latent])
+        require(largest > 0, f"latent {e.latent} of '{name}' was never seen active; give '{e}' in activation units")
+        return e.value * largest
 
-    @contextmanager
-    def track(
+    def tracker(
         self, hookpoints: Sequence[str] | None = None, *, top_k: int = 32, latents: Sequence[int] | None = None
-    ) -> Iterator[Track]:
-        """Within the block, keep what hookpoints (default: all with an SAE) hold of every token: the top_k strongest
-        latents, or these latents. Costs a run of the encoder per token, but for chosen latents of kinds whose latents
-        are independent: those cost their own columns.
-        """
+    ) -> Track:
+        """What `track` makes, in force only within `active`."""
         require(top_k >= 1, f"top_k={top_k}; it must be at least 1")
         readers = {}
         for name in self.saes if hookpoints is None else hookpoints:
@@ -334,8 +331,26 @@ class InterpretableModel:
                 readers[name] = _strongest(sae, top_k)
             else:
                 readers[name] = _chosen(sae, torch.tensor(list(latents), device=sae.W_dec.device))
-        track = Track(readers)
-        with self._using(self._tracks, track):
+        return Track(readers)
+
+    def steering(self, *edits: Edit | str, stop: Sequence[Condition | str] = ()) -> Steering:
+        """What `steer` makes, in force only within `active`."""
+        return Steering(
+            self,
+            [parse_edit(e) if isinstance(e, str) else e for e in edits],
+            [parse_condition(c) if isinstance(c, str) else c for c in stop],
+        )
+
+    @contextmanager
+    def track(
+        self, hookpoints: Sequence[str] | None = None, *, top_k: int = 32, latents: Sequence[int] | None = None
+    ) -> Iterator[Track]:
+        """Within the block, keep what hookpoints (default: all with an SAE) hold of every token: the top_k strongest
+        latents, or these latents. Costs a run of the encoder per token, but for chosen latents of kinds whose latents
+        are independent: those cost their own columns.
+        """
+        track = self.tracker(hookpoints, top_k=top_k, latents=latents)
+        with self.active(track):
             yield track
 
     @contextmanager
@@ -344,36 +359,36 @@ class InterpretableModel:
 
         stop: conditions that set `stopped`. Raises UserError for an unknown latent or hookpoint.
         """
-        steering = Steering(
-            self,
-            [parse_edit(e) if isinstance(e, str) else e for e in edits],
-            [parse_condition(c) if isinstance(c, str) else c for c in stop],
-        )
-        with self._using(self._steerings, steering):
+        steering = self.steering(*edits, stop=stop)
+        with self.active(steering):
             yield steering
 
-    # ----------------------------------------------------------------------------------------------
-    # hooks
-
     @contextmanager
-    def _using(self, active: list[Any], one: Any) -> Iterator[None]:
-        active.append(one)
+    def active(self, *blocks: Track | Steering) -> Iterator[None]:
+        """Within the block, these are in force. For who writes several texts in turn, a token of each at a time."""
+        self._blocks += blocks
         try:
             self._rehook()
             yield
         finally:
-            active.remove(one)
+            for block in blocks:
+                self._blocks.remove(block)
             self._rehook()
+
+    # ----------------------------------------------------------------------------------------------
+    # hooks
 
     def _rehook(self) -> None:
         """One hook at every place that any active block needs, none elsewhere."""
         self._hooks.close()
-        wanted = {name for t in self._tracks for name in t.names} | {n for s in self._steerings for n in s.names}
+        self._tracks = [b for b in self._blocks if isinstance(b, Track)]
+        self._steerings = [b for b in self._blocks if isinstance(b, Steering)]
+        wanted = {name for block in self._blocks for name in block.names}
         if not wanted:
             return
         sees: dict[str, list[Callable[[Tensor], Tensor | None]]] = {}
         for name in (n for n in self.saes if n in wanted):
-            reads, writes = self._places(name)
+            reads, writes = self.places(name)
             sees.setdefault(reads, []).append(functools.partial(self._see, name, reads == writes))
             if writes != reads:
                 sees.setdefault(writes, []).append(functools.partial(self._write, name))
@@ -381,7 +396,7 @@ class InterpretableModel:
         self._hooks.callback(begin.remove)
         self._hooks.enter_context(hooks.hooked(self.module, {at: _in_turn(fs) for at, fs in sees.items()}))
 
-    def _places(self, name: str) -> tuple[str, str]:
+    def places(self, name: str) -> tuple[str, str]:
         """Where an SAE reads and where it writes: one place, but for transcoders."""
         at = name.split("/")[0]
         return (f"{at}@in", at) if self.saes[name].config.transcode else (at, at)

@@ -20,8 +20,8 @@ FLOORS = {
     "tokens": 7,
     "activations": 8,
     "cache": 9, "evaluator": 9, "runtime": 9,
-    "activation_files": 10, "learner": 10, "feature_viz": 10, "assessment": 10, "plots": 10,
-    "trainer": 11, "end_to_end": 11, "sweep": 11,
+    "activation_files": 10, "learner": 10, "feature_viz": 10, "assessment": 10, "plots": 10, "conversation": 10,
+    "trainer": 11, "end_to_end": 11, "sweep": 11, "server": 11,
     "neuronpedia": 11,
 }  # fmt: skip
 FILES = sorted(p for p in (ROOT / "sae").glob("*.py") if p.stem != "__init__")
