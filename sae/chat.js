@@ -111,12 +111,22 @@ function tokenSpan(token, answer, i) {
   return span;
 }
 
+function rows(items, n) { // the first n, and a button for the others
+  const list = el("ol", { className: "rows" }, ...items.slice(0, n));
+  if (items.length > n) {
+    const more = el("button", { type: "button", className: "more", textContent: `${items.length - n} more` });
+    more.onclick = () => more.parentElement.replaceWith(...items.slice(n));
+    list.append(el("li", {}, more));
+  }
+  return list;
+}
+
 function showToken(span) {
   for (const other of document.querySelectorAll("span.at")) other.classList.remove("at");
   span.classList.add("at");
   $("hint").hidden = true;
   const { token, answer, at } = span;
-  const rows = token.features.map((f) => {
+  const active = token.features.map((f) => {
     const b = featureButton(saeOf(f), f.latent, f.label, short(f.activation));
     b.style.setProperty("--s", (f.activation / token.features[0].activation).toFixed(3));
     return el("li", {}, b);
@@ -127,7 +137,7 @@ function showToken(span) {
     why.disabled = true;
     try {
       const found = await only("api/explain", { ask: answer.ask, token: token.id, ids: answer.tokens.slice(0, at + 1).map((t) => t.id) });
-      reasons.replaceChildren(...found.features.slice(0, 10).map((f) => {
+      reasons.replaceChildren(...found.features.slice(0, 8).map((f) => {
         const b = featureButton(saeOf(f), f.latent, f.label, `${f.effect >= 0 ? "+" : ""}${f.effect.toFixed(2)}`);
         b.style.setProperty("--s", Math.min(1, Math.abs(f.effect / found.features[0].effect)).toFixed(3));
         return el("li", {}, b);
@@ -137,9 +147,12 @@ function showToken(span) {
   };
   $("token").replaceChildren(
     el("h2", { textContent: `token ${JSON.stringify(token.text)}` }),
-    el("ol", { className: "rows" }, ...(rows.length ? rows : [el("li", { className: "dim", textContent: "no feature is active on it" })])),
+    rows(active.length ? active : [el("li", { className: "dim", textContent: "no feature is active on it" })], 8),
     el("p", {}, why), reasons);
+  narrow("token");
 }
+
+function narrow(id) { if (matchMedia("(max-width:60rem)").matches) $(id).scrollIntoView(); } // the side is below, then
 
 document.addEventListener("click", (e) => { if (e.target.token) { e.target.focus(); showToken(e.target); } });
 document.addEventListener("keydown", (e) => {
@@ -208,6 +221,7 @@ async function openFeature(sae, latent) {
     }));
   })));
   $("feature").replaceChildren(...parts);
+  narrow("feature");
 }
 
 $("find").addEventListener("submit", (e) => e.preventDefault());

@@ -143,8 +143,9 @@ def feature(chat: Conversation, name: str, latent: int) -> Iterator[dict[str, An
     assert chat.live is not None
     sae = chat.live.saes[chat.live.name_of(name, latent)]
     record = chat.notes[name].record(latent)
-    promoted, suppressed = chat.tokens_of(sae.W_dec[latent].detach())
-    yield {"end": "done", "promoted": promoted, "suppressed": suppressed, **record, "latent": latent, "sae": name}
+    ends = dict(zip(("promoted", "suppressed"), chat.tokens_of(sae.W_dec[latent].detach()), strict=True))
+    ends = {key: record.get(key) or tokens for key, tokens in ends.items()}
+    yield {"end": "done", **record, **ends, "latent": latent, "sae": name}
 
 
 def about(chat: Conversation, folders: Mapping[str, Path], most_tokens: int, start: Ask) -> dict[str, Any]:
