@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from sae.config import TrainConfig
+from sae.config import ChatConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -167,6 +167,57 @@ def steps() -> str:
     return "\n".join(lines)
 
 
+def runtime() -> str:
+    """What watching and steering cost per generated token."""
+    result = load("bench_runtime")
+    models = list(dict.fromkeys(r["model"] for r in result["rows"]))
+    cells = {(r["model"], r["way"].replace("all 12 layers", "all layers")): r for r in result["rows"]}
+    head = "| time per token, over the plain model's | " + " | ".join(f"{m} (quartiles)" for m in models) + " |"
+    lines = [head, "|---" * (1 + len(models)) + "|"]
+    for way in dict.fromkeys(way for _, way in cells):
+        row = [cells[m, way] for m in models if (m, way) in cells]
+        shown = [
+            f"{r['ms']:.1f} ms" if way == "plain" else f"{r['ratio']:.3f} ({r['low']:.3f} to {r['high']:.3f})"
+            for r in row
+        ]
+        lines.append(f"| {way} | {' | '.join(shown)} |")
+    about = result["about"]
+    lines += ["", f"(medians over {about['tokens']} tokens, all ways in turn after every token, batch 1, KV cache; "
+              f"TopK, k = 32; {about['threads']} threads, {about['cores']} {about['machine']} cores, {about['kernels']}, "
+              f"{about['date']})"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def steering() -> str:
+    """A feature found by what it means, and what turning it up does."""
+    r = load("steering")
+    f, what = r["feature"], r["what"]
+    lines = [
+        f"Of all latents, {f['latent']} says best which tokens lie inside a {what} (precision {f['precision']:.2f}, "
+        f"recall {f['recall']:.2f} over {f['n_tokens']:,} held-out tokens). Added to the stream while pygpt goes on "
+        f"with {r['about']['texts']} beginnings of code, with the same seeds:", "",
+        f"| strength, of its largest activation | written inside a {what} |", "|---|---|",
+    ]  # fmt: skip
+    lines += [f"| {row['strength'] or 'plain'} | {100 * row['share']:.0f}% |" for row in r["rows"]]
+    plain, steered = (row["examples"][r["shown"]] for row in (r["rows"][0], r["rows"][2]))
+    command = f"python -m scripts.chat --raw --max_new_tokens {r['about']['tokens']} --prompt '{plain['start']}'"
+    for steer, text in (("", plain["text"]), (f" --steer {r['rows'][2]['steer'][0]}", steered["text"])):
+        lines += ["", f"`{command}{steer}`:", "", f"~~~\n{plain['start']}{text.rstrip()}\n~~~"]
+    return "\n".join(lines)
+
+
+def server() -> str:
+    """Many clients of the page's server."""
+    r = load("bench_server")
+    m = r["memory_mb"]
+    return (
+        f"{r['clients']} clients at once for {r['seconds']:.0f} s, a fifth of them slow readers: {r['answered']:,} "
+        f"answers of {r['tokens_per_answer']} tokens, each the one that its question gets alone; {r['refused']} "
+        f"refused in words, {r['left']} left halfway, {r['wrong']} wrong; memory {m['before']} MB before, {m['middle']} in the "
+        f"middle, {m['after']} after ({r['about']['cores']} {r['about']['machine']} cores, {r['about']['date']})."
+    )
+
+
 def samples() -> str:
     """What the embedded model writes."""
     return "\n\n".join(f"`{r['command']}`:\n\n~~~\n{r['text']}\n~~~" for r in load("pygpt")["samples"])
@@ -181,7 +232,11 @@ TABLES = {
     "peers": peers,
     "sweep": sweep,
     "steps": steps,
+    "runtime": runtime,
+    "steering": steering,
+    "server": server,
     "flags": lambda: flags(TrainConfig),
+    "chat_flags": lambda: flags(ChatConfig),
 }
 
 

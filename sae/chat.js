@@ -149,10 +149,8 @@ function showToken(span) {
     el("h2", { textContent: `token ${JSON.stringify(token.text)}` }),
     rows(active.length ? active : [el("li", { className: "dim", textContent: "no feature is active on it" })], 8),
     el("p", {}, why), reasons);
-  narrow("token");
+  $("token").scrollIntoView({ block: "nearest" });
 }
-
-function narrow(id) { if (matchMedia("(max-width:60rem)").matches) $(id).scrollIntoView(); } // the side is below, then
 
 document.addEventListener("click", (e) => { if (e.target.token) { e.target.focus(); showToken(e.target); } });
 document.addEventListener("keydown", (e) => {
@@ -221,7 +219,7 @@ async function openFeature(sae, latent) {
     }));
   })));
   $("feature").replaceChildren(...parts);
-  narrow("feature");
+  $("feature").scrollIntoView({ block: "nearest" });
 }
 
 $("find").addEventListener("submit", (e) => e.preventDefault());

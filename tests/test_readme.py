@@ -12,11 +12,17 @@ import pytest
 
 import train
 from benchmarks import render
-from sae.config import CollectConfig, EvalConfig, TrainConfig, VizConfig, from_cli
+from sae.config import ChatConfig, CollectConfig, EvalConfig, TrainConfig, VizConfig, from_cli
 from tests.conftest import ROOT
 
 DOCUMENTS = ("README.md", "SAE_README.md", "assets/pygpt/README.md", "CONTRIBUTING.md")
-CONFIGS = {"sae_train": TrainConfig, "sae_eval": EvalConfig, "sae_viz": VizConfig, "sae_collect": CollectConfig}
+CONFIGS = {
+    "sae_train": TrainConfig,
+    "sae_eval": EvalConfig,
+    "sae_viz": VizConfig,
+    "sae_collect": CollectConfig,
+    "chat": ChatConfig,
+}
 
 
 def blocks(language):

@@ -178,7 +178,7 @@ def test_tokens_features_steering_and_a_reload(open_page, pygpt):
     page.reload()
     assert [box.inner_text() for box in page.locator(".answer .tokens").all()] == [plain, steered]
     assert page.locator(".edit input[type=number]").input_value() == strength
-    page.get_by_label("beside the plain answer").uncheck()
+    page.get_by_label("compare").uncheck()
     say(page, "And re.sub?")
     assert page.locator("#talk > li").count() == 2
     assert page.locator(".answer").count() == 3
