@@ -84,6 +84,10 @@ class Tokenizer:
             ids.append(self.specials[f"<|{role}_end|>"])
         return ids[:-1] if reply else ids
 
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int] | None:
+        """Encode a chat that the model is to reply to; None without chat tokens."""
+        return self.render_chat(messages, reply=True) if self.specials.keys() >= set(CHAT_TOKENS) else None
+
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", errors="replace")
 

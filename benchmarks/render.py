@@ -14,7 +14,8 @@ import re
 import sys
 from pathlib import Path
 
-from sae.config import CollectConfig, EvalConfig, TrainConfig, UploadConfig, VizConfig
+from sae.commands import ChatConfig, UploadConfig
+from sae.config import CollectConfig, EvalConfig, TrainConfig, VizConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -258,9 +259,10 @@ def viz() -> str:
     cost, about = r["cost"], r["cost"]["about"]
     share = cost["labels"]["good"] / cost["labels"]["live"]
     parts = [
-        f"`sae_viz --all_features` over {cost['tokens']:,} tokens of pygpt's layer 10 takes {cost['cpu_ratio']:.2f} times "
-        f"the processor time of one plain forward pass over them ({cost['wall_ratio']:.2f} times the wall time), labels, map "
-        f"and pages included; {share:.0%} of the live features get a label with precision and recall of at least 0.5."
+        f"`sae_viz --all_features` over {cost['tokens']:,} tokens of pygpt's layer 10 takes {cost['cpu_ratio']:.2f} "
+        f"times the processor time of one plain forward pass over them ({cost['wall_ratio']:.2f} times the wall time), "
+        f"labels, map and pages included; {share:.0%} of the live features get a label with precision and recall of "
+        "at least 0.5."
     ]
     if "memory" in r:
         m = r["memory"]
@@ -268,11 +270,63 @@ def viz() -> str:
     if "peers" in r:
         p = r["peers"]
         parts.append(
-            f"On {p['tokens']:,} tokens and {p['features']} features {p['peer']} takes {p['ratio_cpu']:.1f} times as long, "
-            f"and finds the same logit lists ({p['same_logits']:.1%}) and strongest contexts ({p['same_contexts']:.1%})."
+            f"On {p['tokens']:,} tokens and {p['features']} features {p['peer']} takes "
+            f"{p['ratio_cpu']:.1f} times as long, and finds the same logit lists ({p['same_logits']:.1%}) and strongest contexts "
+            f"({p['same_contexts']:.1%})."
         )
     parts.append(f"({about['threads']} thread, {about['machine']}, {about['date']})")
     return " ".join(parts)
+
+
+def runtime() -> str:
+    """What watching and steering cost per generated token."""
+    result = load("bench_runtime")
+    models = list(dict.fromkeys(r["model"] for r in result["rows"]))
+    cells = {(r["model"], r["way"].replace("all 12 layers", "all layers")): r for r in result["rows"]}
+    head = "| time per token, over the plain model's | " + " | ".join(f"{m} (quartiles)" for m in models) + " |"
+    lines = [head, "|---" * (1 + len(models)) + "|"]
+    for way in dict.fromkeys(way for _, way in cells):
+        row = [cells[m, way] for m in models if (m, way) in cells]
+        shown = [
+            f"{r['ms']:.1f} ms" if way == "plain" else f"{r['ratio']:.3f} ({r['low']:.3f} to {r['high']:.3f})"
+            for r in row
+        ]
+        lines.append(f"| {way} | {' | '.join(shown)} |")
+    about = result["about"]
+    lines += ["", f"(medians over {about['tokens']} tokens, all ways in turn after every token, batch 1, KV cache; "
+              f"TopK, k = 32; {about['threads']} threads, {about['cores']} {about['machine']} cores, "
+              f"{about['kernels']}, {about['date']})"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def steering() -> str:
+    """A feature found by what it means, and what turning it up does."""
+    r = load("steering")
+    f, what = r["feature"], r["what"]
+    lines = [
+        f"Of all latents, {f['latent']} says best which tokens lie inside a {what} (precision {f['precision']:.2f}, "
+        f"recall {f['recall']:.2f} over {f['n_tokens']:,} held-out tokens). Added to the stream while pygpt goes on "
+        f"with {r['about']['texts']} beginnings of code, with the same seeds:", "",
+        f"| strength, of its largest activation | written inside a {what} |", "|---|---|",
+    ]  # fmt: skip
+    lines += [f"| {row['strength'] or 'plain'} | {100 * row['share']:.0f}% |" for row in r["rows"]]
+    plain, steered = (row["examples"][r["shown"]] for row in (r["rows"][0], r["rows"][1]))
+    command = f"python -m scripts.chat --raw --max_new_tokens {r['about']['tokens']} --prompt '{plain['start']}'"
+    for steer, text in (("", plain["text"]), (f" --steer {r['rows'][1]['steer'][0]}", steered["text"])):
+        lines += ["", f"`{command}{steer}`:", "", f"~~~\n{plain['start']}{text.rstrip()}\n~~~"]
+    return "\n".join(lines)
+
+
+def server() -> str:
+    """Many clients of the page's server."""
+    r = load("bench_server")
+    m, about = r["memory_mb"], r["about"]
+    return (
+        f"{r['clients']} clients at once for {r['seconds']:.0f} s, a fifth of them slow readers: {r['answered']:,} "
+        f"answers of {r['tokens_per_answer']} tokens, each the one that its question gets alone; {r['refused']} "
+        f"refused in words, {r['left']} left halfway, {r['wrong']} wrong; memory {m['before']} MB before, "
+        f"{m['middle']} in the middle, {m['after']} after ({about['cores']} {about['machine']} cores, {about['date']})."
+    )
 
 
 def samples() -> str:
@@ -295,11 +349,15 @@ TABLES = {
     "meshes": meshes,
     "plans": plans,
     "faults": faults,
+    "runtime": runtime,
+    "steering": steering,
+    "server": server,
     "flags": lambda: flags(TrainConfig),
     "flags_eval": lambda: flags(EvalConfig),
     "flags_viz": lambda: flags(VizConfig),
     "flags_upload": lambda: flags(UploadConfig),
     "flags_collect": lambda: flags(CollectConfig),
+    "chat_flags": lambda: flags(ChatConfig),
 }
 
 

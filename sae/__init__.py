@@ -9,11 +9,13 @@ from sae.formats import load_sae, load_saes, save_sae
 from sae.language_model import load_language_model
 from sae.models import create_sae
 from sae.neuronpedia import NeuronpediaClient
+from sae.runtime import InterpretableModel
 from sae.trainer import SAETrainer, train_sae_from_activations
 
 __all__ = [
     "ActivationCollector",
     "FeatureVisualizer",
+    "InterpretableModel",
     "NeuronpediaClient",
     "SAEConfig",
     "SAEEvaluator",

@@ -24,7 +24,7 @@ VERSION = "0.1.0"
 PENALISED = ("relu", "gated", "jumprelu")  # sparse through a penalty; the other kinds keep k by selection
 
 
-def _at_least(config: Any, least: float, *names: str) -> None:
+def at_least(config: Any, least: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value is None or value >= least, f"{name}={value}; it must be at least {least}")
@@ -152,11 +152,11 @@ class SAEConfig:
     def __post_init__(self) -> None:
         check_types(self)
         require(0 <= self.seed < 2**31, f"seed={self.seed}; it must lie in 0..{2**31 - 1}")
-        _at_least(
+        at_least(
             self, 1, "expansion_factor", "k", "batch_size", "num_epochs", "eval_every", "save_every", "log_every",
             "d_in", "d_out", "d_sae", "dead_feature_threshold", "grad_acc_steps", "micro_acc_steps", "resample_every",
         )  # fmt: skip
-        _at_least(
+        at_least(
             self, 0, "auxk_alpha", "warmup_steps", "k_decay_steps", "fvu_coefficient", "weight_decay", "shuffle_seed"
         )
         _share(
@@ -277,7 +277,7 @@ class DataConfig:
     def check_data(self) -> None:
         """Raise UserError for a value out of range."""
         require(self.ctx_len >= 2, f"ctx_len={self.ctx_len}; a sequence needs at least 2 tokens")
-        _at_least(self, 1, "model_batch_size", "data_preprocessing_num_proc")
+        at_least(self, 1, "model_batch_size", "data_preprocessing_num_proc")
 
 
 HookType = Literal["resid_post", "resid_pre", "resid_mid", "attn", "mlp", "mlp_post_act"]
@@ -299,7 +299,7 @@ class HookConfig:
         """Raise UserError if the place is said twice."""
         given = [f"--{n}" for n in ("layer", "layers", "hookpoints") if getattr(self, n) not in (None, ())]
         require(len(given) <= 1, f"{' and '.join(given)} were given; choose one of them")
-        _at_least(self, 1, "layer_stride")
+        at_least(self, 1, "layer_stride")
         require(
             self.layer_stride == 1 or not (self.layers or self.layer is not None),
             "--layer_stride goes with all layers or with --hookpoints; with --layers name those you want",
@@ -341,7 +341,7 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
         super().__post_init__()
         self.check_data()
         self.check_hooks()
-        _at_least(self, 1, "max_tokens", "shard_latents")
+        at_least(self, 1, "max_tokens", "shard_latents")
         least = 2 * self.batch_size * self.grad_acc_steps
         require(
             self.buffer_tokens >= least,
@@ -353,7 +353,7 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
             f"batch_size={self.batch_size} counts tokens here, not sequences; {self.batch_size} sequences of "
             f"{self.ctx_len} are --batch_size {self.batch_size * self.ctx_len}",
         )
-        _at_least(self, 2, "val_tokens")
+        at_least(self, 2, "val_tokens")
         require(not (self.resume and self.overwrite), "--resume and --overwrite were both given; choose one")
         end_to_end = self.loss_fn in ("ce", "kl")
         require(
@@ -418,8 +418,8 @@ class EvalConfig:
     output_dir: str | None = knob(None, "where eval.json and plots/ go (default: beside the SAE)")
 
     def __post_init__(self) -> None:
-        _at_least(self, 2, "eval_tokens", "mean_tokens", "ctx_len")
-        _at_least(self, 1, "model_batch_size")
+        at_least(self, 2, "eval_tokens", "mean_tokens", "ctx_len")
+        at_least(self, 1, "model_batch_size")
 
 
 @dataclass(frozen=True)
@@ -442,7 +442,7 @@ class VizConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "top_k", "context_tokens", "explainer_limit")
+        at_least(self, 1, "top_k", "context_tokens", "explainer_limit")
         require(
             (self.explainer_url is None) == (self.explainer_model is None),
             "--explainer_url and --explainer_model go together; give both or neither",
@@ -465,34 +465,4 @@ class CollectConfig(DataConfig, HookConfig):
     def __post_init__(self) -> None:
         self.check_data()
         self.check_hooks()
-        _at_least(self, 1, "max_tokens", "shard_tokens")
-
-
-@dataclass(frozen=True)
-class UploadConfig:
-    """sae_upload: publish features on Neuronpedia. Without --upload everything is checked and nothing is sent."""
-
-    sae_path: str | None = knob(
-        None, "a run or a hookpoint folder (default: the newest run in sae_models)", alias=("sae_dir",)
-    )
-    features: str | None = knob(None, "the features.jsonl (default: the one that sae_viz wrote beside the SAE)")
-    dry_run: bool = knob(False, "only check, and show what would be sent; what happens without --upload, too")
-    upload: bool = knob(False, "send; the key comes from NEURONPEDIA_API_KEY, or is asked for")
-    export: str | None = knob(None, "folder to write Neuronpedia's bulk-import tree into")
-    graph_features: str | None = knob(None, "folder to write a json per feature into, for Neuronpedia's graph page")
-    model_id: str | None = knob(None, "the model's id there, a new one or an existing one (default: from its name)")
-    model_layers: int | None = knob(None, "layers of a model that is new there (default: the model is loaded to see)")
-    set_name: str = knob("nanosae", "the source set there; the SAE's source is then 10-nanosae")
-    layer: int | None = knob(None, "the SAE's layer (default: the number in its hookpoint)")
-    api_base: str = knob("https://www.neuronpedia.org/api", "the API, such as http://localhost:3000/api")
-    batch_size: int = knob(128, "features per request")
-
-    def __post_init__(self) -> None:
-        require(not (self.upload and self.dry_run), "--upload and --dry_run were both given; choose one")
-        require(
-            not self.upload or self.model_id is not None,
-            "--upload wants --model_id, the id that the model has or shall get on Neuronpedia",
-        )
-        require(1 <= self.batch_size <= 128, f"batch_size={self.batch_size}; Neuronpedia takes 1 to 128 at a time")
-        _at_least(self, 0, "layer")
-        _at_least(self, 1, "model_layers")
+        at_least(self, 1, "max_tokens", "shard_tokens")

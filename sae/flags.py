@@ -142,7 +142,7 @@ def _add_flag(parser: _Parser, f: dataclasses.Field, hint: Any, *, sweep: bool =
     options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
-        parser.add_argument(*flags, nargs="+", type=lambda s: _parse(item, False, s), **options)
+        parser.add_argument(*flags, nargs="+", action="extend", type=lambda s: _parse(item, False, s), **options)
     elif kind is bool:
         to_bool = lambda s: _parse(bool, False, s)
         parser.add_argument(*flags, nargs="?", const=True, type=to_bool, metavar="true|false", **options)

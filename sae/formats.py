@@ -234,19 +234,23 @@ def load_saes(
 
     Where a hookpoint has several, as after a sweep, each has the name of its folder too: `transformer.h.3/k32`.
     """
+    found = sae_folders(folder)
+    wanted = hook_points if hook_points is not None else list(found)
+    missing = [name for name in wanted if name not in found]
+    if missing or not found:
+        raise UserError(f"'{folder}' holds {', '.join(found) or 'no SAE'}; wanted {', '.join(missing) or 'some'}")
+    return {name: load_sae(found[name], device=device) for name in wanted}
+
+
+def sae_folders(folder: str | Path) -> dict[str, Path]:
+    """Where the SAEs below a folder lie, by the names load_saes gives them, in natural order."""
     folders = [weights.parent for weights in Path(folder).rglob(WEIGHTS)]
     hookpoints = [load_cfg(inner).get("hookpoint") or inner.name for inner in folders]
     found = {
         name if hookpoints.count(name) == 1 else f"{name}/{inner.name}": inner
         for name, inner in zip(hookpoints, folders, strict=True)
     }
-    wanted = hook_points if hook_points is not None else sorted(found, key=natural)
-    missing = [name for name in wanted if name not in found]
-    if missing or not found:
-        raise UserError(
-            f"'{folder}' holds {', '.join(sorted(found)) or 'no SAE'}; wanted {', '.join(missing) or 'some'}"
-        )
-    return {name: load_sae(found[name], device=device) for name in wanted}
+    return dict(sorted(found.items(), key=lambda item: natural(item[0])))
 
 
 def find_sae(path: str | Path) -> Path:

@@ -121,6 +121,39 @@ class Codes(NamedTuple):
             return self.values @ W + bias
         return decode(self.indices, self.values, W, self.offsets, bias=bias)
 
+    def at(self, latents: Tensor, n_latents: int) -> Tensor:
+        """(B, W): the activations of these latents (W,)."""
+        if self.indices is None:
+            return self.values[:, latents]
+        if self.offsets is not None:
+            return self.dense(n_latents)[:, latents]
+        column = latents.new_full((n_latents,), len(latents)).scatter(
+            0, latents, torch.arange(len(latents), device=latents.device)
+        )
+        found = self.values.new_zeros(len(self.values), len(latents) + 1)
+        return found.scatter_add_(1, column[self.indices], self.values)[:, :-1]
+
+    def strongest(self, k: int) -> Codes:
+        """The same codes, of each token the k largest in size at most, in no particular order: (B, k or fewer). Reads
+        no device."""
+        if self.offsets is None and self.indices is not None and self.values.shape[1] <= k:
+            return self
+        if self.offsets is None or self.indices is None:
+            best = self.values.abs().topk(min(k, self.values.shape[1]), dim=1, sorted=False).indices
+            return Codes(best if self.indices is None else self.indices.gather(1, best), self.values.gather(1, best))
+        if len(self.offsets) == 1:  # a chat's newest token: all of them are its own
+            one = Codes(self.indices[None], self.values[None]).strongest(k)
+            assert one.indices is not None
+            missing = (0, k - one.values.shape[1])
+            return Codes(F.pad(one.indices, missing), F.pad(one.values, missing))
+        rows = rows_of(self.indices, self.offsets)
+        order = self.values.abs().argsort(descending=True)
+        order = order[rows[order].argsort(stable=True)]  # token by token, strongest first
+        rank = torch.arange(len(order), device=order.device) - self.offsets[rows[order]]
+        place = (rows[order], rank.clamp(max=k))  # the last column takes what is too many
+        put = lambda x: x.new_zeros(len(self.offsets), k + 1).index_put(place, x[order])[:, :k]
+        return Codes(put(self.indices), put(self.values))
+
     def sparse(self, n_latents: int = 0) -> Codes:
         """The same codes as (B, K), K that of the busiest token (reads the device unless they are so already)."""
         if self.indices is not None and self.offsets is None:
@@ -163,12 +196,18 @@ def _blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[Tensor]:
             yield few.add_(b_enc)
 
 
-def choose_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: bool = False) -> tuple[Tensor, Tensor]:
+def choose_top_k(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: bool = False, packed: native.Packed | None = None
+) -> tuple[Tensor, Tensor]:
     """The k largest pre-activations x @ W_enc + b_enc of each token: indices and values (B, k), in no particular order.
 
-    x (B, D), W_enc (D, F), b_enc (F,). absolute: largest in size, with their sign. No graph; see gather_pre.
+    x (B, D), W_enc (D, F), b_enc (F,). absolute: largest in size, with their sign. packed: of W_enc, where there is
+    one. No graph; see gather_pre.
     """
     with torch.no_grad():
+        if packed is not None and packed.serves(x, W_enc, b_enc):
+            rows, about, _ = packed
+            return native.ops().packed_top_k(x.contiguous(), W_enc.t(), b_enc, rows, about, k, absolute)
         if k * 8 <= len(b_enc) and (ops := encoder(x, W_enc, b_enc)):
             indices, values, _ = ops.encode_top_k(
                 x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), k, absolute
@@ -216,12 +255,17 @@ def choose_batch_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> tuple
         return indices[best], values[best], _offsets(rows_of(indices, offsets)[best], len(x))
 
 
-def choose_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where pre-activations exceed threshold (F,): indices and values (n,), offsets (B,).
+def choose_above(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, packed: native.Packed | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where pre-activations exceed threshold (F,): indices and values (n,), offsets (B,). packed: of W_enc.
 
     Reads the device; no graph, see gather_pre.
     """
     with torch.no_grad():
+        if packed is not None and packed.serves(x, W_enc, b_enc):
+            rows, about, _ = packed
+            return native.ops().packed_above(x.contiguous(), W_enc.t(), b_enc, rows, about, threshold.contiguous())
         if ops := encoder(x, W_enc, b_enc, threshold):
             return ops.encode_above(x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), threshold.contiguous())
         found, start = [], 0
@@ -234,9 +278,11 @@ def choose_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> 
 
 
 def choose_above_if_few(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, packed: native.Packed | None = None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """choose_above where it is quicker than all pre-activations: on CPUs, for less than a tenth of them; else None."""
+    if packed is not None and packed.serves(x, W_enc, b_enc):
+        return choose_above(x, W_enc, b_enc, threshold, packed=packed)
     if not encoder(x, W_enc, b_enc, threshold):
         return None
     with torch.no_grad():
@@ -366,6 +412,8 @@ def gather_pre(
     pre-activations of the kinds that select (main code, AuxK, multi-TopK) comes through here, so each one trains the
     encoder.
     """
+    if not torch.is_grad_enabled():
+        return values.to(x.dtype)
     return _Gather.apply(x, centre, W_enc, b_enc, values, indices, offsets)
 
 

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sae import hooks
-from sae.config import UserError, read_json
+from sae.config import UserError, read_json, require
 from sae.tokenizers import CharTokenizer, HFTokenizer, NanochatTokenizer, TiktokenTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +76,7 @@ class LanguageModel:
     forward_fn: (module, ids (N, T), valid (N, T) bool) -> logits (N, T, V), or None for a model without a head
     causal:     next-token model (rows packed from documents) or encoder (each row wrapped in `wrap`)
     resume_fn:  (module, hookpoint, x (N, T, D)) -> logits from there on, or None where it cannot; a shortcut only
+    step_fn:    (module, ids (N, T), cache or None) -> logits (N, T, V) and the cache with these tokens; a shortcut only
     """
 
     module: nn.Module
@@ -89,6 +90,7 @@ class LanguageModel:
     wrap: tuple[int, int] | None = None
     pad_id: int = 0
     resume_fn: Callable[[nn.Module, str, Tensor], Tensor | None] | None = None
+    step_fn: Callable[[nn.Module, Tensor, Any], tuple[Tensor, Any]] | None = None
 
     def __post_init__(self) -> None:
         self.module.eval().requires_grad_(False)
@@ -125,6 +127,35 @@ class LanguageModel:
                 logits = self.logits(ids, valid)
         return logits
 
+    @torch.no_grad()
+    def generate(
+        self, ids: Tensor, max_new_tokens: int,
+        *, temperature: float = 1.0, top_k: int | None = None, generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """Yield what follows ids (N, T), token by token as (N, 1); temperature 0 takes the best, top_k draws from the
+        best so many. A full context loses its oldest half."""
+        require(self.has_head, f"'{self.name}' has no next-token head, so it writes nothing; give another model")
+        window, cache, n_read = ids.to(self.device)[:, -self.max_len :], None, 0
+        for _ in range(max_new_tokens):
+            if window.shape[1] > self.max_len:
+                window, cache, n_read = window[:, -max(1, self.max_len // 2) :], None, 0
+            if self.step_fn is not None:
+                logits, cache = self.step_fn(self.module, window[:, n_read:], cache)
+            else:
+                found = self.forward_fn(self.module, window, torch.ones_like(window, dtype=torch.bool))
+                assert found is not None
+                logits = found
+            n_read = window.shape[1]
+            last = logits[:, -1, : self.tokenizer.vocab_size].float()  # a model's vocabulary may be padded
+            if top_k is not None and top_k < last.shape[1]:
+                last = last.masked_fill(last < last.topk(top_k).values[:, -1:], -torch.inf)
+            if temperature == 0:
+                token = last.argmax(-1, keepdim=True)
+            else:
+                token = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
+            yield token
+            window = torch.cat((window, token), 1)
+
     def widths(self, hookpoints: Sequence[str]) -> dict[str, int]:
         """Width of what each hookpoint holds, from one tiny forward."""
         ids = torch.full((1, 2), max(0, self.pad_id), dtype=torch.int64)
@@ -137,9 +168,14 @@ class LanguageModel:
         return {name: found[name].shape[-1] for name in hookpoints}
 
     @cached_property
-    def _final_norm(self) -> nn.Module | None:
+    def final_norm(self) -> str | None:
+        """Path of the norm before the unembedding; None where it is no module."""
         names = dict(self.module.named_modules())
-        return next((names[n] for n in FINAL_NORMS if n in names), None)
+        return next((n for n in FINAL_NORMS if n in names), None)
+
+    @property
+    def _final_norm(self) -> nn.Module | None:
+        return self.module.get_submodule(self.final_norm) if self.final_norm else None
 
     @cached_property
     def unembedding(self) -> Tensor | None:
@@ -173,6 +209,13 @@ class LanguageModel:
         if self._final_norm is not None and "RMS" not in type(self._final_norm).__name__:
             directions = directions - directions.mean(-1, keepdim=True)
         return directions @ self.unembedding.to(directions.device).t()
+
+    def norm_scale(self, x: Tensor) -> Tensor:
+        """() what the final norm divides x (D,), the last residual stream of a token, by."""
+        norm = self._final_norm
+        eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 0.0
+        centred = x.float() if "RMS" in type(norm).__name__ else x.float() - x.float().mean()
+        return (centred.square().mean() + eps).sqrt()
 
     @cached_property
     def weights_hash(self) -> str:
@@ -273,6 +316,11 @@ def _nanogpt_resume(module: nn.Module, hookpoint: str, x: Tensor) -> Tensor | No
     return module.get_submodule("lm_head")(parts.ln_f(x))
 
 
+def _nanogpt_step(module: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    cache = module.new_cache(len(ids)) if cache is None else cache  # type: ignore[operator]
+    return module(ids, cache=cache)[0], cache
+
+
 def _nanogpt(path: Path, name: str, device: torch.device, dataset: str | None) -> LanguageModel:
     checkpoint = read_plain(path)
     found = checkpoint if isinstance(checkpoint, dict) else {}
@@ -295,6 +343,7 @@ def _nanogpt(path: Path, name: str, device: torch.device, dataset: str | None) -
         module=module.to(device), tokenizer=tokenizer, forward_fn=_nanogpt_forward, name=name,
         d_model=config.n_embd, max_len=config.block_size,
         resume_fn=_nanogpt_resume if ours else None,  # another forward may do more between its blocks
+        step_fn=_nanogpt_step if ours else None,
     )  # fmt: skip
 
 
@@ -423,6 +472,11 @@ def _hf_forward(module: nn.Module, ids: Tensor, valid: Tensor) -> Tensor | None:
     return getattr(module(input_ids=ids, attention_mask=valid.long()), "logits", None)
 
 
+def _hf_step(module: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    out = module(input_ids=ids, past_key_values=cache, use_cache=True)
+    return out.logits, out.past_key_values
+
+
 def _huggingface(name: str, device: torch.device) -> LanguageModel:
     try:
         import transformers
@@ -458,4 +512,5 @@ def _huggingface(name: str, device: torch.device) -> LanguageModel:
         has_head=causal,
         wrap=(tokenizer.cls_token_id, tokenizer.sep_token_id) if encoder else None,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        step_fn=_hf_step if causal else None,
     )

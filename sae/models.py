@@ -29,6 +29,10 @@ K_MULTI = 4  # multi-TopK: the second reconstruction keeps 4k latents (Gao et al
 class TopK(SAE):
     """The k largest pre-activations of a token, then ReLU, so fewer than k may be active (Gao et al. 2024, 2.3)."""
 
+    @property
+    def independent(self) -> bool:
+        return False
+
     def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:
         x = self._held_centre(x)
         with torch.no_grad():
@@ -37,7 +41,7 @@ class TopK(SAE):
 
     def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
         """The latents that the centred x (B, D) keeps and their pre-activations, flat with offsets if there are any."""
-        return self._largest(x, self.W_enc, self.b_enc, k)
+        return self._largest(x, self.W_enc, self.b_enc, k, packed=self.packed)
 
     def _codes(self, x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor | None = None) -> Codes:
         """Codes of chosen latents of the centred x (B, D), with a graph."""
@@ -81,6 +85,10 @@ class BatchTopK(TopK):
     SAE is a JumpReLU one.
     """
 
+    @property
+    def independent(self) -> bool:
+        return True
+
     def _make_biases(self, F: int) -> None:
         super()._make_biases(F)
         self.register_buffer("threshold", torch.zeros(F))
@@ -90,7 +98,7 @@ class BatchTopK(TopK):
             return kernels.choose_batch_top_k(x, self.W_enc, self.b_enc, k * len(x))
         # a part of a batch may hold any number of those that the whole keeps, the least one included
         least = self.threshold if whole is None else whole.nextafter(whole.new_tensor(-torch.inf)).repeat(len(self.own))
-        return kernels.choose_above(x, self.W_enc, self.b_enc, least)
+        return kernels.choose_above(x, self.W_enc, self.b_enc, least, packed=self.packed)
 
     @torch.no_grad()
     def survey(self, parts: list[Tensor], k: int | None = None, n_tokens: int | None = None) -> Tensor | None:
@@ -126,6 +134,10 @@ class Matryoshka(BatchTopK):
     general features (Bussmann et al. 2025, arxiv.org/abs/2503.17547). The loss is the mean over prefixes and the whole.
     """
 
+    @property
+    def independent(self) -> bool:
+        return self.config.matryoshka_base != "topk"
+
     def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.config.matryoshka_base == "topk":
             return TopK._choose(self, x, k, whole)
@@ -160,7 +172,7 @@ class Penalised(SAE):
         """Places, and x's pre-activations there, with a graph: all that exceed floor (F,) at least; all of them, dense,
         where most do or where finding them would make the device wait."""
         inner = self._held_centre(x)
-        found = kernels.choose_above_if_few(inner, self.W_enc, bias, floor)
+        found = kernels.choose_above_if_few(inner, self.W_enc, bias, floor, packed=self.packed)
         if found is None:
             pre = torch.addmm(bias, self._centre(x), self.W_enc)
             return Codes(None, pre), pre

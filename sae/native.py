@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,30 @@ def encoder(x: Tensor, *tensors: Tensor) -> Any:
     the rounding of all latents; else None."""
     compiled = ops(x, *tensors) if len(x) >= 32 else None
     return compiled if compiled is not None and hasattr(compiled, "encode_top_k") else None
+
+
+class Packed(NamedTuple):
+    """A copy of W_enc in 8 bits: rows (F, D) int8; of each its unit, norm and rounding error (3, F). It serves the
+    weights it was made of, which `version` tells, for batches of few tokens."""
+
+    rows: Tensor
+    about: Tensor
+    version: int
+
+    def serves(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> bool:
+        """Whether it is quicker than W_enc itself, and still its copy."""
+        return len(x) < 32 and self.version == W_enc._version and ops(x, W_enc, b_enc) is not None
+
+
+def pack(W_enc: Tensor) -> Packed | None:
+    """W_enc (D, F) in 8 bits, for operations that find latents with it and compute what they find from W_enc itself;
+    None where there are none."""
+    rows = W_enc.detach().t()
+    compiled = ops(W_enc) if rows.is_contiguous() else None
+    if compiled is None:
+        return None
+    integers, about = compiled.pack(rows)
+    return Packed(integers, about, W_enc._version)
 
 
 def status() -> str:

@@ -61,6 +61,10 @@ class TiktokenTokenizer:
     def encode_document(self, document: Document) -> list[int]:
         return [self.bos_id, *self.encode(plain_text(document))]
 
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int] | None:  # noqa: ARG002
+        """A chat that the model is to reply to; None where it knows no chat."""
+        return None
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.enc.decode(list(ids))
 
@@ -107,6 +111,9 @@ class NanochatTokenizer(TiktokenTokenizer):
                 f"nanochat cannot render a chat ({e}); wanted turns of user and assistant, each with role and content"
             ) from e
 
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int] | None:
+        return self.inner.render_for_completion({"messages": [*messages, {"role": "assistant", "content": ""}]})
+
 
 class CharTokenizer:
     """One token per character, from nanoGPT's meta.pkl."""
@@ -141,6 +148,9 @@ class CharTokenizer:
 
     def encode_document(self, document: Document) -> list[int]:
         return self.encode(plain_text(document))
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int] | None:  # noqa: ARG002
+        return None
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.token_str(i) for i in ids)
@@ -201,8 +211,14 @@ class HFTokenizer:
             return ids if ids[:1] == [bos] else [bos, *ids]
         return ids if eos is None or ids[-1:] == [eos] or (is_chat and eos in ids) else [*ids, eos]
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """A chat as the model's own template writes it; without one, lines `role: content`."""
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int] | None:
+        """A chat that the model is to reply to, by its own template; None where it has none."""
+        if not getattr(self.inner, "chat_template", None):
+            return None
+        return self.encode(self.render_chat(messages, reply=True))
+
+    def render_chat(self, messages: Sequence[dict[str, str]], *, reply: bool = False) -> str:
+        """A chat by the model's own template; without one, lines `role: content`. reply: the model is next."""
         if getattr(self.inner, "chat_template", None):
             from jinja2 import TemplateError
 
@@ -213,7 +229,9 @@ class HFTokenizer:
             for attempt in attempts:
                 try:
                     # a date, because some templates would write today's
-                    return self.inner.apply_chat_template(attempt, tokenize=False, date_string="26 Jul 2024")
+                    return self.inner.apply_chat_template(
+                        attempt, tokenize=False, add_generation_prompt=reply, date_string="26 Jul 2024"
+                    )
                 except (TemplateError, ValueError, TypeError, LookupError) as e:
                     reason = str(e)
             log.once(f"the model's chat template refuses some chats ({reason}); they are read as lines 'role: content'")

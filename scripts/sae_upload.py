@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from sae import formats, log
 from sae import neuronpedia_format as form
-from sae.config import UploadConfig, UserError, from_cli, require
+from sae.commands import UploadConfig
+from sae.config import UserError, from_cli, require
 from sae.language_model import load_language_model
 from sae.neuronpedia import KEY, Journal, NeuronpediaClient
 

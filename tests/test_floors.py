@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "flags": 0, "native": 0, "stopwatch": 0, "triton_kernels": 0,
     "config": 1, "triton_encoder": 1,
-    "kernels": 2, "log": 2, "schedules": 2, "distributed": 2,
+    "commands": 2, "kernels": 2, "log": 2, "schedules": 2, "distributed": 2,
+    "edits": 2,
     "hooks": 3, "base": 3, "tokenizers": 3,
     "models": 4, "optim": 4,
     "language_model": 5, "formats": 5,
@@ -22,6 +23,7 @@ FLOORS = {
     "plan": 4, "checkpoint": 6, "cache": 9, "evaluator": 9, "runtime": 9,
     "activation_files": 10, "learner": 10, "feature_tables": 10, "assessment": 10, "plots": 10,
     "labels": 11, "feature_viz": 12,
+    "conversation": 10, "server": 11,
     "trainer": 11, "end_to_end": 11, "sweep": 11,
 }  # fmt: skip
 FILES = sorted(p for p in (ROOT / "sae").glob("*.py") if p.stem != "__init__")

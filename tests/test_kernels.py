@@ -173,3 +173,26 @@ def test_codes_count_only_what_is_active():
         assert fired.tolist() == [0, 1, 2, 0]  # a selected 0 has not fired
         assert torch.equal(codes.sparse().dense(4), dense.values)
     assert Codes(None, torch.zeros(3, 5)).sparse().values.shape == (3, 1)
+
+
+def test_codes_at_and_strongest_in_every_form():
+    g = torch.Generator().manual_seed(0)
+    pre = torch.randn(7, 40, generator=g)
+    places = pre > 1.0
+    places[3] = False  # a token without any
+    dense = Codes(None, pre * places)
+    rows, indices = places.nonzero(as_tuple=True)
+    flat = Codes(indices, pre[places], torch.searchsorted(rows, torch.arange(7)))
+    latents = torch.tensor([30, 2, 2, 11])
+    for codes in (dense, flat, dense.sparse(), flat.sparse(40)):
+        assert torch.equal(codes.at(latents[[0, 1, 3]], 40), dense.values[:, latents[[0, 1, 3]]])
+        for k in (1, 3, 40):
+            best = codes.strongest(k)
+            assert best.offsets is None and best.values.shape[1] <= k
+            want = dense.values.topk(min(k, 40))
+            assert torch.equal(best.dense(40), torch.zeros(7, 40).scatter(1, *want[::-1]))
+    one = Codes(torch.tensor([7, 3]), torch.tensor([1.0, 2.0]), torch.tensor([0]))
+    for k, values in ((1, [2.0]), (3, [1.0, 2.0, 0.0])):
+        assert one.strongest(k).values.tolist() == [values]
+    signed = Codes(None, torch.tensor([[1.0, -3.0, 2.0]])).strongest(2)
+    assert sorted(signed.values.tolist()[0]) == [-3.0, 2.0]

@@ -117,6 +117,59 @@ def test_every_other_path_chooses_the_same(monkeypatch):
     torch.testing.assert_close(values.sort(1).values, of.sort(1).values, rtol=1e-5, atol=1e-5)
 
 
+def packed_problem(name):
+    x, W, b, k = problems()[name]
+    W = W.t().contiguous().t()
+    packed = native.pack(W)
+    assert packed.serves(x[:31], W, b)
+    return x[:31].contiguous(), W, b, k, packed
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", problems())
+@pytest.mark.parametrize("absolute", [False, True])
+def test_eight_bits_choose_the_same_for_few_tokens(name, absolute):
+    x, W, b, k, packed = packed_problem(name)
+    assert_best(x, W, b, k, *kernels.choose_top_k(x, W, b, k, absolute=absolute, packed=packed), absolute)
+    pre = x @ W + b
+    floor = torch.full_like(b, float(pre.quantile(0.97)) if len(x) else 0.0)
+    indices, values, offsets = kernels.choose_above(x, W, b, floor, packed=packed)
+    blur = 1e-6 * float((x.norm(dim=1).max() * W.norm(dim=0).max() + b.abs().max()) if len(x) else 0)
+    found = kernels.Codes(indices, values, offsets)
+    dense = found.dense(len(b))
+    torch.testing.assert_close(dense[dense != 0], pre[dense != 0], rtol=1e-5, atol=blur)
+    assert not ((pre > floor + blur) & (dense == 0)).any()
+    assert (values > floor[0]).all()
+    assert offsets.tolist() == [0, *(dense != 0).sum(1).cumsum(0).tolist()][: len(x)]
+
+
+@needs_compiler
+def test_eight_bits_of_other_weights_are_not_used(monkeypatch):
+    x, W, b, k, packed = packed_problem("plain")
+    assert not packed.serves(torch.cat((x, x)), W, b)
+    bad = x.clone()
+    bad[3], bad[17, 0] = torch.nan, torch.inf
+    indices, values = kernels.choose_top_k(bad, W, b, k, packed=packed)
+    good = [i for i in range(31) if i not in (3, 17)]
+    assert_best(x[good], W, b, k, indices[good], values[good])
+    assert values[3].isnan().all()
+    sae = create_sae(SAEConfig(d_in=16, d_sae=64, k=4)).eval().pack_()
+    few = randn(3, 16)
+    sae.encode(few)
+    with torch.no_grad():
+        sae.W_enc.neg_()
+        sae.W_dec.neg_()
+    plain = create_sae(SAEConfig(d_in=16, d_sae=64, k=4)).eval()
+    plain.load_state_dict(sae.state_dict())
+    assert torch.equal(sae.encode(few), plain.encode(few))
+    assert sae.pack_().packed.serves(few, sae.W_enc, sae.b_enc)
+    torch.testing.assert_close(sae.encode(few), plain.encode(few))
+    assert sae.train().packed is None
+    assert native.pack(W.contiguous()) is None  # lies the other way: nothing would be saved
+    monkeypatch.setattr(native, "enabled", False)
+    assert native.pack(W) is None
+
+
 @needs_compiler
 def test_a_token_that_is_not_finite_spoils_no_other():
     x, W, b, k = problems()["plain"]

@@ -12,13 +12,14 @@ import pytest
 
 import train
 from benchmarks import render
-from sae.config import CollectConfig, EvalConfig, TrainConfig, UploadConfig, VizConfig, from_cli
+from sae.commands import ChatConfig, UploadConfig
+from sae.config import CollectConfig, EvalConfig, TrainConfig, VizConfig, from_cli
 from tests.conftest import ROOT
 
 DOCUMENTS = ("README.md", "SAE_README.md", "assets/pygpt/README.md", "CONTRIBUTING.md")
 CONFIGS = {
     "sae_train": TrainConfig, "sae_eval": EvalConfig, "sae_viz": VizConfig, "sae_upload": UploadConfig,
-    "sae_collect": CollectConfig,
+    "sae_collect": CollectConfig, "chat": ChatConfig,
 }  # fmt: skip
 
 
@@ -87,6 +88,7 @@ def test_the_public_names():
 
     promised = "SAEConfig TrainConfig create_sae load_sae save_sae load_saes SAETrainer train_sae_from_activations"
     promised += " ActivationCollector load_language_model SAEEvaluator FeatureVisualizer NeuronpediaClient"
+    promised += " InterpretableModel"
     for name in promised.split():
         assert hasattr(sae, name), name
         assert name in sae.__all__

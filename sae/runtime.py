@@ -1,0 +1,438 @@
+"""Watch and steer latents in a live model, while it reads a prompt and writes, with or without a KV cache.
+
+    live = InterpretableModel(model, saes)
+    with live.track(top_k=5) as seen, live.steer("123:+8", "45:*0"):
+        model.generate(...)
+    seen.features().values           # (N, T, 5), of every token the model read
+
+Nothing waits for the device. Outside of every `with` the model is as it was: no hook stays, no weight is touched.
+Within one hookpoint edits come first, so what is tracked is what the model goes on with. A module wrapped by
+torch.compile does not run hooks added later: give the uncompiled one. One thread at a time.
+
+Letters: N sequences, T positions, B = N * T tokens, D width, F latents, K latents kept, W latents watched, E edits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sae import hooks
+from sae.config import UserError, did_you_mean, require
+from sae.edits import Coefficients, Condition, Edit, parse_condition, parse_edit
+from sae.formats import load_saes
+from sae.language_model import LanguageModel
+from sae.models import SAE
+
+
+class Features(NamedTuple):
+    """Of each token the strongest latents, strongest first: indices and values (N, T, K); a value of 0: not active."""
+
+    indices: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one forward of the model was given: ids (N, T), None where it takes none; the positions cached before."""
+
+    ids: Tensor | None
+    past: int
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: Mapping[str, Any]) -> Forward:
+        given = (*args, *kwargs.values())
+        is_ids = lambda v: isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point() and v.dtype != torch.bool
+        named = [kwargs[name] for name in ("input_ids", "idx") if is_ids(kwargs.get(name))]
+        return cls(next((v for v in (*named, *given) if is_ids(v)), None), next(filter(None, map(_cached, given)), 0))
+
+
+def _cached(value: Any) -> int:
+    """How many positions a KV cache holds: transformers', nanochat's or model.py's; 0 for anything else."""
+    for name in ("get_seq_length", "get_pos", "length"):
+        found = getattr(value, name, None)
+        if name != "length" and callable(found):
+            return int(found())
+        if name == "length" and type(found) is int:
+            return found
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------
+# tracking
+
+
+class Track:
+    """What hookpoints held, token by token: of the sequence that the model read last, prompt and answer alike.
+
+    A forward that continues a KV cache adds to the record; one that begins anew (no cache, or a new prompt) replaces
+    it. Stays readable after its `with`.
+    """
+
+    def __init__(self, readers: Mapping[str, Callable[[Tensor], tuple[Tensor, ...]]]):
+        self.names = list(readers)
+        self._readers = readers
+        self._parts: dict[str, list[tuple[int, tuple[Tensor, ...]]]] = {name: [] for name in readers}
+
+    def add(self, name: str, x: Tensor, past: int) -> None:
+        """Take in what an SAE's hookpoint holds: x (N, T, D), or (B, D) of a module that knows no positions."""
+        found = self._readers[name](x.reshape(-1, x.shape[-1]))
+        parts = self._parts[name]
+        while parts and parts[-1][0] >= past:
+            parts.pop()
+        parts.append((past, tuple(y.view(*x.shape[:-1], -1) for y in found)))
+
+    def _whole(self, name: str | None, last: bool) -> tuple[Tensor, ...]:
+        if name is None:
+            several = f"{len(self._readers)} SAEs are tracked; name one: {', '.join(self._readers)}"
+            require(len(self._readers) == 1, several)
+            name = next(iter(self._readers))
+        require(name in self._readers, f"'{name}' is not tracked; {', '.join(self._readers)} are")
+        parts = [part for _, part in self._parts[name]]
+        require(bool(parts), f"the model has not run to '{name}' since tracking began; run it inside the `with`")
+        if last:
+            return tuple(y[..., -1:, :] for y in parts[-1])
+        return tuple(torch.cat(ys, dim=-2) for ys in zip(*parts, strict=True))
+
+    def features(self, hookpoint: str | None = None, *, last: bool = False) -> Features:
+        """The strongest latents of every token, or of the newest only. hookpoint: None where one SAE is tracked."""
+        found = self._whole(hookpoint, last)
+        require(len(found) == 2, "chosen latents are tracked here; read them with values()")
+        order = found[1].abs().argsort(dim=-1, descending=True)
+        return Features(*(y.gather(-1, order) for y in found))
+
+    def values(self, hookpoint: str | None = None, *, last: bool = False) -> Tensor:
+        """(N, T, W): activations of the chosen latents, in the order they were given."""
+        found = self._whole(hookpoint, last)
+        require(len(found) == 1, "no latents were chosen to be tracked here; read the strongest with features()")
+        return found[0]
+
+
+def _strongest(sae: SAE, top_k: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """x (B, D) -> indices and values (B, K) of the strongest latents of each token."""
+
+    @torch.no_grad()
+    def read(x: Tensor) -> tuple[Tensor, ...]:
+        if len(x) > 1024:  # some kinds make (tokens, F) on the way: not of a whole long prompt at once
+            return tuple(torch.cat(ys) for ys in zip(*map(read, x.split(1024)), strict=True))
+        return sae.encode_codes(x).strongest(min(top_k, sae.d_sae))[:2]  # type: ignore[return-value]
+
+    return read
+
+
+def _chosen(sae: SAE, latents: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """x (B, D) -> what `encode` gives for these latents, (B, W); at their cost alone where they are independent."""
+    part = sae.part(latents) if sae.independent else None
+
+    @torch.no_grad()
+    def read(x: Tensor) -> tuple[Tensor, ...]:
+        return (sae.encode_codes(x).at(latents, sae.d_sae) if part is None else part.encode(x),)
+
+    return read
+
+
+# --------------------------------------------------------------------------------------------------
+# steering
+
+
+class History:
+    """Which of the tokens read so far were generated, as far as forwards tell: those that came one by one."""
+
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None  # (N, S)
+        self.generated: Tensor | None = None  # (N, S) bool
+        self.goes_on: Tensor | bool = False  # whether the newest forward goes on with the sequence before it
+
+    def add(self, now: Forward) -> Tensor | None:
+        """(N, T) bool for the tokens of this forward; None where the model takes no ids."""
+        if now.ids is None:
+            return None
+        T = now.ids.shape[1]
+        old, was = self.ids, self.generated
+        mask = torch.full_like(now.ids, now.past > 0 and T == 1, dtype=torch.bool)
+        self.ids, self.generated, self.goes_on = now.ids, mask, now.past > 0
+        if old is None or was is None or len(old) != len(now.ids):
+            return mask
+        if now.past:  # several tokens at once on top of a cache are a next prompt
+            self.ids, self.generated = torch.cat((old, now.ids), 1), torch.cat((was, mask), 1)
+        elif 1 < T <= old.shape[1] + 1:
+            # without a cache all is read again, with one token more; a full context has lost its beginning
+            self.goes_on = (now.ids[:, :-1] == old[:, 1 - T :]).all()
+            mask = self.generated = torch.where(self.goes_on, F.pad(was[:, 1 - T :], (0, 1), value=True), mask)
+        return mask
+
+
+class Steering:
+    """Edits in force. `stopped` (N,) bool, on the device: where a stop condition has held at a generated token.
+
+    With transformers: generate(..., stopping_criteria=[lambda ids, scores: steering.stopped]).
+    """
+
+    def __init__(self, live: InterpretableModel, edits: Sequence[Edit], stop: Sequence[Condition]):
+        self._live = live
+        self._edits: dict[str, list[Edit]] = {}
+        self._needs: dict[str, list[int]] = {}  # by SAE, the latents whose activation must be read
+        for e in edits:
+            self._edits.setdefault(live.name_of(e.hookpoint, e.latent), []).append(e)
+        self._stop = [(live.name_of(c.hookpoint, c.latent), c) for c in stop]
+        conditions = [*stop, *(e.when for e in edits if e.when is not None)]
+        needs = [(e.hookpoint, e.latent) for e in edits if e.reads] + [(c.hookpoint, c.latent) for c in conditions]
+        for hookpoint, latent in dict.fromkeys(needs):
+            self._needs.setdefault(live.name_of(hookpoint, latent), []).append(latent)
+        self.names = [name for name in live.saes if name in self._edits or name in self._needs]
+        self._readers, self._coefficients = {}, {}
+        for name, latents in self._needs.items():
+            sae = live.saes[name]
+            self._readers[name] = _chosen(sae, torch.tensor(latents, device=sae.W_dec.device))
+        for name, es in self._edits.items():
+            self._coefficients[name] = Coefficients.of(es, [live.strength(e, name) for e in es], live.saes[name].W_dec)
+        self._history = History() if stop or any(e.at != "all" for e in edits) else None
+        self.stopped: Tensor | None = None
+        self._f: dict[tuple[str, int], Tensor] = {}  # what was read in this forward: (B,) by SAE and latent
+        self._generated: Tensor | None = None  # (B,) bool; None where it is not known or not asked for
+        self._ordinary: Tensor | None = None  # (B,) bool: no special token
+
+    def begin(self, now: Forward) -> None:
+        """A forward of the model starts."""
+        self._f.clear()
+        if self._history is not None:
+            generated = self._history.add(now)
+            self._generated = None if generated is None else generated.flatten()
+            self.stopped = None if self.stopped is None else self.stopped & self._history.goes_on
+        special = self._live.special_ids
+        self._ordinary = None if now.ids is None or special is None else ~torch.isin(now.ids, special).flatten()
+
+    @torch.no_grad()
+    def read(self, name: str, x: Tensor) -> None:
+        """What an SAE reads is there: x (N, T, D). Takes from it what edits and conditions need."""
+        if name not in self._readers:
+            return
+        (found,) = self._readers[name](x.reshape(-1, x.shape[-1]))
+        self._f.update({(name, latent): found[:, i] for i, latent in enumerate(self._needs[name])})
+        for place, c in self._stop:
+            if place == name:
+                met = self._f[name, c.latent] > c.above
+                met = met if self._generated is None else met & self._generated
+                met = met.view(x.shape[:-1]).flatten(1).any(1) if x.ndim > 2 else met
+                before = self.stopped
+                self.stopped = met if before is None or before.shape != met.shape else before | met
+
+    @torch.no_grad()
+    def delta(self, name: str, y: Tensor, unit: Tensor | None) -> Tensor | None:
+        """What to add to y (N, T, D) where an SAE's decoder writes. unit (B, 1): what its units are worth there."""
+        edits = self._edits.get(name)
+        if not edits:
+            return None
+        coefficients = self._coefficients[name]
+        flat, f = y.reshape(-1, y.shape[-1]).to(coefficients.rows.dtype), None
+        if any(e.reads for e in edits):
+            zero = flat.new_zeros(len(flat))
+            f = torch.stack([self._f[name, e.latent] if e.reads else zero for e in edits], 1)
+        c = coefficients.of_tokens(flat if unit is None else flat / unit, f)
+        places = [self._where(e, len(flat)) for e in edits]
+        if any(where is not None for where in places):
+            ones = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+            c = c * torch.stack([ones if where is None else where for where in places], 1)
+        delta = c @ coefficients.rows
+        delta = delta if unit is None else delta * unit
+        return (delta if delta.ndim == 1 else delta.view(y.shape)).to(y.dtype)
+
+    def _where(self, e: Edit, n: int) -> Tensor | None:
+        """(B,) bool: the tokens at which an edit applies; None for all."""
+        masks = []
+        if not e.specials and self._ordinary is not None and len(self._ordinary) == n:
+            masks.append(self._ordinary)
+        if e.at != "all" and self._generated is not None and len(self._generated) == n:
+            masks.append(self._generated if e.at == "generated" else ~self._generated)
+        if e.when is not None:
+            key = (self._live.name_of(e.when.hookpoint, e.when.latent), e.when.latent)
+            require(key in self._f, f"'{e.when}' is known only after the place where '{e}' edits; edit a later one")
+            masks.append(self._f[key] > e.when.above)
+        return functools.reduce(torch.logical_and, masks) if masks else None
+
+
+# --------------------------------------------------------------------------------------------------
+# the model
+
+
+class InterpretableModel:
+    """A model with SAEs that watch and steer it.
+
+    model: any nn.Module, or a LanguageModel. saes: {hookpoint: SAE}, or a folder of them. Two SAEs at one hookpoint go
+    by `hookpoint/name`. special_ids: tokens that edits leave alone (default: the LanguageModel's).
+    max_activations: {hookpoint: (F,)}, for strengths in units of them. Raises UserError for an unknown hookpoint.
+    """
+
+    def __init__(
+        self, model: nn.Module | LanguageModel, saes: Mapping[str, SAE] | str | Path,
+        *, special_ids: Sequence[int] | None = None, max_activations: Mapping[str, Tensor] | None = None,
+    ):  # fmt: skip
+        self.module: nn.Module = model.module if isinstance(model, LanguageModel) else model
+        if special_ids is None and isinstance(model, LanguageModel):
+            special_ids = sorted(model.tokenizer.special_ids)
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        self.special_ids = torch.tensor(list(special_ids), device=device) if special_ids else None
+        found = load_saes(saes) if isinstance(saes, (str, Path)) else saes
+        require(bool(found), "no SAE was given; give {hookpoint: SAE}")
+        self.saes = {name: sae.to(device).eval().pack_() for name, sae in found.items()}
+        self.max_activations = dict(max_activations or {})
+        with hooks.hooked(self.module, {place: lambda _: None for name in self.saes for place in self.places(name)}):
+            pass  # every hookpoint is there
+        self._blocks: list[Track | Steering] = []
+        self._now = Forward(None, 0)
+        self._hooks = ExitStack()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward."""
+        return self.module(*args, **kwargs)
+
+    def name_of(self, hookpoint: str | None, latent: int = 0) -> str:
+        """The SAE meant by a hookpoint (None: the only one), which has this latent."""
+        if hookpoint is None:
+            several = f"there are {len(self.saes)} SAEs; write which one latent {latent} is of, as in "
+            require(len(self.saes) == 1, f"{several}{next(iter(self.saes))}/{latent}")
+            hookpoint = next(iter(self.saes))
+        if hookpoint not in self.saes:
+            known = did_you_mean(hookpoint, self.saes) or f"; there are {', '.join(self.saes)}"
+            raise UserError(f"no SAE goes by '{hookpoint}'{known}")
+        n = self.saes[hookpoint].d_sae
+        require(0 <= latent < n, f"latent {latent} was asked for; this SAE has 0 to {n - 1}")
+        return hookpoint
+
+    def strength(self, e: Edit, name: str) -> float:
+        """An edit's value in activation units."""
+        if e.unit == "absolute":
+            return e.value
+        if name not in self.max_activations:
+            raise UserError(f"the largest activations of '{name}' are not known; give '{e}' in activation units")
+        largest = float(self.max_activations[name][e.latent])
+        require(largest > 0, f"latent {e.latent} of '{name}' was never seen active; give '{e}' in activation units")
+        return e.value * largest
+
+    def tracker(
+        self, hookpoints: Sequence[str] | None = None, *, top_k: int = 32, latents: Sequence[int] | None = None
+    ) -> Track:
+        """What `track` makes, in force only within `active`."""
+        require(top_k >= 1, f"top_k={top_k}; it must be at least 1")
+        readers = {}
+        for name in self.saes if hookpoints is None else hookpoints:
+            for latent in latents or (0,):
+                self.name_of(name, latent)
+            sae = self.saes[name]
+            if latents is None:
+                readers[name] = _strongest(sae, top_k)
+            else:
+                readers[name] = _chosen(sae, torch.tensor(list(latents), device=sae.W_dec.device))
+        return Track(readers)
+
+    def steering(self, *edits: Edit | str, stop: Sequence[Condition | str] = ()) -> Steering:
+        """What `steer` makes, in force only within `active`."""
+        return Steering(
+            self,
+            [parse_edit(e) if isinstance(e, str) else e for e in edits],
+            [parse_condition(c) if isinstance(c, str) else c for c in stop],
+        )
+
+    @contextmanager
+    def track(
+        self, hookpoints: Sequence[str] | None = None, *, top_k: int = 32, latents: Sequence[int] | None = None
+    ) -> Iterator[Track]:
+        """Within the block, keep what hookpoints (default: all with an SAE) hold of every token: the top_k strongest
+        latents, or these latents. Costs a run of the encoder per token, but for chosen latents of kinds whose latents
+        are independent: those cost their own columns.
+        """
+        track = self.tracker(hookpoints, top_k=top_k, latents=latents)
+        with self.active(track):
+            yield track
+
+    @contextmanager
+    def steer(self, *edits: Edit | str, stop: Sequence[Condition | str] = ()) -> Iterator[Steering]:
+        """Within the block, edit latents as edits.py describes; blocks nest, and their edits add up.
+
+        stop: conditions that set `stopped`. Raises UserError for an unknown latent or hookpoint.
+        """
+        steering = self.steering(*edits, stop=stop)
+        with self.active(steering):
+            yield steering
+
+    @contextmanager
+    def active(self, *blocks: Track | Steering) -> Iterator[None]:
+        """Within the block, these are in force. For who writes several texts in turn, a token of each at a time."""
+        self._blocks += blocks
+        try:
+            self._rehook()
+            yield
+        finally:
+            for block in blocks:
+                self._blocks.remove(block)
+            self._rehook()
+
+    # ----------------------------------------------------------------------------------------------
+    # hooks
+
+    def _rehook(self) -> None:
+        """One hook at every place that any active block needs, none elsewhere."""
+        self._hooks.close()
+        self._tracks = [b for b in self._blocks if isinstance(b, Track)]
+        self._steerings = [b for b in self._blocks if isinstance(b, Steering)]
+        wanted = {name for block in self._blocks for name in block.names}
+        if not wanted:
+            return
+        sees: dict[str, list[Callable[[Tensor], Tensor | None]]] = {}
+        for name in (n for n in self.saes if n in wanted):
+            reads, writes = self.places(name)
+            sees.setdefault(reads, []).append(functools.partial(self._see, name, reads == writes))
+            if writes != reads:
+                sees.setdefault(writes, []).append(functools.partial(self._write, name))
+        begin = self.module.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._hooks.callback(begin.remove)
+        self._hooks.enter_context(hooks.hooked(self.module, {at: _in_turn(fs) for at, fs in sees.items()}))
+
+    def places(self, name: str) -> tuple[str, str]:
+        """Where an SAE reads and where it writes: one place, but for transcoders."""
+        at = name.split("/")[0]
+        return (f"{at}@in", at) if self.saes[name].config.transcode else (at, at)
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        self._now = Forward.of(args, kwargs)
+        for steering in self._steerings:
+            steering.begin(self._now)
+
+    def _see(self, name: str, writes: bool, x: Tensor) -> Tensor | None:
+        for steering in self._steerings:
+            steering.read(name, x)
+        new = self._write(name, x) if writes else None
+        for track in self._tracks:
+            if name in track.names:
+                track.add(name, x if new is None else new, self._now.past)
+        return new
+
+    def _write(self, name: str, y: Tensor) -> Tensor | None:
+        active = [s for s in self._steerings if name in s.names]
+        if not active:
+            return None
+        with torch.no_grad():
+            unit = self.saes[name].unit(y)
+        deltas = [d for d in (s.delta(name, y, unit) for s in active) if d is not None]
+        return functools.reduce(torch.add, deltas, y) if deltas else None
+
+
+def _in_turn(sees: Sequence[Callable[[Tensor], Tensor | None]]) -> Callable[[Tensor], Tensor | None]:
+    """Several SAEs at one place: each sees what the one before made of it."""
+
+    def see(x: Tensor) -> Tensor | None:
+        first = x
+        for one in sees:
+            new = one(x)
+            x = x if new is None else new
+        return None if x is first else x
+
+    return see if len(sees) > 1 else sees[0]
