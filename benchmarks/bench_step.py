@@ -43,9 +43,8 @@ CONTENDERS: dict[str, dict[str, str]] = {
 }
 
 
-def run(contender: str, shape: str, allocator: str, peers_python: str) -> dict[str, Any]:
-    """Some steps of one contender in a process of its own."""
-    job = CONTENDERS[contender] | SHAPES[shape]
+def run_job(job: dict[str, Any], allocator: str, peers_python: str) -> dict[str, Any]:
+    """What step_runner.py finds, in a process of its own."""
     python = sys.executable if job["library"] == "nanosae" else peers_python
     env = {**os.environ, **(ALLOCATOR if allocator == "tuned" else {})}
     if job["library"] == "nanosae":
@@ -53,7 +52,7 @@ def run(contender: str, shape: str, allocator: str, peers_python: str) -> dict[s
     command = [python, str(ROOT / "benchmarks" / "step_runner.py"), json.dumps(job)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{contender} on {shape} failed:\n{done.stderr[-2000:]}")
+        sys.exit(f"{job} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -83,7 +82,7 @@ def main() -> None:
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in given.only}
             for _ in range(given.rounds):
                 for name in given.only:
-                    runs[name].append(run(name, shape, allocator, given.peers_python))
+                    runs[name].append(run_job(CONTENDERS[name] | SHAPES[shape], allocator, given.peers_python))
             for name, done in runs.items():
                 row = {"shape": shape, "allocator": allocator, "contender": name, **SHAPES[shape], **summary(done)}
                 row["tokens_per_s"] = row["B"] / row["step_ms"] * 1e3

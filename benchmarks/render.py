@@ -167,6 +167,91 @@ def steps() -> str:
     return "\n".join(lines)
 
 
+def time_to_quality() -> str:
+    """How soon nanoSAE is as good as sparsify after its time."""
+    result = load("bench_quality")
+    lines = ["| | peak step size | sparsify with Adam | nanoSAE | share of its time |", "|---|---|---|---|---|"]
+    for s in result["shapes"].values():
+        for row, share in zip(s["rows"], s["share_at_equal_lr"], strict=True):
+            peer = row["sparsify"]
+            ours = next((r for r in row["nanosae"] if r["fvu"] <= peer["fvu"]), row["nanosae"][-1])
+            cells = (
+                f"D={s['D']} F={s['F']} k={s['K']}", f"{row['lr']:g}",
+                f"{peer['fvu']:.4f} after {peer['seconds']:.0f} s",
+                f"{ours['fvu']:.4f} after {ours['seconds']:.1f} s", "not reached" if share is None else f"{share:.2f}",
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    best = ", ".join(f"{s['share_at_best_lr']:.2f}" for s in result["shapes"].values() if s["share_at_best_lr"])
+    about = result["about"]
+    lines += ["", f"(both at their best step size: {best} of its time; {about['cores']} {about['machine']} cores, "
+              f"{about['date']})"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def scaling() -> str:
+    """What a step's time and memory grow with."""
+    r = load("bench_scaling")
+    base, grows, memory = r["base"], r["grows"], r["memory"]
+    slopes = ", ".join(f"{name} {found['slope']:.2f}" for name, found in grows.items())
+    auxk = " and ".join(
+        f"{value - 1:.0%} with {float(share):.0%} of the latents dead" for share, value in r["auxk"].items()
+    )
+    peaks = ", ".join(f"{name.split()[0]} {m['peak_mib'] / m['needed_mib']:.2f}" for name, m in memory.items()
+                      if name.endswith("auto"))  # fmt: skip
+    return (
+        f"Around D={base['D']} F={base['F']} k={base['K']}, batch {base['B']}: the time of a step grows with the power "
+        f"{slopes}; AuxK adds {auxk}; twice as many latents per token add {r['k_doubled'] - 1:.0%}. Peak memory of a "
+        f"step over weights, gradients, optimiser, inputs and a block of pre-activations: {peaks}. Plot: "
+        f"benchmarks/results/bench_scaling.png ({r['about']['date']})."
+    )
+
+
+def meshes() -> str:
+    """Predicted and measured steps of several processes, and the best mesh for a cluster."""
+    r = load("scale_model")
+    about = r["about"]
+    lines = [
+        "| replicas x shards | kernels | wire and waiting | predicted | measured | error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in r["measured"]:
+        ms = lambda v: f"{1e3 * v:.0f} ms"
+        cells = (
+            f"{row['replicas']} x {row['shards']}", ms(row["kernels"]), ms(row["predicted"] - row["kernels"]),
+            ms(row["predicted"]), ms(row["measured"]), f"{100 * row['error']:+.0f}%",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    shape = about["shape"]
+    lines += ["", f"(D={shape['d_in']} F={shape['d_sae']} k={shape['k']}, {shape['batch_size']} tokens a step, "
+              f"processes over gloo on {about['cores']} {about['machine']} cores, {about['date']})", ""]  # fmt: skip
+    best = ", ".join(f"{p['gpus']}: {p['replicas']} x {p['shards']} {p['tokens_per_s']:,.0f}" for p in r["predicted"])
+    lines += [f"Best meshes for F={about['d_sae']:,} D={about['d_in']:,}, {about['batch']:,} tokens a step, by the "
+              f"same model (GPUs: replicas x shards, tokens/s; nothing of it measured): {best}."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def plans() -> str:
+    """What --plan foretold and what the runs took."""
+    r = load("plan")
+    lines = ["| flags | predicted peak | measured | error |", "|---|---|---|---|"]
+    for row in r["rows"]:
+        error = row["predicted_mib"] / row["measured_mib"] - 1
+        lines.append(f"| `{row['flags']}` | {row['predicted_mib']:.0f} MiB | {row['measured_mib']:.0f} MiB | "
+                     f"{100 * error:+.1f}% |")  # fmt: skip
+    return "\n".join([*lines, "", f"(peak resident memory, {r['about']['machine']}, {r['about']['date']})"])
+
+
+def faults() -> str:
+    """Killed processes."""
+    r = load("fault")
+    spoke = sum(row["said"] for row in r["rows"])
+    return (
+        f"One of four processes killed at a random moment, {len(r['rows'])} times in one run on changing meshes: the "
+        f"others ended after at most {r['longest_s']:.1f} s ({spoke} times with the sentence, else at torchrun's "
+        f"hand), and every resume went on to a later checkpoint ({r['about']['date']})."
+    )
+
+
 def runtime() -> str:
     """What watching and steering cost per generated token."""
     result = load("bench_runtime")
@@ -183,8 +268,8 @@ def runtime() -> str:
         lines.append(f"| {way} | {' | '.join(shown)} |")
     about = result["about"]
     lines += ["", f"(medians over {about['tokens']} tokens, all ways in turn after every token, batch 1, KV cache; "
-              f"TopK, k = 32; {about['threads']} threads, {about['cores']} {about['machine']} cores, {about['kernels']}, "
-              f"{about['date']})"]  # fmt: skip
+              f"TopK, k = 32; {about['threads']} threads, {about['cores']} {about['machine']} cores, "
+              f"{about['kernels']}, {about['date']})"]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -199,9 +284,9 @@ def steering() -> str:
         f"| strength, of its largest activation | written inside a {what} |", "|---|---|",
     ]  # fmt: skip
     lines += [f"| {row['strength'] or 'plain'} | {100 * row['share']:.0f}% |" for row in r["rows"]]
-    plain, steered = (row["examples"][r["shown"]] for row in (r["rows"][0], r["rows"][2]))
+    plain, steered = (row["examples"][r["shown"]] for row in (r["rows"][0], r["rows"][1]))
     command = f"python -m scripts.chat --raw --max_new_tokens {r['about']['tokens']} --prompt '{plain['start']}'"
-    for steer, text in (("", plain["text"]), (f" --steer {r['rows'][2]['steer'][0]}", steered["text"])):
+    for steer, text in (("", plain["text"]), (f" --steer {r['rows'][1]['steer'][0]}", steered["text"])):
         lines += ["", f"`{command}{steer}`:", "", f"~~~\n{plain['start']}{text.rstrip()}\n~~~"]
     return "\n".join(lines)
 
@@ -209,12 +294,12 @@ def steering() -> str:
 def server() -> str:
     """Many clients of the page's server."""
     r = load("bench_server")
-    m = r["memory_mb"]
+    m, about = r["memory_mb"], r["about"]
     return (
         f"{r['clients']} clients at once for {r['seconds']:.0f} s, a fifth of them slow readers: {r['answered']:,} "
         f"answers of {r['tokens_per_answer']} tokens, each the one that its question gets alone; {r['refused']} "
-        f"refused in words, {r['left']} left halfway, {r['wrong']} wrong; memory {m['before']} MB before, {m['middle']} in the "
-        f"middle, {m['after']} after ({r['about']['cores']} {r['about']['machine']} cores, {r['about']['date']})."
+        f"refused in words, {r['left']} left halfway, {r['wrong']} wrong; memory {m['before']} MB before, "
+        f"{m['middle']} in the middle, {m['after']} after ({about['cores']} {about['machine']} cores, {about['date']})."
     )
 
 
@@ -232,6 +317,11 @@ TABLES = {
     "peers": peers,
     "sweep": sweep,
     "steps": steps,
+    "time_to_quality": time_to_quality,
+    "scaling": scaling,
+    "meshes": meshes,
+    "plans": plans,
+    "faults": faults,
     "runtime": runtime,
     "steering": steering,
     "server": server,

@@ -134,9 +134,8 @@ def main() -> None:
         print(rows[-1]["examples"][0]["text"])
     about = {"commit": git_commit(), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
     about |= {"model": chat.lm.name, "hookpoint": name, "texts": len(STARTS) * args.seeds, "tokens": args.tokens}
-    RESULTS.write_text(
-        json.dumps({"what": args.what, "feature": feature, "rows": rows, "about": about}, indent=1) + "\n"
-    )
+    result = {"what": args.what, "feature": feature, "rows": rows, "shown": SHOWN, "about": about}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Time the training steps of one library, for benchmarks/bench_step.py, which starts this file.
+"""Time the training steps of one library, for bench_step.py and bench_quality.py, which start this file.
 
     python benchmarks/step_runner.py '{"library": "nanosae", "kernels": "auto", "B": 4096, "D": 128, ...}'
 
-Each library runs in its own process and may live in its own environment, so this file needs only torch, and imports a
-library where it is used. A peer's own trainer runs at its defaults on batches made in advance, and the clock is read
-when it asks for the next one, so a step is everything that it does between two batches. Prints one line of json.
+"lr" sets a step size, "fvu" has the trained SAE measured on tokens held out, "n_tokens" says how many there are to
+train on. Each library runs in its own process and may live in its own environment, so this file needs only torch, and
+imports a library where it is used. A peer's own trainer runs at its defaults on batches made in advance, and the clock
+is read when it asks for the next one, so a step is everything that it does between two batches. Prints a line of json.
 
 Letters: B tokens in a batch, D width, F latents, K kept latents.
 """
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-N_BATCHES, SEQUENCE = 4, 256
+N_BATCHES, SEQUENCE, HELD_OUT = 4, 256, 4096
 
 
 def data(D: int, n: int) -> Tensor:
@@ -59,6 +60,16 @@ class Stamped:
         return [b - a for a, b in zip(self.stamps, self.stamps[1:], strict=False)]
 
 
+def split(x: Tensor, job: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What to train on, and what is held out of it, if the trained SAE is to be measured."""
+    return (x[:-HELD_OUT], x[-HELD_OUT:]) if "fvu" in job else (x, x[:0])
+
+
+def fvu(x: Tensor, x_hat: Tensor) -> float:
+    """Sum of |x - x_hat|^2 over sum of |x - mean|^2."""
+    return float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
+
+
 def nanosae(x: Tensor, job: dict[str, Any]) -> dict[str, Any]:
     """Learner.learn and update, its whole step; and pieces beside it: the float32 product, the encoder."""
     from sae import kernels, native
@@ -68,13 +79,23 @@ def nanosae(x: Tensor, job: dict[str, Any]) -> dict[str, Any]:
 
     native.enabled = job["kernels"] == "auto"
     native.keep_memory()
-    c = SAEConfig(d_in=job["D"], d_sae=job["F"], k=job["K"], batch_size=job["B"])
-    learner = Learner(create_sae(c), c, 1000, torch.device("cpu"))
-    learner.start_from({"": x[: job["B"]]})
+    size = {"d_in": job["D"], "d_sae": job["F"], "k": job["K"], "batch_size": job["B"]}
+    c = SAEConfig(**size, learning_rate=job.get("lr"))
+    x, held_out = split(x, job)
+    learner = Learner(create_sae(c), c, job["steps"] if "fvu" in job else 1000, torch.device("cpu"))
+    start = time.perf_counter()
+    learner.start_from({"": x[: 4 * job["B"]]})
+    start = time.perf_counter() - start
     batches = Stamped(x, job["B"], job["steps"])
     for step, batch in enumerate(batches):
         learner.learn({"": batch}, step)
         learner.update(step)
+        if "fvu" in job and step % c.log_every == 0:
+            learner.read_window()
+    if "fvu" in job:
+        sae = learner.finished()
+        seconds = [start, *batches.seconds()]
+        return {"seconds": seconds, "fvu": fvu(held_out, sae(held_out).x_hat), "kernels": native.status()}
     W, b = learner.sae.W_enc.detach(), learner.sae.b_enc.detach()
     rows, pre = x[: job["B"]] - x[: job["B"]].mean(0), torch.empty(job["B"], job["F"])
     pieces: dict[str, list[float]] = {"product": [], "encoder": []}
@@ -123,6 +144,8 @@ def sparsify(x: Tensor, job: dict[str, Any]) -> dict[str, Any]:
     """Its Trainer, on a stand-in model whose one layer hands out the batches; its Adam, or its default optimiser."""
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
+    x, held_out = split(x, job)
+    own: dict[str, Any] = {"lr": job["lr"], "lr_warmup_steps": 0} if "lr" in job else {}
     batches = Stamped(x, job["B"], job["steps"])
 
     class Rows(nn.Module):
@@ -144,11 +167,12 @@ def sparsify(x: Tensor, job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as tmp:
         config = TrainConfig(
             SparseCoderConfig(num_latents=job["F"], k=job["K"]), hookpoints=["rows"], log_to_wandb=False, save_dir=tmp,
-            save_every=10**9, batch_size=job["B"] // SEQUENCE, optimizer=job["optimizer"],
+            save_every=10**9, batch_size=job["B"] // SEQUENCE, optimizer=job["optimizer"], **own,
         )  # fmt: skip
         trainer: Any = Trainer(config, sequences, Rows())
         trainer.fit()
-    return {"seconds": batches.seconds()}
+    found = {"fvu": fvu(held_out, trainer.saes["rows"](held_out).sae_out.detach())} if "fvu" in job else {}
+    return {"seconds": batches.seconds(), **found}
 
 
 LIBRARIES: dict[str, Callable[[Tensor, dict[str, Any]], dict[str, Any]]] = {
@@ -158,7 +182,7 @@ LIBRARIES: dict[str, Callable[[Tensor, dict[str, Any]], dict[str, Any]]] = {
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    x = data(job["D"], N_BATCHES * job["B"])
+    x = data(job["D"], job.get("n_tokens", N_BATCHES * job["B"]))
     result = LIBRARIES[job["library"]](x, job)
     if job["library"] != "nanosae":
         result["version"] = importlib.metadata.version(job["library"])

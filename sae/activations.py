@@ -8,7 +8,7 @@ Letters: N sequences, T positions, B tokens in a batch, D width, M tokens in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,12 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from sae import hooks, log
+from sae.buffer import Acts as Acts
+from sae.buffer import Buffer
 from sae.config import UserError
+from sae.distributed import ALONE, World
 from sae.formats import read_safetensors, write_safetensors
 from sae.language_model import LanguageModel
+from sae.stopwatch import Stopwatch
 from sae.tokens import HOLD_OUT, PIECE_CHARS, TokenRows, kept_positions
 
-Acts = dict[str, Tensor]  # hookpoint -> (tokens, D)
+READ_ROWS = 4096  # of a tensor in memory, where several processes take turns
 
 # --------------------------------------------------------------------------------------------------
 # sources: activations in reading order
@@ -34,6 +38,10 @@ class Source(Protocol):
 
     def read(self, n: int) -> Acts:
         """Some of the next rows, about n; an empty dict at the end of a pass."""
+        ...
+
+    def skip(self, n: int) -> int:
+        """Go on as read(n) would; the number of rows it would have given."""
         ...
 
     def rewind(self) -> None: ...
@@ -52,6 +60,7 @@ class ModelSource:
         self.model_batch_size = model_batch_size
         self.skip_first, self.exclude_tokens = skip_first, tuple(exclude_tokens)
         self.widths = lm.widths(self.hookpoints)
+        self.watch = Stopwatch(lm.device)  # of the forwards
 
     def kept(self, ids: Tensor, valid: Tensor) -> Tensor:
         """(N, T) bool: the positions that train and count."""
@@ -63,18 +72,27 @@ class ModelSource:
 
     def read_numbered(self) -> tuple[Acts, Tensor]:
         """The same rows, and for each the number of its sequence since the start of the pass (int64)."""
+        ids, valid, keep = self._take()
+        if len(ids) == 0:
+            return {}, torch.empty(0, dtype=torch.int64)
+        at = keep.flatten().nonzero()[:, 0]  # found on the CPU: masks on a GPU make it wait
+        with self.watch:
+            hidden = self.lm.hidden(ids, valid, self.hookpoints)
+        acts = {name: x.flatten(0, 1)[at.to(x.device)].float() for name, x in hidden.items()}
+        first = self.rows.n_rows - len(ids)
+        return acts, (torch.arange(len(ids)) + first)[:, None].expand_as(keep)[keep]
+
+    def skip(self, n: int) -> int:
+        del n
+        return int(self._take()[2].sum())
+
+    def _take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The next sequences with a position to keep: ids, valid, keep (N, T); N is 0 at the end of a pass."""
         while True:
             ids, valid = self.rows.take(self.model_batch_size)
-            if len(ids) == 0:
-                return {}, torch.empty(0, dtype=torch.int64)
             keep = self.kept(ids, valid)
-            if not keep.any():
-                continue
-            at = keep.flatten().nonzero()[:, 0]  # found on the CPU: masks on a GPU make it wait
-            hidden = self.lm.hidden(ids, valid, self.hookpoints)
-            acts = {name: x.flatten(0, 1)[at.to(x.device)].float() for name, x in hidden.items()}
-            first = self.rows.n_rows - len(ids)
-            return acts, (torch.arange(len(ids)) + first)[:, None].expand_as(keep)[keep]
+            if len(ids) == 0 or keep.any():
+                return ids, valid, keep
 
     def rewind(self) -> None:
         self.rows.rewind()
@@ -102,8 +120,12 @@ class TensorSource:
 
     def read(self, n: int) -> Acts:
         rows = self.order[self.start : self.start + n]
-        self.start += len(rows)
+        self.skip(n)
         return {name: x[rows].float() for name, x in self.acts.items()} if len(rows) else {}
+
+    def skip(self, n: int) -> int:
+        first, self.start = self.start, min(self.start + n, self.n)
+        return self.start - first
 
     def rewind(self) -> None:
         self.start, self.n_passes = 0, self.n_passes + 1
@@ -126,28 +148,59 @@ def check_finite(acts: Acts) -> None:
             )
 
 
-def gather(source: Source, n: int, what: str) -> Acts:
-    """The first n rows of a source, in memory; fewer where it holds fewer. Raises UserError for none, or for NaN."""
-    blocks: dict[str, list[Tensor]] = {name: [] for name in source.widths}
+def gather(
+    source: Source, n: int, what: str, *, world: World = ALONE, wanted: Sequence[Collection[str]] | None = None
+) -> Acts:
+    """The first n rows of a source, in memory; fewer where it holds fewer. Raises UserError for none, or for NaN.
+
+    Of several processes each reads a part, and gets every n-th row, n being the replicas, of what it wants (buffer.py).
+    """
+    turns = Turns(source, world)
+    blocks: list[tuple[int, int, Acts]] = []
     have = 0
     with log.progress(n, what) as bar:
-        while have < n and (acts := source.read(n - have)):
-            for name, x in acts.items():
-                blocks[name].append(x[: n - have])
-            have += len(next(iter(acts.values())))
-            bar.update(min(have, n) - bar.n)
+        while have < n and (block := turns.read(n - have))[0]:
+            n_rows, holder, acts = block
+            blocks.append((min(n_rows, n - have), holder, {name: x[: n - have] for name, x in acts.items()}))
+            have += blocks[-1][0]
+            bar.update(have - bar.n)
     if have < 2:
         raise UserError(
             f"the data gave {have} tokens for {what}; give a longer text (without a validation split of its own, "
             f"every {HOLD_OUT}th piece of {PIECE_CHARS} characters is held out)"
         )
-    acts = {name: torch.cat(xs) for name, xs in blocks.items()}
-    check_finite(acts)
-    return acts
+    if world.everyone.size == 1:
+        acts = {name: torch.cat([x[name] for _, _, x in blocks]) for name in source.widths}
+        check_finite(acts)
+        return acts
+    buffer = Buffer(have, source.widths, device=world.device, world=world, wanted=wanted)
+    done = 0
+    for n_rows, holder, acts in blocks:
+        check_finite(acts)
+        buffer.put(torch.arange(done, done + n_rows), acts, holder)
+        done += n_rows
+    return buffer.take(torch.arange(have), torch.arange(have) % world.shape[1])
 
 
 # --------------------------------------------------------------------------------------------------
 # the stream
+
+
+class Turns:
+    """A source whose blocks the processes read by turns; each knows how long the others' are."""
+
+    def __init__(self, source: Source, world: World = ALONE):
+        self.source, self.rank, self.n_ranks = source, world.everyone.rank, world.everyone.size
+        self.turn = 0
+
+    def read(self, n: int) -> tuple[int, int, Acts]:
+        """Some of the next rows, about n: how many (0 at the end of a pass), who holds them, there what they are."""
+        holder, self.turn = self.turn, (self.turn + 1) % self.n_ranks
+        n = n if self.n_ranks == 1 else min(n, READ_ROWS)
+        if holder != self.rank:
+            return self.source.skip(n), holder, {}
+        acts = self.source.read(n)
+        return len(next(iter(acts.values()))) if acts else 0, holder, acts
 
 
 class Stream:
@@ -158,19 +211,27 @@ class Stream:
     when half of it is due, so that a batch mixes tokens from many sequences. A source that ends is read again;
     `n_passes` counts. `state_dict` holds all that the next batch depends on, the buffer included, so a resumed stream
     goes on to the bit.
+
+    Several processes draw the same batches, whatever their number: they read the source by turns, and each gets its
+    part of a batch. All of them follow the same plan, so none waits for one that has no more.
     """
 
     def __init__(
         self, source: Source, *, n_tokens: int, batch_size: int, buffer_tokens: int, uses: int = 1, seed: int = 0,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "cpu", world: World = ALONE, wanted: Sequence[Collection[str]] | None = None,
     ):  # fmt: skip
-        self.source, self.batch_size, self.uses = source, batch_size, uses
+        self.source, self.batch_size, self.uses, self.world = source, batch_size, uses, world
+        self.turns = Turns(source, world)
         self.n_batches = n_tokens * uses // batch_size
         if self.n_batches < 1:
             raise UserError(f"{n_tokens} tokens do not fill one batch of {batch_size}; lower --batch_size")
+        if batch_size < world.shape[1]:
+            raise UserError(
+                f"a batch of {batch_size} leaves some of {world.shape[1]} replicas without; raise --batch_size"
+            )
         self.n_tokens = -(-self.n_batches * batch_size // uses)
         size = min(max(2, buffer_tokens // batch_size) * batch_size, self.n_tokens)
-        self.buffer = {name: torch.empty(size, d, device=device) for name, d in source.widths.items()}
+        self.buffer = Buffer(size, source.widths, device=device, world=world, wanted=wanted)
         self.size = size
         self.generator = torch.Generator().manual_seed(seed)
         self.order = torch.arange(0)  # slots in the order they are given out, each as often as it is still due
@@ -178,7 +239,7 @@ class Stream:
         self.n_drawn = 0
         self.n_given = 0
         self.n_passes = 0
-        self.spill: Acts = {}
+        self.spill: tuple[int, int, Acts] = (0, 0, {})  # read and not yet in the buffer: how many, who holds them, what
 
     def __len__(self) -> int:
         return self.n_batches
@@ -193,12 +254,21 @@ class Stream:
         slots = self.order[self.cursor : self.cursor + self.batch_size]
         self.cursor += self.batch_size
         self.n_given += self.batch_size
-        return {name: x[slots.to(x.device)] for name, x in self.buffer.items()}
+        return self.buffer.take(slots)
 
     def sample(self) -> Acts:
-        """The full buffer, without drawing from it: a fair look at the data before training."""
+        """The full buffer, without drawing from it: a fair look at the data before training.
+
+        Of n replicas each gets every n-th token.
+        """
         self._fill()
-        return {name: x[: min(self.size, self.n_drawn)] for name, x in self.buffer.items()}
+        slots = torch.arange(self.n_sample)
+        return self.buffer.take(slots, slots % self.world.shape[1])
+
+    @property
+    def n_sample(self) -> int:
+        """Tokens in `sample`, of all processes."""
+        return min(self.size, self.n_drawn)
 
     def _fill(self) -> None:
         """Once half of what the buffer has to give is given: fill the slots that are done, and mix."""
@@ -210,44 +280,46 @@ class Stream:
         slots = (~occupied).nonzero()[:, 0][: self.n_tokens - self.n_drawn]
         done = 0
         while done < len(slots):
-            acts = self.spill or self._read(len(slots) - done)
-            n = min(len(slots) - done, len(next(iter(acts.values()))))
-            for name, x in acts.items():
-                buffer = self.buffer[name]
-                buffer[slots[done : done + n].to(buffer.device)] = x[:n].to(buffer.device)
-            rest = {name: x[n:] for name, x in acts.items()}
-            self.spill = rest if len(next(iter(rest.values()))) else {}
+            n_rows, holder, acts = self.spill if self.spill[0] else self._read(len(slots) - done)
+            n = min(len(slots) - done, n_rows)
+            self.buffer.put(slots[done : done + n], {name: x[:n] for name, x in acts.items()}, holder)
+            self.spill = (n_rows - n, holder, {name: x[n:] for name, x in acts.items()})
             done += n
         self.n_drawn += len(slots)
         order = torch.cat((slots.repeat(self.uses), due))
         self.order = order[torch.randperm(len(order), generator=self.generator)]
         self.cursor = 0
 
-    def _read(self, n: int) -> Acts:
-        acts = self.source.read(n)
-        if not acts:
+    def _read(self, n: int) -> tuple[int, int, Acts]:
+        block = self.turns.read(n)
+        if not block[0]:
             self.source.rewind()
             self.n_passes += 1
-            acts = self.source.read(n)
-            if not acts:
+            block = self.turns.read(n)
+            if not block[0]:
                 raise UserError("the dataset is empty, or too short for one sequence; give a longer text")
-        return acts
+        return block
 
     def state_dict(self) -> dict[str, Any]:
+        """What every process knows; what each holds for itself is in held_dict."""
         return {
-            "source": self.source.state_dict(), "buffer": {k: v.clone() for k, v in self.buffer.items()},
-            "order": self.order, "cursor": self.cursor,
+            "source": self.source.state_dict(), "order": self.order, "cursor": self.cursor,
             "n_drawn": self.n_drawn, "n_given": self.n_given, "n_passes": self.n_passes,
-            "spill": {k: v.clone() for k, v in self.spill.items()}, "generator": self.generator.get_state(),
+            "n_spill": self.spill[0], "generator": self.generator.get_state(),
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def held_dict(self) -> dict[str, Any]:
+        """The activations that this process holds."""
+        return {**self.buffer.state_dict(), "spill": {k: v.clone() for k, v in self.spill[2].items()}}
+
+    def load_state_dict(self, state: dict[str, Any], held: Sequence[dict[str, Any]]) -> None:
+        """held: the held_dict of each of the processes there were, of any number."""
         self.source.load_state_dict(state["source"])
-        for name, x in state["buffer"].items():
-            self.buffer[name].copy_(x)
+        self.buffer.load_state_dict(held)
         self.order, self.cursor = state["order"], state["cursor"]
         self.n_drawn, self.n_given, self.n_passes = state["n_drawn"], state["n_given"], state["n_passes"]
-        self.spill = state["spill"]
+        spill: Acts = next((h["spill"] for h in held if h["spill"]), {}) if self.world.everyone.rank == 0 else {}
+        self.spill = (state["n_spill"], 0, spill)
         self.generator.set_state(state["generator"])
 
 

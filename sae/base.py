@@ -13,12 +13,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sae import kernels
+from sae import kernels, native
 from sae.config import SAEConfig, UserError, require
+from sae.distributed import ALONE, Axis, World
 from sae.kernels import Codes
 from sae.schedules import n_latents, target_l0
 
 Kind = TypeVar("Kind", bound="SAE")
+CAPACITY = 4  # times its fair share of the k largest latents that a shard offers at first
+SHARED = ("b_dec", "W_skip")  # of an SAE's tensors, those without an axis of latents; W_enc (D, F) has it last
 LN_EPS = 1e-5  # added to the standard deviation, as OpenAI and SAELens do
 
 
@@ -43,6 +46,17 @@ class Losses(NamedTuple):
     aux: Tensor
 
 
+class Spare(NamedTuple):
+    """Copies of the weights of some latents ids (n,), leaves of the graph of AuxK, so that its gradients cost n rows
+    and not F: of the encoder (n, D) with biases (n,), and of the decoder (n, D_out)."""
+
+    ids: Tensor
+    encoder: Tensor
+    bias: Tensor
+    decoder: Tensor
+    n_all: int  # in all processes
+
+
 class SAE(nn.Module):
     """A sparse autoencoder: x_hat = f(x) @ W_dec + b_dec, with f sparse and computed from x - b_dec.
 
@@ -50,23 +64,28 @@ class SAE(nn.Module):
     transposed in memory, which is the layout that both the product and the sparse backward want. A transcoder
     computes f from x itself and predicts another activation, D_out wide; with a skip, plus x @ W_skip^T, W_skip
     (D_out, D). Tied: W_enc is W_dec transposed.
+
+    Of a world's processes along `latents` each holds the latents `own` and the codes of these; its reconstructions and
+    losses are of all of them. They add up gradients of b_dec; all other gradients are whole.
     """
 
     uses_auxk = True  # whether AuxK can revive its dead latents: their pre-activations must not all be below 0
     unit_transcoder = False  # whether transcoders are better off with decoder rows of unit norm (dev/LOG.md)
     signed = False  # whether latents are chosen by size and keep their sign
 
-    def __init__(self, config: SAEConfig, *, generator: torch.Generator | None = None):
+    def __init__(self, config: SAEConfig, *, generator: torch.Generator | None = None, world: World = ALONE):
         super().__init__()
         require(config.d_in is not None, "d_in is not known; give SAEConfig(d_in=width of the activations)")
         # only what an SAE is: a TrainConfig's model, folders and so on stay with the run
         own = {f.name: getattr(config, f.name) for f in fields(SAEConfig)}
         self.config = SAEConfig(**{**own, "d_sae": n_latents(config), "d_out": config.d_out or config.d_in})
-        D, F = self.d_in, self.d_sae
+        self.world, self.own = world, world.latents.range(self.d_sae)
+        self._check_shards()
+        D, F = self.d_in, len(self.own)
         # Layer norm belongs to the forward of a finished SAE; while training, the Learner normalises.
         self.layer_norm = config.normalize_activations == "layer_norm"
-        self.packed: kernels.Packed | None = None
-        rows = torch.randn(F, D, generator=generator)
+        self.packed: native.Packed | None = None
+        rows = own_rows(self.d_sae, D, self.own, generator)
         rows.div_(rows.norm(dim=1, keepdim=True))
         # Encoder = decoder transposed at the start: the cheapest cure for dead latents (Gao et al. 2024, A.1). A
         # transcoder's decoder starts at 0, since its rows live in another space (sparsify).
@@ -77,6 +96,11 @@ class SAE(nn.Module):
         if config.skip_connection:
             self.W_skip = nn.Parameter(torch.zeros(self.d_out, D))
         self._make_biases(F)
+
+    def _check_shards(self) -> None:
+        """Raise UserError where the latents cannot be divided as the world asks."""
+        n = self.world.latents.size
+        require(self.d_sae % n == 0, f"d_sae={self.d_sae} is no multiple of --shard_latents {n}; choose another")
 
     def _make_biases(self, F: int) -> None:
         self.b_enc = nn.Parameter(torch.zeros(F))
@@ -114,11 +138,11 @@ class SAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations: (..., D) -> (..., F), zero where a latent is not active."""
-        return self.encode_codes(x).dense(self.d_sae).view(*x.shape[:-1], self.d_sae)
+        return self.encode_codes(x).dense(len(self.own)).view(*x.shape[:-1], len(self.own))
 
     def encode_sparse(self, x: Tensor) -> Codes:
         """The same as `encode` without the zeros: (B, D) -> Codes of (B, K)."""
-        return self.encode_codes(x).sparse(self.d_sae)
+        return self.encode_codes(x).sparse(len(self.own))
 
     def encode_codes(self, x: Tensor) -> Codes:
         """The same as `encode` in whatever form the kind finds them: (..., D) -> Codes of all tokens."""
@@ -131,7 +155,14 @@ class SAE(nn.Module):
 
     def decode_codes(self, codes: Codes) -> Tensor:
         """Reconstruction of codes: (B, D)."""
-        return codes.times(self.W_dec, self.b_dec)
+        return self._times(codes, self.W_dec, self.b_dec)
+
+    def _times(self, codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+        """(B, D): codes @ W_dec + b_dec, over the latents of all shards."""
+        shards = self.world.latents
+        if shards.size == 1:
+            return codes.times(W_dec, b_dec)
+        return shards.sum(codes.times(W_dec, torch.zeros_like(b_dec))) + shards.share(b_dec)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """(B, D) -> (B, F): the linear part of the encoder, before selection."""
@@ -174,8 +205,11 @@ class SAE(nn.Module):
         """Further squared error, in the units of the reconstruction's; a scalar."""
         return out.x_hat.new_zeros(())
 
-    def survey(self, parts: list[Tensor], k: int | None = None) -> Tensor | None:  # noqa: ARG002
-        """What a part of a batch must know of the whole to be treated alike; None where tokens are independent."""
+    def survey(self, parts: list[Tensor], k: int | None = None, n_tokens: int | None = None) -> Tensor | None:  # noqa: ARG002
+        """What a part of a batch must know of the whole to be treated alike; None where tokens are independent.
+
+        parts: this process's tokens. n_tokens: of all processes (default: of parts).
+        """
         return None
 
     def raise_threshold_(self, by: Tensor | float) -> None:
@@ -192,16 +226,16 @@ class SAE(nn.Module):
 
     def loss(
         self, x: Tensor, out: Output, *, variance: float | Tensor, y: Tensor | None = None, recon_weight: float = 1.0,
-        sparsity: float | Tensor = 0.0, p: float = 1.0, dead: Tensor | None = None, n_dead: int | None = None,
-        residual: float | Tensor | None = None, whole: Tensor | None = None,
+        sparsity: float | Tensor = 0.0, p: float = 1.0, dead: Tensor | None = None,
+        residual: float | Tensor | None = None, whole: Tensor | None = None, spare: Spare | None = None,
     ) -> Losses:  # fmt: skip
         """Means over the tokens of x (B, D), so that averaging micro-batches gives the whole batch's gradient.
 
         y: a transcoder's target (B, D_out). variance: mean ||y - mean y||^2, which makes the reconstruction loss a
         fraction of variance unexplained and keeps one sparsity weight good at every scale; p: exponent of the L1
-        penalty. dead (F,) bool switches AuxK on; n_dead, if known, is about how many those are, and saves work where
-        they are few; residual: mean ||y - x_hat||^2 that AuxK is measured against (default: this batch's); whole: what
-        `survey` said of the batch that x is a part of.
+        penalty. dead (F,) bool switches AuxK on; spare, if given, holds those latents, and their gradients of it;
+        residual: mean ||y - x_hat||^2 that AuxK is measured against (default: this batch's); whole: what `survey` said
+        of the batch that x is a part of.
         """
         target = x if y is None else y
         error = kernels.squared_error(target, out.x_hat).mean()
@@ -211,61 +245,118 @@ class SAE(nn.Module):
         aux = out.x_hat.new_zeros(())
         total = recon_weight * (reconstruction + extra) + sparsity * penalty
         if dead is not None and self.uses_auxk and self.config.auxk_alpha > 0:
-            aux = self.dead_loss(x, out, dead, y=y, n_dead=n_dead, residual=residual)
+            aux = self.dead_loss(x, out, dead, y=y, residual=residual, spare=spare)
             total = total + self.config.auxk_alpha * aux
         return Losses(total, error, reconstruction, extra, penalty, aux)
 
     def dead_loss(
-        self, x: Tensor, out: Output, dead: Tensor, *, y: Tensor | None = None, n_dead: int | None = None,
-        residual: float | Tensor | None = None,
+        self, x: Tensor, out: Output, dead: Tensor, *, y: Tensor | None = None,
+        residual: float | Tensor | None = None, spare: Spare | None = None,
     ) -> Tensor:  # fmt: skip
         """AuxK: let dead latents explain the residual (Gao et al. 2024, A.2, arxiv.org/abs/2406.04093).
 
         dead (F,) bool. The k largest dead pre-activations of each token rebuild e = y - x_hat, which is held constant;
         b_dec is in x_hat already and is not added again. (Of D/2, as there, each learns a little of everything and
-        wins nowhere: dev/LOG.md.) Returns error over residual energy, 0 when
-        nothing is dead or nothing is left to explain; never NaN.
+        wins nowhere: dev/LOG.md.) Returns error over residual energy, 0 when nothing is dead or nothing is left to
+        explain; never NaN.
         """
-        n_dead = int(dead.sum()) if n_dead is None else n_dead
-        k = min(self.config.k, self.d_sae)
-        ids = dead.to(torch.uint8).topk(max(1, min(n_dead, self.d_sae))).indices  # n_dead may be of some steps ago
-        centred = x if self.config.transcode else x - self.b_dec.detach()
-        with torch.no_grad():
-            W, b = self.W_enc[:, ids], self._encoder_bias()[ids]
-            among, values = kernels.choose_top_k(centred, W, b, min(k, len(ids)), absolute=self.signed)
-            indices = ids[among]
-        pre = kernels.gather_pre(centred, self.W_enc, self._encoder_bias(), values, indices)
-        values = (pre if self.signed else pre.relu()) * dead[indices]
+        k, shards = min(self.config.k, self.d_sae), self.world.latents
+        if spare is None:
+            spare = self.weights_of(dead, max(1, int(dead.sum())), int(shards.sum_(dead.sum())))
+        ids, encoder, bias, decoder, n_all = spare
+        centred = self._held_centre(x)
+        some = max(1, min(k, n_all // 4))  # of few, a token takes fewer: all of them would learn the same
+        indices, values, offsets = self._largest(centred, encoder.t(), bias, some, dead[ids])
+        pre = kernels.gather_pre(centred, encoder.t(), bias, values, indices, offsets)
+        values = (pre if self.signed else pre.relu()) * dead[ids][indices]
         left = ((x if y is None else y) - out.x_hat).detach()
-        error = kernels.squared_error(left, kernels.decode(indices, values, self.W_dec)).mean()
-        share = (dead.sum() / k).clamp(max=1.0)
+        x_hat = shards.sum(kernels.decode(indices, values, decoder, offsets))
+        error = kernels.squared_error(left, x_hat).mean()
+        share = (shards.sum_(dead.sum()) / k).clamp(max=1.0)
         energy = left.square().sum(-1).mean() if residual is None else torch.as_tensor(residual, device=x.device)
         return torch.where((share > 0) & (energy > 0), share * error / energy.clamp(min=1e-30), 0.0)
 
+    def weights_of(self, latents: Tensor, n: int, n_all: int) -> Spare:
+        """Those of the latents marked (F,) bool; of n, whether or not that is how many are marked. n_all: in all
+        processes."""
+        ids = latents.to(torch.uint8).topk(min(n, len(latents))).indices
+        return Spare(ids, self.W_enc.t()[ids], self._encoder_bias()[ids], self.W_dec[ids], min(n_all, self.d_sae))
+
+    @torch.no_grad()
+    def add_gradients_(self, spare: Spare) -> None:
+        """Add the gradients of AuxK's copies of weights to those of the weights themselves, after all backwards."""
+        W_dec, b_enc = self.W_dec.grad, self._encoder_bias().grad
+        W_enc = W_dec if self.config.tied else self.W_enc.grad
+        assert W_dec is not None and W_enc is not None and b_enc is not None  # the reconstruction reaches all of them
+        rows_in = W_dec if self.config.tied else W_enc.t()
+        for grad, rows in ((W_dec, spare.decoder), (rows_in, spare.encoder), (b_enc, spare.bias)):
+            if rows.grad is not None:
+                grad.index_add_(0, spare.ids, rows.grad)
+
     def _encoder_bias(self) -> Tensor:
         return self.b_enc
+
+    @torch.no_grad()
+    def _largest(
+        self, x: Tensor, W: Tensor, b: Tensor, k: int, allowed: Tensor | None = None,
+        packed: native.Packed | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """Of the k largest pre-activations x @ W + b of each token, over all shards, those here: indices, values, and
+        offsets where tokens have different numbers of them. allowed: which of the latents other shards' lose to.
+
+        A shard offers CAPACITY times its fair share; where all of these were chosen for a token it may have had more to
+        offer, and offers k.
+        """
+        shards = self.world.latents
+        if shards.size == 1:
+            return *kernels.choose_top_k(x, W, b, min(k, len(b)), absolute=self.signed, packed=packed), None
+        for room in sorted({min(k, -(-CAPACITY * k // shards.size)), k}):
+            indices, values = kernels.choose_top_k(x, W, b, min(room, len(b)), absolute=self.signed)
+            size = values.abs() if self.signed else values
+            if allowed is not None:
+                size = size.masked_fill(~allowed[indices], -torch.inf)
+            size = torch.nn.functional.pad(size, (0, room - size.shape[1]), value=-torch.inf)
+            offered = shards.gather(size).transpose(0, 1)  # (B, S, room)
+            best = offered.flatten(1).topk(min(k, offered[0].numel()), sorted=False).indices
+            chosen = torch.zeros_like(offered, dtype=torch.bool).flatten(1).scatter_(1, best, True).view(offered.shape)
+            if room == k or not bool(chosen.all(-1).any()):
+                break
+        here = chosen[:, shards.rank, : values.shape[1]]
+        n = here.sum(1)
+        return indices[here], values[here], n.cumsum(0) - n
 
     # ----------------------------------------------------------------------------------------------
     # start, unit norm, scale
 
     @torch.no_grad()
-    def start_from_(self, x: Tensor, y: Tensor) -> None:
-        """Set what is best known from data, before the first step: x (M, D) goes in, y (M, D_out) comes out."""
+    def start_from_(self, x: Tensor, y: Tensor, n_tokens: int | None = None) -> None:
+        """Set what is best known from data, before the first step: x (M, D) goes in, y (M, D_out) comes out.
+
+        n_tokens: the number of rows where n processes along `data` have every n-th each.
+        """
+        data, team = self.world.data, self.world.team
         if self.config.b_dec_init != "zeros":
-            self.b_dec.copy_(y.mean(0) if self.config.b_dec_init == "mean" else geometric_median(y))
+            self.b_dec.copy_(data.mean(y) if self.config.b_dec_init == "mean" else geometric_median(y, data))
         if self.config.transcode:  # latents see x around its mean, as an SAE's do
-            self._shift_biases_(-x.mean(0) @ self.W_enc)
+            self._shift_biases_(-data.mean(x) @ self.W_enc)
         if self.config.scale_encoder:
             self.train()
-            size = (self(x).x_hat - self.b_dec).norm(dim=1).mean() / (x - x.mean(0)).norm(dim=1).mean()
+            x_hat = self(x, whole=self.survey([x], n_tokens=n_tokens) if team.size > 1 else None).x_hat
+            size = data.mean((x_hat - self.b_dec).norm(dim=1)) / data.mean((x - data.mean(x)).norm(dim=1))
             if size > 0 and not self.config.tied and not self.config.transcode:
                 self.W_enc.div_(size)
         target = target_l0(self.config)
         if target is not None:  # begin as sparse as asked: latents that begin dense mostly die on the way down
-            part = x[:4096]
-            n = min(self.d_sae * len(part), max(1, round(len(part) * target)))
-            passing = self.pre_activations(part).flatten().topk(n, sorted=False).values
-            self.raise_threshold_(passing.min().clamp(min=0))
+            n_rows = min(4096, len(x) if n_tokens is None else n_tokens)
+            part = x[: len(range(data.rank, n_rows, data.size))]
+            n = min(self.d_sae * n_rows, max(1, round(n_rows * target)))
+            passing = self.pre_activations(part).flatten()
+            self.raise_threshold_(team.kth_largest(passing, n).clamp(min=0))
+
+    def part_of(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of the tensors of a whole SAE those parts whose latents this process holds."""
+        own = slice(self.own.start, self.own.stop)
+        return {n: x if n in SHARED else x[:, own] if n == "W_enc" else x[own] for n, x in whole.items()}
 
     def _shift_biases_(self, by: Tensor) -> None:
         self.b_enc.add_(by)
@@ -286,7 +377,7 @@ class SAE(nn.Module):
         """A copy for raw activations of an SAE trained on scale * x (and, a transcoder, scale_out * y): same latents
         times 1/scale, same predictions times 1/scale_out."""
         scale_out = scale if scale_out is None else scale_out
-        copy = type(self)(self.config)
+        copy = type(self)(self.config, world=self.world)
         copy.load_state_dict(self.state_dict())
         copy.b_dec.div_(scale_out)
         if self.config.transcode:
@@ -316,7 +407,7 @@ class SAE(nn.Module):
         """Keep an 8-bit copy of the encoder beside it, which finds the latents of a few tokens in a quarter of the time
         and to the same result. For finished SAEs: training drops it, other weights make it useless until packed again.
         """
-        self.packed = kernels.pack(self.W_enc)
+        self.packed = native.pack(self.W_enc)
         return self
 
     def train(self: Kind, mode: bool = True) -> Kind:
@@ -326,8 +417,16 @@ class SAE(nn.Module):
     def _scaled_biases(self) -> tuple[str, ...]:
         return ("b_enc",)
 
+    @property
+    def _centre_of_inputs(self) -> Tensor | None:
+        return None if self.config.transcode else self.b_dec
+
     def _centre(self, x: Tensor) -> Tensor:
         return x if self.config.transcode else x - self.b_dec
+
+    def _held_centre(self, x: Tensor) -> Tensor:
+        """The same with the centre held constant: gather_pre knows its gradient."""
+        return x if self.config.transcode else x - self.b_dec.detach()
 
     def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return layer_norm(x)
@@ -351,12 +450,24 @@ def layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (x - mean) / std, mean, std
 
 
-def geometric_median(x: Tensor, *, n_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+def own_rows(n: int, d: int, own: range, generator: torch.Generator | None) -> Tensor:
+    """Rows `own` of torch.randn(n, d), and the generator as after drawing all of them; no others are kept."""
+    if len(own) == n:
+        return torch.randn(n, d, generator=generator)
+    starts = range(0, max(1, n - 1023), 1024)  # torch draws otherwise where it draws few: the last block is the longest
+    kept = []
+    for start, stop in zip(starts, [*starts[1:], n], strict=True):
+        block = torch.randn(stop - start, d, generator=generator)
+        kept.append(block[max(0, own.start - start) : max(0, own.stop - start)].clone())
+    return torch.cat(kept)
+
+
+def geometric_median(x: Tensor, data: Axis = ALONE.data, *, n_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
     """(D,): the point whose summed distance to the rows of x (M, D) is least (Weiszfeld's iteration)."""
-    point = x.mean(0)
+    point = data.mean(x)
     for _ in range(n_steps):
         weights = 1 / (x - point).norm(dim=1).clamp(min=1e-12)
-        new = (weights[:, None] * x).sum(0) / weights.sum()
+        new = data.sum_((weights[:, None] * x).sum(0)) / data.sum_(weights.sum())
         if (new - point).norm() <= tolerance * point.norm():
             return new
         point = new

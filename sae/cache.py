@@ -82,12 +82,22 @@ class BlockSource:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.n_passes)
             self.order = torch.randperm(n, generator=generator)
 
+    def skip(self, n: int) -> int:
+        del n
+        n_rows = len(self._next())
+        self.block = min(self.block + 1, len(self.order))
+        return n_rows
+
+    def _next(self) -> range:
+        """The rows of the next block; none at the end of a pass."""
+        at = int(self.order[self.block]) * self.block_rows if self.block < len(self.order) else len(self.rows)
+        return self.rows[at : at + self.block_rows]
+
     def read(self, n: int) -> Acts:
         del n  # one block; the stream keeps what it has no room for
-        if self.block == len(self.order):
+        rows = self._next()
+        if not rows:
             return {}
-        at = int(self.order[self.block]) * self.block_rows
-        rows = self.rows[at : at + self.block_rows]
         try:
             acts = {name: read(rows.start, rows.stop) for name, read in self.readers.items()}
         except UserError:

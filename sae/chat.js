@@ -19,6 +19,7 @@ const key = (sae, latent) => `${sae}/${latent}`;
 const several = () => about.saes.length > 1;
 const saeOf = (f) => f.hookpoint ?? about.saes[0].name;
 const nameOf = (sae, latent) => (several() ? `${sae}/${latent}` : `${latent}`);
+const visible = (text) => text.replaceAll("\n", "\u21b5").replace(/[\u0000-\u001f\u007f]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`);
 const short = (x) => (Math.abs(x) >= 100 ? x.toFixed(0) : Math.abs(x) >= 10 ? x.toFixed(1) : x.toFixed(2));
 
 function keep() {
@@ -146,7 +147,7 @@ function showToken(span) {
     why.disabled = false;
   };
   $("token").replaceChildren(
-    el("h2", { textContent: `token ${JSON.stringify(token.text)}` }),
+    el("h2", { textContent: `token \u201c${visible(token.text)}\u201d` }),
     rows(active.length ? active : [el("li", { className: "dim", textContent: "no feature is active on it" })], 8),
     el("p", {}, why), reasons);
   $("token").scrollIntoView({ block: "nearest" });
@@ -184,7 +185,7 @@ async function openFeature(sae, latent) {
   if (f.max_activation > 0) most.set(key(sae, latent), f.max_activation);
   shade();
   const list = (title, tokens) => el("div", {}, el("h3", { textContent: title }),
-    el("ol", {}, ...tokens.slice(0, 8).map((t) => el("li", { textContent: JSON.stringify(Array.isArray(t) ? t[0] : t).slice(1, -1) }))));
+    el("ol", {}, ...tokens.slice(0, 8).map((t) => el("li", { textContent: visible(Array.isArray(t) ? t[0] : t) }))));
   const facts = [];
   if (f.density !== undefined) facts.push(`active on ${(100 * f.density).toPrecision(2)}% of tokens`);
   if (f.max_activation !== undefined) facts.push(`at most ${short(f.max_activation)}`);
@@ -213,7 +214,7 @@ async function openFeature(sae, latent) {
   if (contexts.length) parts.push(el("h3", { textContent: "strongest contexts" }), el("ol", { className: "contexts" }, ...contexts.map((c) => {
     const from = Math.max(0, c.peak - 14);
     return el("li", { className: "tokens" }, ...c.tokens.slice(from, c.peak + 10).map((text, i) => {
-      const span = el("span", { textContent: text.replaceAll("\n", "\u21b5") });
+      const span = el("span", { textContent: visible(text) });
       span.style.setProperty("--a", Math.max(0, c.values[from + i] / f.max_activation).toFixed(3));
       return span;
     }));

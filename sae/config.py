@@ -113,6 +113,9 @@ class SAEConfig:
     b_dec_init: Literal["mean", "geometric_median", "zeros"] = knob("mean", "what the decoder bias starts at")
     scale_encoder: bool = knob(False, "scale the encoder at the start so that reconstructions have the data's size")
     optimizer: Literal["adam", "adam8bit", "muon", "signum", "sgd"] = knob("adam", "optimiser", sweep=True)
+    optimizer_dtype: Literal["float32", "bfloat16"] = knob(
+        "float32", "what Adam keeps its moments in; bfloat16 halves them, and is rounded at random"
+    )
     learning_rate: float | None = knob(
         None, "peak step size (default: by optimiser, falls as 1/sqrt(d_sae))", alias=("lr",), sweep=True
     )
@@ -188,6 +191,11 @@ class SAEConfig:
 
     def _check_combinations(self) -> None:
         forbid = lambda bad, message: require(not bad, message)
+        forbid(
+            self.optimizer_dtype != "float32"
+            and (self.optimizer != "adam" or self.weight_decay > 0 or self.dtype == "float16"),
+            "--optimizer_dtype bfloat16 is for --optimizer adam without --weight_decay or --dtype float16; drop one",
+        )
         forbid(
             self.tied and self.transcode, "--tied shares one matrix between spaces that differ; drop it or --transcode"
         )
@@ -314,6 +322,8 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
     )
     finetune: str | None = knob(None, "start from this SAE: a run, a weights file, or a hub id")
     distribute_modules: bool = knob(False, "give whole hookpoints to processes (with several processes)")
+    shard_latents: int = knob(1, "processes that share the latents of every SAE (with several processes)")
+    plan: bool = knob(False, "say what the run would take (memory, time, disk) and start nothing")
     save_dir: str = knob("sae_models", "folder of all runs", alias=("output_dir",))
     run_name: str | None = knob(None, "name of this run's folder (default: layer_10 or the hookpoint)")
     resume: bool = knob(False, "go on from the run's newest checkpoint")
@@ -329,7 +339,7 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
         super().__post_init__()
         self.check_data()
         self.check_hooks()
-        _at_least(self, 1, "max_tokens")
+        _at_least(self, 1, "max_tokens", "shard_latents")
         least = 2 * self.batch_size * self.grad_acc_steps
         require(
             self.buffer_tokens >= least,

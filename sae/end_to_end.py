@@ -8,7 +8,7 @@ Letters: N sequences, T positions, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -52,6 +52,8 @@ class RowStream:
     def __iter__(self) -> RowStream:
         return self
 
+    n_sample = None  # no process has more of it than another
+
     def sample(self) -> Acts:
         """Activations of some of the first rows, which are not used up."""
         place = self.rows.state_dict()
@@ -74,7 +76,11 @@ class RowStream:
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows.state_dict(), "n_given": self.n_given, "n_passes": self.n_passes}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def held_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], held: Sequence[dict[str, Any]] = ()) -> None:
+        del held
         self.rows.load_state_dict(state["rows"])
         self.n_given, self.n_passes = state["n_given"], state["n_passes"]
 

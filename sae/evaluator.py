@@ -8,6 +8,7 @@ Letters: N sequences, T positions, B tokens in a batch, D width, F latents, V vo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from sae import hooks, log
 from sae.activations import ModelSource, gather
 from sae.config import PENALISED, SAEConfig, UserError
 from sae.datasets import Dataset
+from sae.distributed import ALONE, Axis, World
 from sae.kernels import Codes, count, moments
 from sae.language_model import LanguageModel
 from sae.models import SAE, Output
@@ -33,10 +35,14 @@ class Totals:
     """Sums over tokens in float64, from which every reconstruction and sparsity metric follows.
 
     Adding a batch in two halves gives the same totals, so no metric depends on the batch size. `mean` (D,) is what the
-    legacy per-token explained variance and nothing else is measured against.
+    legacy per-token explained variance and nothing else is measured against. world: its processes hold the latents
+    between them, n_latents in all, and `reduced` adds up what each counted on its tokens.
     """
 
-    def __init__(self, d_in: int, n_latents: int, *, device: torch.device | str = "cpu", mean: Tensor | None = None):
+    def __init__(
+        self, d_in: int, n_latents: int, *, device: torch.device | str = "cpu", mean: Tensor | None = None,
+        world: World = ALONE,
+    ):  # fmt: skip
         device = torch.device(device)
         device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
         zero = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)
@@ -46,24 +52,38 @@ class Totals:
         self.x_hat2, self.dot = zero(), zero()
         self.cosine, self.l2_ratio, self.legacy = zero(), zero(), zero()
         self.l0, self.l0_squared = zero(), zero()
-        self.fired = torch.zeros(n_latents, dtype=torch.int64, device=device)
+        self.latents, self.data = world.latents, world.data
+        self.fired = torch.zeros(len(self.latents.range(n_latents)), dtype=torch.int64, device=device)
         self.l0_counts = torch.zeros(n_latents + 1, dtype=torch.int64, device=device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        state = {k: v for k, v in vars(self).items() if not isinstance(v, Axis)}
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             old = getattr(self, name)
             setattr(self, name, value.to(old.device) if isinstance(old, Tensor) else value)
 
+    def reduced(self) -> Totals:
+        """The sums over the tokens of all processes along `data`."""
+        if self.data.size == 1:
+            return self
+        whole = copy.copy(self)
+        whole.n = sum(self.data.objects(self.n))
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and name != "mean":
+                setattr(whole, name, self.data.sum_(value.clone()))
+        return whole
+
     @torch.no_grad()
     def add(self, x: Tensor, x_hat: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
         """Add a batch: x and x_hat (B, D), and the codes between them, whose `activity` it returns."""
         device = self.x.device
-        activity = codes.activity(len(self.fired))
+        l0, fired = codes.activity(len(self.fired))
+        activity = (self.latents.sum_(l0), fired)
         l0 = activity[0].to(device)
-        self.fired += activity[1].to(device)
+        self.fired += fired.to(device)
         self.l0 += l0.sum()
         self.l0_squared += l0.double().square().sum()
         self.l0_counts += count(l0, len(self.l0_counts))
@@ -106,7 +126,7 @@ class Totals:
             "cosine": float(self.cosine) / n,
             "l2_ratio": float(self.l2_ratio) / n,
             "relative_reconstruction_bias": float(self.x_hat2) / float(self.dot) if float(self.dot) else float("nan"),
-            "dead_fraction": float((self.fired == 0).double().mean()),
+            "dead_fraction": float(self.latents.mean((self.fired == 0).double())),
         }
 
     def densities(self) -> Tensor:
@@ -211,12 +231,13 @@ class _Loss:
 def evaluate(
     lm: LanguageModel, sae: SAE, hookpoint: str, dataset: Dataset,
     *, n_tokens: int, ctx_len: int, skip_first: bool = False, exclude_tokens: Sequence[int] = (),
-    model_batch_size: int = 16, mean_tokens: int = 16_384,
+    model_batch_size: int = 16, mean_tokens: int = 16_384, world: World = ALONE,
 ) -> tuple[Report, Totals]:  # fmt: skip
     """Measure an SAE on held-out text, alone and inside the model.
 
     Takes whole sequences until n_tokens kept tokens are seen, or the held-out text ends. The mean for mean ablation
-    and the legacy explained variance comes from the first mean_tokens of the same text.
+    and the legacy explained variance comes from the first mean_tokens of the same text. Replicas of a world take turns
+    with the batches and get the same report.
     """
     reads = f"{hookpoint}@in" if sae.config.transcode else hookpoint
     source = lambda: ModelSource(
@@ -227,31 +248,36 @@ def evaluate(
         width = source().widths[name]
         if width != wanted:
             raise UserError(f"'{name}' is {width} wide and the SAE {does} {wanted}; give the SAE's own model")
-    head = gather(source(), min(mean_tokens, n_tokens), "the mean activation")[hookpoint]
-    mean = head.cpu().double().mean(0)
-    totals = Totals(sae.d_out, sae.d_sae, device=sae.W_dec.device, mean=mean)
+    head = gather(source(), min(mean_tokens, n_tokens), "the mean activation", world=world)[hookpoint]
+    mean = world.data.mean((head.cpu() if world.data.size == 1 else head).double())
+    totals = Totals(sae.d_out, sae.d_sae, device=sae.W_dec.device, mean=mean, world=world)
     losses = {name: _Loss() for name in ("clean", "sae", "zero", "mean")}
-    n_counted = 0
+    n_counted = n_seen = turn = 0
     bar = log.progress(n_tokens, "evaluating")
     rows = TokenRows(lm, dataset, "val", ctx_len)
     was_training = sae.training
     sae.eval()
     try:
-        while totals.n < n_tokens:
+        while n_seen < n_tokens:
             ids, valid = rows.take(model_batch_size)
             if len(ids) == 0:
                 break
             keep = kept_positions(lm, ids, valid, skip_first=skip_first, exclude_tokens=exclude_tokens)
-            before = totals.n
             # up to the sequence in which n_tokens is reached, so that batches of any size see the same sequences
-            n = int((keep.sum(1).cumsum(0) < n_tokens - before).sum()) + 1
+            n = int((keep.sum(1).cumsum(0) < n_tokens - n_seen).sum()) + 1
             part = (ids[:n], valid[:n], keep[:n])
-            n_counted += _evaluate_rows(lm, sae, hookpoint, part, mean.float().to(lm.device), totals, losses)
-            bar.update(totals.n - before)
+            if turn % world.data.size == world.data.rank:
+                n_counted += _evaluate_rows(lm, sae, hookpoint, part, mean.float().to(lm.device), totals, losses)
+            bar.update(int(part[2].sum()))
+            n_seen, turn = n_seen + int(part[2].sum()), turn + 1
     finally:
         sae.train(was_training)
         bar.close()
-    return _report(lm, sae, hookpoint, dataset, totals, losses, n_counted, len(head)), totals
+    totals = totals.reduced()
+    for loss in losses.values():
+        loss.ce, loss.kl = (sum(world.data.objects(value)) for value in (loss.ce, loss.kl))
+    n_counted, n_mean = (sum(world.data.objects(n)) for n in (n_counted, len(head)))
+    return _report(lm, sae, hookpoint, dataset, totals, losses, n_counted, n_mean), totals
 
 
 @torch.no_grad()

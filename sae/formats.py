@@ -6,6 +6,7 @@ What is read is never executed: .pt files go through weights_only, and a broken 
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import warnings
@@ -13,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from sae.base import SHARED
 from sae.config import VERSION, SAEConfig, UserError, read_json
 from sae.hooks import natural
 from sae.models import SAE, create_sae
@@ -75,12 +78,15 @@ def write_torch(value: Any, path: Path) -> None:
     write_atomic(path, write)
 
 
-def read_torch(path: str | Path, device: torch.device | str = "cpu") -> Any:
-    """What a .pt file holds, tensors and plain containers only; anything else is refused unexecuted."""
+def read_torch(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = False) -> Any:
+    """What a .pt file holds, tensors and plain containers only; anything else is refused unexecuted.
+
+    mmap: read of the tensors only what is used.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on pickles it then refuses
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except FileNotFoundError as e:
         raise UserError(f"'{path}' does not exist; give a checkpoint or a weights file") from e
     except pickle.UnpicklingError as e:
@@ -93,6 +99,53 @@ def read_torch(path: str | Path, device: torch.device | str = "cpu") -> Any:
 def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     write_atomic(path, lambda tmp: safetensors.torch.save_file(whole, tmp))
+
+
+def write_shards(tensors: dict[str, Tensor], sae: SAE, path: Path) -> None:
+    """One safetensors file of tensors of which every shard of an SAE has its latents' part; each writes its own.
+
+    Nothing is sent: the processes share the folder. tensors: parameters, or (F,) of any name.
+    """
+    shards, own = sae.world.latents, slice(sae.own.start, sae.own.stop)
+    header, places, end = {}, {}, 0
+    for name, x in tensors.items():
+        axis = None if name in SHARED else x.ndim - 1 if name == "W_enc" else 0
+        shape = [sae.d_sae if i == axis else n for i, n in enumerate(x.shape)]
+        places[name] = (end, shape, axis)
+        size = math.prod(shape) * x.element_size()
+        header[name] = {
+            "dtype": {4: "F32", 8: "I64"}[x.element_size()],
+            "shape": shape,
+            "data_offsets": [end, end + size],
+        }
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    tmp = path.with_name(f".{path.name}.shards.tmp")
+    try:
+        if shards.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tmp.open("wb") as f:
+                f.write(len(text).to_bytes(8, "little") + text)
+                f.truncate(8 + len(text) + end)
+        shards.barrier()
+        for name, x in tensors.items():
+            start, shape, axis = places[name]
+            array = x.detach().cpu().numpy()
+            file = np.memmap(tmp, array.dtype, "r+", 8 + len(text) + start, tuple(shape))
+            if axis is not None:
+                file[(slice(None),) * axis + (own,)] = array
+            elif shards.rank == 0:
+                file[:] = array
+            file.flush()
+        shards.barrier()
+        if shards.rank == 0:
+            with tmp.open("rb+") as f:
+                os.fsync(f.fileno())
+            tmp.replace(path)
+        shards.barrier()
+    except OSError as e:
+        raise UserError(f"cannot write '{path}': {e.strerror}; choose another folder or free some space") from e
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -121,7 +174,8 @@ def save_sae(sae: SAE, folder: str | Path, **metadata: Any) -> None:
     """Write cfg.json and sae_weights.safetensors, which SAELens, SAEBench and SAEDashboard open as they are.
 
     A batch-top-k SAE is written as the JumpReLU SAE that it is at inference. metadata: free entries (model_name,
-    hook_name, context_size, dataset_path, ...) for cfg.json's "metadata".
+    hook_name, context_size, dataset_path, ...) for cfg.json's "metadata". Where several processes hold the latents, all
+    of them call this.
     """
     c, folder = sae.config, Path(folder)
     if "hookpoint" in metadata:
@@ -140,8 +194,13 @@ def save_sae(sae: SAE, folder: str | Path, **metadata: Any) -> None:
     if c.transcode:
         cfg["d_out"] = sae.d_out
     weights = sae.state_dict()
-    write_safetensors({"W_enc": sae.W_enc, **weights} if c.tied else weights, folder / WEIGHTS)
-    write_json(cfg, folder / CFG)
+    weights = {"W_enc": sae.W_enc, **weights} if c.tied else weights
+    if sae.world.latents.size > 1:
+        write_shards(weights, sae, folder / WEIGHTS)
+    else:
+        write_safetensors(weights, folder / WEIGHTS)
+    if sae.world.latents.rank == 0:
+        write_json(cfg, folder / CFG)
 
 
 def load_sae(path: str | Path, *, device: torch.device | str = "cpu") -> SAE:

@@ -2,21 +2,78 @@
 
 Each operation has a plain twin (`*_reference`) that defines it in dense autograd; tests hold them together.
 Only the K kept latents of a token take part in the backward pass: no (B, F) gradient, no (B*K, D) tensor is made.
-On CPUs, float32 goes through native.cpp where that can be compiled (native.py).
+On CPUs, float32 goes through native.cpp where that can be compiled (native.py); on CUDA, float32 and bfloat16 go
+through triton_kernels.py and triton_encoder.py where Triton is installed.
 
 Letters: B tokens in a batch, D width, F latents, K kept latents.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sae import native
+
+GROUP = 8  # latents whose maximum stands for them when the largest are looked for
+PRODUCT, CACHED = 2**25, 2**21  # pre-activations of one matrix product, and those taken in hand at a time on CPUs
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels then serve CPUs too, slowly
+
+
+def compiled(*tensors: Tensor) -> Any:
+    """The compiled operations where these tensors lie, if they serve them: Triton on CUDA, C++ on CPUs; else None."""
+    if tensors[0].device.type != "cuda" and not interpreted:
+        return native.ops(*tensors)
+    return _triton().ops(*tensors) if native.enabled and _triton() else None
+
+
+def encoder(x: Tensor, *tensors: Tensor) -> Any:
+    """What holds a compiled encoder that is worth it for tokens x; else None."""
+    if x.device.type != "cuda" and not interpreted:
+        return native.encoder(x, *tensors)
+    if len(x) < 32 or not compiled(x, *tensors):
+        return None
+    from sae import triton_encoder
+
+    return triton_encoder
+
+
+@functools.cache
+def _triton() -> Any:
+    try:
+        from sae import triton_kernels
+    except ImportError:  # it is not in all builds of torch
+        return None
+    return triton_kernels
+
+
+def second_looks(device: torch.device) -> float:
+    """The share of tokens so far whose largest latents were not proven at the first attempt, and were found again."""
+    if device.type != "cuda" and not interpreted:
+        return native.second_looks()
+    ops = encoder(torch.empty(32, 1, device=device))
+    seen, again = ops.looks() if ops else (0, 0)
+    return again / seen if seen else 0.0
+
+
+def status(device: torch.device) -> str:
+    """What runs on this device, in words."""
+    if device.type == "cpu" and not interpreted:
+        return native.status()
+    if not native.enabled:
+        return "plain torch, as asked"
+    if device.type != "cuda" and not interpreted:
+        return "plain torch"
+    if _triton() is None:
+        return "plain torch, several times slower than Triton's, which are missing: pip install triton"
+    return f"Triton {_triton().triton.__version__}"
 
 
 class Codes(NamedTuple):
@@ -44,7 +101,7 @@ class Codes(NamedTuple):
     def activity(self, n_latents: int) -> tuple[Tensor, Tensor]:
         """Active latents of each token (B,), counted after the selection and the ReLU, and on how many tokens each
         latent is active (F,); int64."""
-        if self.indices is not None and (ops := native.ops(self.values)):
+        if self.indices is not None and (ops := compiled(self.values)):
             return ops.activity(self.indices.contiguous(), self.offsets, self.values.contiguous(), n_latents)
         active = self.values != 0
         if self.indices is None:
@@ -120,37 +177,27 @@ def count(indices: Tensor, n: int, weights: Tensor | None = None) -> Tensor:
     return torch.zeros(n, dtype=torch.int64, device=flat.device).index_add_(0, flat, ones)
 
 
-class Packed(NamedTuple):
-    """A copy of W_enc in 8 bits: rows (F, D) int8; of each its unit, norm and rounding error (3, F). It serves the
-    weights it was made of, which `version` tells, for batches of few tokens."""
-
-    rows: Tensor
-    about: Tensor
-    version: int
-
-    def serves(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> bool:
-        """Whether it is quicker than W_enc itself, and still its copy."""
-        return len(x) < 32 and self.version == W_enc._version and native.ops(x, W_enc, b_enc) is not None
-
-
-def pack(W_enc: Tensor) -> Packed | None:
-    """W_enc (D, F) in 8 bits, for kernels that select latents with it and compute what they select from W_enc itself;
-    None where there are no such kernels."""
-    ops = native.ops(W_enc)
-    rows = W_enc.detach().t()
-    if ops is None or not rows.is_contiguous():
-        return None
-    integers, about = ops.pack(rows)
-    return Packed(integers, about, W_enc._version)
-
-
 def top_k(pre: Tensor, k: int) -> Tensor:
     """(B, K) indices of the k largest of each row of pre (B, F), in no particular order."""
-    return pre.topk(k, dim=-1, sorted=False).indices
+    n_groups = pre.shape[1] // GROUP
+    if pre.device.type != "cpu" or pre.shape[1] % GROUP or n_groups < 4 * k:
+        return pre.topk(k, dim=-1, sorted=False).indices
+    # the k groups with the largest maxima hold the k largest, and maxima are quicker to take than to sort
+    best = pre.view(-1, GROUP, n_groups).amax(1).topk(k, dim=-1, sorted=False).indices
+    among = (best[:, None] + torch.arange(0, pre.shape[1], n_groups)[:, None]).flatten(1)
+    return among.gather(1, pre.gather(1, among).topk(k, dim=-1, sorted=False).indices)
+
+
+def _blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[Tensor]:
+    """Pre-activations (some tokens, F), in order: a product of a size that runs well, then on CPUs what caches hold."""
+    for part in x.split(max(256, PRODUCT // len(b_enc))):
+        pre = part @ W_enc
+        for few in pre.split(max(1, CACHED // len(b_enc)) if x.device.type == "cpu" else len(pre)):
+            yield few.add_(b_enc)
 
 
 def choose_top_k(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: bool = False, packed: Packed | None = None
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: bool = False, packed: native.Packed | None = None
 ) -> tuple[Tensor, Tensor]:
     """The k largest pre-activations x @ W_enc + b_enc of each token: indices and values (B, k), in no particular order.
 
@@ -161,14 +208,17 @@ def choose_top_k(
         if packed is not None and packed.serves(x, W_enc, b_enc):
             rows, about, _ = packed
             return native.ops().packed_top_k(x.contiguous(), W_enc.t(), b_enc, rows, about, k, absolute)
-        if k * 8 <= len(b_enc) and (ops := native.encoder(x, W_enc, b_enc)):
+        if k * 8 <= len(b_enc) and (ops := encoder(x, W_enc, b_enc)):
             indices, values, _ = ops.encode_top_k(
                 x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), k, absolute
             )
             return indices, values
-        pre = torch.addmm(b_enc, x, W_enc)
-        indices = top_k(pre.abs() if absolute else pre, k)
-        return indices, pre.gather(1, indices)
+        found = []
+        for pre in _blocks(x, W_enc, b_enc):
+            indices = top_k(pre.abs() if absolute else pre, k)
+            found.append((indices, pre.gather(1, indices)))
+        indices, values = zip(*found, strict=True)
+        return torch.cat(indices), torch.cat(values)
 
 
 def choose_top_k_reference(
@@ -187,24 +237,26 @@ def choose_batch_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> tuple
     """
     with torch.no_grad():
         n = min(n, len(x) * len(b_enc))
-        if native.encoder(x, W_enc, b_enc):
-            few = x[:: max(1, len(x) // 64)]  # these tell about where the cut is
-            pre = torch.addmm(b_enc, few, W_enc).flatten()
-            for room in (1.2, 2.0, 4.0, math.inf):
-                wanted = math.ceil(room * n * len(few) / len(x)) if room < math.inf else len(pre) + 1
-                least = pre.topk(wanted, sorted=False).values.min() if wanted <= len(pre) else pre.new_tensor(-math.inf)
-                indices, values, offsets = choose_above(x, W_enc, b_enc, least.repeat(len(b_enc)))
-                if len(values) >= n:  # all above the cut are there, so the best n of them are those of the batch
-                    break
-            best = values.topk(n, sorted=False).indices.sort().values
-            return indices[best], values[best], _offsets(rows_of(indices, offsets)[best], len(x))
-        pre = torch.addmm(b_enc, x, W_enc)
-        flat = pre.flatten().topk(n, sorted=False).indices.sort().values
-        return flat % len(b_enc), pre.flatten()[flat], _offsets(flat // len(b_enc), len(x))
+        if x.device.type != "cpu" and not encoder(x, W_enc, b_enc):  # a look at the number found makes the device wait
+            pre = torch.addmm(b_enc, x, W_enc)
+            flat = pre.flatten().topk(n, sorted=False).indices.sort().values
+            return flat % len(b_enc), pre.flatten()[flat], _offsets(flat // len(b_enc), len(x))
+        few = x[:: max(1, len(x) // 64)]  # these tell about where the cut is
+        pre = torch.addmm(b_enc, few, W_enc).flatten()
+        wanted = 1.2 * n * len(few) / len(x)
+        while True:
+            all_of_them = wanted > len(pre)
+            least = -math.inf if all_of_them else float(pre.topk(math.ceil(wanted), sorted=False).values.min())
+            indices, values, offsets = choose_above(x, W_enc, b_enc, torch.full_like(b_enc, least))
+            if len(values) >= n:  # all above the cut are there, so the best n of them are those of the batch
+                break
+            wanted *= 2
+        best = values.topk(n, sorted=False).indices.sort().values
+        return indices[best], values[best], _offsets(rows_of(indices, offsets)[best], len(x))
 
 
 def choose_above(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, packed: Packed | None = None
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, packed: native.Packed | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Where pre-activations exceed threshold (F,): indices and values (n,), offsets (B,). packed: of W_enc.
 
@@ -214,20 +266,24 @@ def choose_above(
         if packed is not None and packed.serves(x, W_enc, b_enc):
             rows, about, _ = packed
             return native.ops().packed_above(x.contiguous(), W_enc.t(), b_enc, rows, about, threshold.contiguous())
-        if ops := native.encoder(x, W_enc, b_enc, threshold):
+        if ops := encoder(x, W_enc, b_enc, threshold):
             return ops.encode_above(x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), threshold.contiguous())
-        pre = torch.addmm(b_enc, x, W_enc)
-        rows, indices = (pre > threshold).nonzero(as_tuple=True)
-        return indices, pre[rows, indices], _offsets(rows, len(x))
+        found, start = [], 0
+        for pre in _blocks(x, W_enc, b_enc):
+            rows, indices = (pre > threshold).nonzero(as_tuple=True)
+            found.append((indices, pre[rows, indices], rows + start))
+            start += len(pre)
+        indices, values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return indices, values, _offsets(rows, len(x))
 
 
 def choose_above_if_few(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, packed: Packed | None = None
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, packed: native.Packed | None = None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """choose_above where it is quicker than all pre-activations: on CPUs, for less than a tenth of them; else None."""
     if packed is not None and packed.serves(x, W_enc, b_enc):
         return choose_above(x, W_enc, b_enc, threshold, packed=packed)
-    if not native.encoder(x, W_enc, b_enc, threshold):
+    if not encoder(x, W_enc, b_enc, threshold):
         return None
     with torch.no_grad():
         few = x[:: max(1, len(x) // 16)]
@@ -245,7 +301,7 @@ def _sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: T
     Sorting the places by latent turns the sum into an embedding bag whose bags are latents: deterministic, and the
     (places, D) products are never stored.
     """
-    if ops := native.ops(x, values):
+    if ops := compiled(x, values):
         return ops.sum_by_latent(indices.contiguous(), offsets, values.contiguous(), x.contiguous(), n_latents)
     order = torch.argsort(indices.reshape(-1), stable=True)
     tokens = order // indices.shape[1] if offsets is None else rows_of(indices, offsets)[order]
@@ -254,9 +310,17 @@ def _sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: T
     return F.embedding_bag(tokens, x, starts, mode="sum", per_sample_weights=values.reshape(-1)[order].to(x.dtype))
 
 
+def _sum_values(indices: Tensor, offsets: Tensor | None, values: Tensor, n_tokens: int, n_latents: int) -> Tensor:
+    """(F,): the sum of each latent's values; on a GPU through the sort that the sums of rows take, not by atomic
+    additions, whose order changes."""
+    if values.device.type != "cpu" or interpreted:
+        return _sum_by_latent(indices, offsets, values, values.new_ones(n_tokens, 1), n_latents)[:, 0]
+    return values.new_zeros(n_latents).index_add_(0, indices.reshape(-1), values.reshape(-1))
+
+
 def _dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """Like indices: left[token] . right[indices[place]], for left (B, D) and right (F, D), (places, D) never stored."""
-    if ops := native.ops(left, right):
+    if ops := compiled(left, right):
         return ops.dot_at(indices.contiguous(), offsets, left.contiguous(), right.contiguous())
     flat = indices.reshape(-1).contiguous()
     if offsets is None:
@@ -275,7 +339,7 @@ def _dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor
 
 def _bag(indices: Tensor, offsets: Tensor | None, values: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
     """(B, D): for each token the sum of values[place] * rows[indices[place]] over its places, plus bias (D,)."""
-    if ops := native.ops(values, rows):
+    if ops := compiled(values, rows):
         return ops.bag(indices.contiguous(), offsets, values.contiguous(), rows.contiguous(), bias)
     bags = F.embedding_bag(
         indices.contiguous(), rows, offsets, mode="sum", per_sample_weights=values.to(rows.dtype).contiguous()
@@ -283,29 +347,37 @@ def _bag(indices: Tensor, offsets: Tensor | None, values: Tensor, rows: Tensor, 
     return bags if bias is None else bags + bias
 
 
+def _combine(weights: Tensor, rows: Tensor) -> Tensor:
+    """(D,): the rows (F, D) weighted by (F,) and summed; in parts, which keeps several cores busy."""
+    if native.ops(weights, rows) is None:
+        return weights @ rows
+    places = torch.arange(len(weights))
+    return _bag(places, places[::64].contiguous(), weights, rows).sum(0)
+
+
 class _Gather(torch.autograd.Function):
     """Pre-activations at chosen latents, with a backward that touches those latents only."""
 
     @staticmethod
     def forward(ctx, x, centre, W_enc, b_enc, values, indices, offsets):
-        del b_enc  # it is in the values already; an argument so that its gradient comes back
-        ctx.save_for_backward(x, centre, W_enc, indices, offsets)
+        del centre, b_enc  # they are in x and in the values already; arguments so that their gradients come back
+        ctx.save_for_backward(x, W_enc, indices, offsets)
         return values.to(x.dtype, copy=True)
 
     @staticmethod
     def backward(ctx, grad):
-        x, centre, W_enc, indices, offsets = ctx.saved_tensors
+        x, W_enc, indices, offsets = ctx.saved_tensors
         n_latents = W_enc.shape[1]
         grad = grad.contiguous()
         grad_x = grad_centre = grad_W = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_x = _bag(indices, offsets, grad, W_enc.t().contiguous())
         if ctx.needs_input_grad[2]:
-            grad_W = _sum_by_latent(indices, offsets, grad, x if centre is None else x - centre, n_latents).t()
+            grad_W = _sum_by_latent(indices, offsets, grad, x, n_latents).t()
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-            grad_b = grad.new_zeros(n_latents).index_add_(0, indices.reshape(-1), grad.reshape(-1))
-        if ctx.needs_input_grad[1]:
-            grad_centre = -(W_enc @ grad_b)  # of the sum over tokens, which is cheaper than the sum of theirs
+            grad_b = _sum_values(indices, offsets, grad, len(x), n_latents)
+        if ctx.needs_input_grad[1] and grad_b is not None:
+            grad_centre = -_combine(grad_b, W_enc.t())  # of the tokens' sum: cheaper than all of theirs
         return grad_x, grad_centre, grad_W, grad_b, None, None, None
 
 
@@ -335,9 +407,10 @@ def gather_pre(
 ) -> Tensor:  # fmt: skip
     """Pre-activations of the chosen latents, differentiable in x, centre, W_enc and b_enc.
 
-    x (B, D), W_enc (D, F), b_enc (F,), centre (D,); values (x - centre) @ W_enc + b_enc at indices (B, K), or (n,) with
-    offsets (B,), found without a graph. Returns the values. Every use of pre-activations of the kinds that select
-    (main code, AuxK, multi-TopK) comes through here, so each one trains the encoder.
+    x (B, D), W_enc (D, F), b_enc (F,); values x @ W_enc + b_enc at indices (B, K), or (n,) with offsets (B,), found
+    without a graph. centre (D,): what has been taken off x without a graph. Returns the values. Every use of
+    pre-activations of the kinds that select (main code, AuxK, multi-TopK) comes through here, so each one trains the
+    encoder.
     """
     if not torch.is_grad_enabled():
         return values.to(x.dtype)
@@ -350,7 +423,7 @@ def gather_pre_reference(
 ) -> Tensor:  # fmt: skip
     """Twin of gather_pre: the dense product, then a gather (values are ignored)."""
     del values
-    return at((x if centre is None else x - centre) @ W_enc + b_enc, indices, offsets)
+    return at((x if centre is None else x + centre.detach() - centre) @ W_enc + b_enc, indices, offsets)
 
 
 def at(pre: Tensor, indices: Tensor, offsets: Tensor | None) -> Tensor:
@@ -378,9 +451,11 @@ def decode_reference(
 
 def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Sums in float64: per token |x|^2, |y|^2, x.y and |x - y|^2 as (4, B), and x over tokens (D,). x, y (B, D)."""
-    if ops := native.ops(x, y):
+    if ops := compiled(x, y):
         return ops.moments(x.contiguous(), y.contiguous())
-    return moments_reference(x, y)
+    norms = (torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in (x, y, x - y))
+    x2, y2, e2 = (norm.square() for norm in norms)  # no float64 copy of x or y is made
+    return torch.stack([x2, y2, (x2 + y2 - e2) / 2, e2]), x.sum(0, dtype=torch.float64)
 
 
 def moments_reference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -392,7 +467,7 @@ def moments_reference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def variance(x: Tensor) -> Tensor:
     """Scalar: mean over the tokens of x (B, D) of |x - their mean|^2."""
-    if ops := native.ops(x):
+    if ops := compiled(x):
         rows, total = ops.moments(x.contiguous(), x.contiguous())
         return ((rows[0].sum() - total.square().sum() / len(x)) / len(x)).clamp(min=0).to(x.dtype)
     return (x - x.mean(0)).square().sum(-1).mean()
@@ -419,7 +494,7 @@ def squared_error(x: Tensor, y: Tensor) -> Tensor:
 
 def project_rows_(grad: Tensor, W: Tensor) -> None:
     """Drop the part of every row of grad (F, D) that lies along the same row of W (F, D), in place."""
-    if grad.is_contiguous() and W.is_contiguous() and (ops := native.ops(grad, W)):
+    if grad.is_contiguous() and W.is_contiguous() and (ops := compiled(grad, W)):
         ops.project_rows_(grad, W)
     else:
         along = (grad * W).sum(1, keepdim=True) / W.square().sum(1, keepdim=True).clamp(min=1e-24)
@@ -428,7 +503,7 @@ def project_rows_(grad: Tensor, W: Tensor) -> None:
 
 def unit_rows_(W: Tensor) -> Tensor:
     """Set every row of W (F, D) to unit norm, in place; returns the factors (F, 1) that took."""
-    if W.is_contiguous() and (ops := native.ops(W)):
+    if W.is_contiguous() and (ops := compiled(W)):
         return ops.unit_rows_(W)
     factors = 1 / W.norm(dim=1, keepdim=True).clamp(min=1e-12)
     W.mul_(factors)

@@ -262,6 +262,30 @@ def load_language_model(
     return _huggingface(name, where)
 
 
+def outline(name: str) -> LanguageModel:
+    """The model `name` means without its weights, for shapes only: its module lies on the meta device.
+
+    nanoGPT's and HuggingFace's. Raises UserError for others.
+    """
+    path = PYGPT / "ckpt.pt" if name == "pygpt" else Path(name) / "ckpt.pt" if Path(name).is_dir() else Path(name)
+    forward: Callable[[nn.Module, Tensor, Tensor], Tensor | None]
+    with torch.device("meta"), redirect_stdout(sys.stderr):
+        if path.is_file() and path.suffix == ".pt" and "model_args" in (found := read_plain(path, mmap=True)):
+            model_py = beside("model.py")
+            module = model_py.GPT(model_py.GPTConfig(**found["model_args"]))
+            d_model, max_len, forward = module.config.n_embd, module.config.block_size, _nanogpt_forward
+        elif importlib.util.find_spec("transformers") and (Path(name) / "config.json").is_file():
+            import transformers
+
+            config = transformers.AutoConfig.from_pretrained(name)
+            causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ())
+            module = (transformers.AutoModelForCausalLM if causal else transformers.AutoModel).from_config(config)
+            d_model, max_len, forward = config.hidden_size, 1 << 20, _hf_forward
+        else:
+            raise UserError(f"'{name}' cannot be planned without loading it; --plan reads nanoGPT's and HuggingFace's")
+    return LanguageModel(module, None, forward, name, d_model, max_len)
+
+
 def read_plain(path: Path, **options: Any) -> Any:
     """What a .pt file holds, on the CPU; one that wants code to run is refused."""
     try:

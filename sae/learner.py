@@ -13,18 +13,19 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae import kernels
 from sae import schedules as sched
 from sae.activations import Acts, check_finite
-from sae.base import SAE, Losses, Output, layer_norm
-from sae.config import SAEConfig, UserError
+from sae.base import SAE, SHARED, Losses, Output, Spare, layer_norm
+from sae.config import SAEConfig, UserError, require
 from sae.evaluator import Totals, reconstruct
-from sae.optim import Optimizer
+from sae.optim import Optimizer, own_layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SUMS = ("loss", "objective", "sparsity", "aux", "grad_norm", "penalty_weight")
+PARTIAL = ("loss", "objective", "sparsity", "aux")  # sums over the tokens of this process
+SUMS = (*PARTIAL, "grad_norm", "penalty_weight")
 # What a step does per error of log L0: to thresholds, to what they move by in every step, to the log of the weight.
 STEER, STEER_DRIFT, STEER_WEIGHT = 0.2, 0.004, 0.01
 
@@ -37,6 +38,7 @@ class Terms(NamedTuple):
     sparsity: Tensor
     variance: Tensor
     dead: Tensor | None
+    spare: Spare | None
     residual: Tensor | None
     whole: Tensor | None
 
@@ -51,20 +53,15 @@ class StepCounts:
         self.n_tokens = 0
 
 
-def clip_gradients_(params: list[nn.Parameter], most: float) -> Tensor:
-    """Scale the gradients down to a joint norm of at most `most`, in place; returns the norm there was."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-    if norm.device.type != "cpu" or not norm <= most:  # elsewhere a look at the norm costs more than a pass over memory
-        torch.nn.utils.clip_grads_with_norm_(params, most, norm)
-    return norm
-
-
 class Learner:
     """Trains one SAE, step by step.
 
     Activations are brought to a common scale (SAEConfig.normalize_activations): one step size and one sparsity weight
     then serve models whose streams differ a hundredfold. The scale is folded away in everything that is saved.
     hookpoint names the activations in a batch; a transcoder reads `hookpoint@in` and predicts `hookpoint`.
+
+    Several processes train one SAE (sae.world): each learns from its part of a batch, and a step's gradients and counts
+    are summed once; along `data` all hold the same weights, along `latents` each its own.
     """
 
     def __init__(self, sae: SAE, config: SAEConfig, n_steps: int, device: torch.device, hookpoint: str = ""):
@@ -77,7 +74,9 @@ class Learner:
         self.scaler = torch.amp.GradScaler(device.type) if config.dtype == "float16" else None
         self.scale, self.scale_out = 1.0, 1.0
         self.variance = float(sae.d_out)
-        F = sae.d_sae
+        self.world = sae.world
+        self._check_shards()
+        F = len(sae.own)
         self.tokens_since_fired = torch.zeros(F, dtype=torch.int64, device=device)
         self.feature_counts = torch.zeros(F, dtype=torch.int64, device=device)
         self.rate = torch.full((F,), self.fresh_rate, device=device)  # running share of tokens a latent fires on
@@ -92,8 +91,16 @@ class Learner:
         self.n_dead = 0  # as last read by the log: AuxK is computed only where something was dead
         self.best_val_loss = math.inf
         self.pending: tuple[Output, Tensor | None] | None = None
+        self.spare: Spare | None = None  # what AuxK learns in this step
         self.counts = StepCounts(F, device)
         self.new_window()
+
+    def _check_shards(self) -> None:
+        """Raise UserError for what cannot be done to a part of the latents alone."""
+        n, c = self.world.latents.size, self.config
+        whole = c.optimizer in ("muon", "adam8bit")
+        require(n == 1 or not whole, f"--optimizer {c.optimizer} needs whole matrices; with --shard_latents use adam")
+        require(n == 1 or c.dtype != "float16", "--dtype float16 does not go with --shard_latents; use bfloat16")
 
     @property
     def dead_after(self) -> int:
@@ -112,7 +119,7 @@ class Learner:
 
     def new_window(self) -> None:
         """Start the sums that the next line of the log averages over."""
-        self.totals = Totals(self.sae.d_out, self.sae.d_sae, device=self.device)
+        self.totals = Totals(self.sae.d_out, self.sae.d_sae, device=self.device, world=self.world)
         self.sums = {name: torch.zeros((), device=self.device) for name in SUMS}
         self.n_sums = 0
 
@@ -120,10 +127,11 @@ class Learner:
     # scale
 
     @torch.no_grad()
-    def start_from(self, acts: Acts, pretrained: bool = False) -> None:
+    def start_from(self, acts: Acts, pretrained: bool = False, n_tokens: int | None = None) -> None:
         """Before the first step: the scale, and what an SAE starts from (biases, thresholds), from a sample of data.
 
-        pretrained: the SAE holds weights for raw activations; they are brought to this scale and kept.
+        pretrained: the SAE holds weights for raw activations; they are brought to this scale and kept. n_tokens: of the
+        whole sample, of which n processes along `data` have every n-th token each.
         """
         x, y = acts[self.reads], acts[self.hookpoint]
         check_finite({self.reads or "the hookpoint": x, self.hookpoint or "the target": y})
@@ -133,19 +141,26 @@ class Learner:
             self.sae.load_state_dict(self.sae.scaled(1 / self.scale, 1 / self.scale_out).state_dict())
         x, target = self.normalise(x, y)
         target = x if target is None else target
-        self.variance = float((target - target.mean(0)).square().sum(-1).mean())
+        self.variance = float(self._variance(target))
         if not pretrained:
-            self.sae.start_from_(x, target)
+            self.sae.start_from_(x, target, n_tokens)
+        for tensor in self.sae.state_dict().values():
+            self.world.data.broadcast_(tensor)
+
+    def _variance(self, x: Tensor) -> Tensor:
+        """Mean of |x - mean|^2 over the tokens of all processes."""
+        mean = self.world.data.mean
+        return mean((x - mean(x)).square().sum(-1))
 
     def _scale(self, x: Tensor) -> float:
         wide = (x.cpu() if x.device.type == "mps" else x).double()  # no float64 on mps
-        variance = float((wide - wide.mean(0)).square().sum(-1).mean())
+        variance = float(self._variance(wide))
         if not variance > 0:
             raise UserError("the activations are all equal, so there is nothing to learn; choose another hookpoint")
         how = self.config.normalize_activations
         if how == "unit":
             return math.sqrt(x.shape[1] / variance)
-        return math.sqrt(x.shape[1]) / float(wide.norm(dim=1).mean()) if how == "expected_norm" else 1.0
+        return math.sqrt(x.shape[1]) / float(self.world.data.mean(wide.norm(dim=1))) if how == "expected_norm" else 1.0
 
     def normalise(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Raw activations as they are trained on; the target is None where it is x itself."""
@@ -156,36 +171,61 @@ class Learner:
     # ----------------------------------------------------------------------------------------------
     # a step: learn (gradients), then update
 
-    def learn(self, batch: Acts, step: int) -> None:
+    def learn(self, batch: Acts, step: int, n_tokens: int | None = None) -> None:
         """Add the gradients of a batch of raw activations, in as many parts as the config asks for.
 
         Reads nothing back from the device. The sum is the whole batch's gradient whatever the number of parts.
+        n_tokens: of the whole batch, where other processes have the rest of it.
         """
         x, y = self.normalise(batch[self.reads], batch[self.hookpoint])
         n_parts = self.config.grad_acc_steps * self.config.micro_acc_steps
         xs = x.chunk(n_parts)
         ys = y.chunk(n_parts) if y is not None else (None,) * len(xs)
-        terms = self.terms(step, x if y is None else y, list(xs))
+        n_tokens = n_tokens or len(x)
+        terms = self.terms(step, x if y is None else y, list(xs), n_tokens)
         for part, target in zip(xs, ys, strict=True):
             out, losses = self.forward(part, target, terms)
-            self.backward(losses.total * (len(part) / len(x)))
-            self.account(part if target is None else target, out, losses, len(part) / len(x))
+            self.backward(losses.total * (len(part) / n_tokens))
+            self.account(part if target is None else target, out, losses, len(part) / n_tokens)
+        self.counts.n_tokens = n_tokens
         self.pending = (out, terms.whole)
 
-    def terms(self, step: int, target: Tensor, parts: list[Tensor]) -> Terms:
-        """What the loss of this step's batch takes; target (B, D_out) is all of it, parts its inputs in pieces."""
+    def terms(self, step: int, target: Tensor, parts: list[Tensor], n_tokens: int | None = None) -> Terms:
+        """What the loss of this step's batch takes; target (B, D_out) is all of it, parts its inputs in pieces.
+
+        n_tokens: of the whole batch, where other processes have the rest of it.
+        """
         c = self.config
         k = sched.k_at(step, c)
         ramp = sched.sparsity_at(step, c, self.n_steps) if sched.target_l0(c) is None else 1.0
         sparsity = ramp * self.log_weight.exp()
         own_variance = c.loss_fn == "fvu"
+        dead = self.is_dead() if self.n_dead and self.sae.uses_auxk and c.auxk_alpha > 0 else None
+        self.spare = self._copies(dead) if dead is not None else None
         return Terms(
             k=k, p=sched.p_at(step, c, self.n_steps), sparsity=sparsity,
-            variance=kernels.variance(target) if own_variance else torch.tensor(self.variance, device=self.device),
-            dead=self.is_dead() if self.n_dead and self.sae.uses_auxk else None,
+            variance=self._batch_variance(target) if own_variance else torch.tensor(self.variance, device=self.device),
+            dead=dead, spare=self.spare,
             residual=torch.where(self.residual > 0, self.residual, 1.0) if self.n_updates else None,
-            whole=self.sae.survey(parts, k) if len(parts) > 1 else None,
+            whole=self.sae.survey(parts, k, n_tokens) if len(parts) > 1 or self.world.team.size > 1 else None,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def _copies(self, dead: Tensor) -> Spare:
+        """Of the weights of dead latents, with gradients of their own."""
+        here = self.n_dead if self.world.latents.size == 1 else max(1, int(dead.sum()))
+        spare = self.sae.weights_of(dead, here, self.n_dead)
+        for weights in (spare.encoder, spare.bias, spare.decoder):
+            weights.requires_grad_()
+        return spare
+
+    def _batch_variance(self, target: Tensor) -> Tensor:
+        """Of the whole batch: the mean of |y - their mean|^2."""
+        if self.world.data.size == 1:
+            return kernels.variance(target)
+        wide = target.double()
+        sums = self.world.data.sum_(torch.cat((wide.sum(0), wide.square().sum()[None], wide.new_full((1,), len(wide)))))
+        return ((sums[-2] - sums[:-2].square().sum() / sums[-1]) / sums[-1]).clamp(min=0).to(target.dtype)
 
     def forward(self, x: Tensor, y: Tensor | None, terms: Terms) -> tuple[Output, Losses]:
         """Output and losses for (a part of) a batch of scaled activations."""
@@ -194,7 +234,7 @@ class Learner:
             out = self.sae(x, k=terms.k, whole=terms.whole)
             losses = self.sae.loss(
                 x, out, y=y, variance=terms.variance, sparsity=terms.sparsity, p=terms.p, dead=terms.dead,
-                n_dead=self.n_dead, residual=terms.residual, whole=terms.whole,
+                spare=terms.spare, residual=terms.residual, whole=terms.whole,
                 recon_weight=1.0 if c.loss_fn in ("fvu", "mse") else c.fvu_coefficient,
             )  # fmt: skip
         return out, losses
@@ -222,18 +262,12 @@ class Learner:
     def update(self, step: int) -> None:
         """One optimiser step on the gradients gathered, and all else that moves once per step."""
         c, sae = self.config, self.sae
-        if self.scaler is not None:
-            for part in self.optimizer.parts:
-                self.scaler.unscale_(part)
-        sae.project_gradient_()
-        norm = clip_gradients_(list(sae.parameters()), c.clip_norm if c.clip_norm is not None else math.inf)
-        self.optimizer.step(sched.lr_at(step, c, self.n_steps), self.scaler)
-        if self.scaler is not None:
-            self.scaler.update()
+        if self.spare is not None:
+            sae.add_gradients_(self.spare)
+            self.spare = None
+        self._reduce()
+        norm = self.optimizer.step(sched.lr_at(step, c, self.n_steps), self.scaler)
         self.optimizer.zero_grad()
-        factors = sae.renormalize_()
-        if factors is not None:
-            self.optimizer.rescale_rows_(sae.W_dec, factors)
         if self.n_dead:
             sae.revive_(self.is_dead())
         if self.pending is not None:
@@ -249,7 +283,26 @@ class Learner:
             for name, p in sae.named_parameters() if self.average else ():
                 self.average[name].lerp_(self.optimizer.averaged(p), 1 - (c.ema or 0.0))
         self.n_updates += 1
-        self.counts = StepCounts(self.sae.d_sae, self.device)
+        self.counts = StepCounts(len(self.sae.own), self.device)
+
+    def _reduce(self) -> None:
+        """Gradients and counts of all processes together: the only sums of a step that grow with the SAE."""
+        if self.world.team.size == 1:
+            return
+        sae, counts = self.sae, self.counts
+        if not self.config.transcode and sae.b_dec.grad is not None:
+            self.world.latents.sum_(sae.b_dec.grad)  # encoders read x - b_dec, each with its own latents
+        if self.world.data.size == 1:
+            return
+        grads = [own_layout(p) for p in sae.parameters()]
+        vectors = [g for g in grads if g.ndim == 1]
+        # numbers of tokens are whole up to 2^24 in float32
+        small = torch.cat((*vectors, counts.fired.float(), torch.stack((counts.l0, counts.error))))
+        self.world.data.sum_all_([*(g for g in grads if g.ndim == 2), small])
+        *summed, fired, sums = small.split([*(len(g) for g in vectors), len(counts.fired), 2])
+        for grad, total in zip(vectors, summed, strict=True):
+            grad.copy_(total)
+        counts.fired, (counts.l0, counts.error) = fired.round().long(), sums
 
     def _count_firing(self) -> None:
         n, fired = self.counts.n_tokens, self.counts.fired
@@ -300,36 +353,40 @@ class Learner:
         Monosemanticity", appendix). Kinds with a penalty start at a fifth of the living encoder's size, as there;
         kinds that select would never choose so small a latent and take its size.
         """
-        sae, c = self.sae, self.config
+        sae, c, data, shards = self.sae, self.config, self.world.data, self.world.latents
         dead = self.is_dead().nonzero()[:, 0]
-        if not len(dead) or len(dead) == sae.d_sae:
+        n_dead = shards.objects(len(dead))
+        if not sum(n_dead) or sum(n_dead) == sae.d_sae:
             return 0
         x, y = self.normalise(acts[self.reads], acts[self.hookpoint])
         target = x if y is None else y
-        left = torch.cat([t - sae(part).x_hat for part, t in zip(x.split(4096), target.split(4096), strict=True)])
-        weights = left.square().sum(-1).square().cpu()
+        whole = sae.survey([x], n_tokens=sum(data.objects(len(x)))) if self.world.team.size > 1 else None
+        parts = zip(x.split(4096), target.split(4096), strict=True)
+        left = torch.cat([t - sae(part, whole=whole).x_hat for part, t in parts])
+        weights = data.in_turn(left.square().sum(-1).square()).cpu()
         rows = torch.multinomial(
-            weights, len(dead), replacement=len(dead) > int((weights > 0).sum()), generator=generator
+            weights, sum(n_dead), replacement=sum(n_dead) > int((weights > 0).sum()), generator=generator
         )
-        rows = rows.to(x.device)
-        mean = x.mean(0)
-        directions = x[rows] - (mean if c.transcode else sae.b_dec)
+        rows = rows[sum(n_dead[: shards.rank]) :][: len(dead)].to(x.device)
+        mean = data.mean(x)
+        directions = data.pick(x, rows) - (mean if c.transcode else sae.b_dec)
         directions = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
         alive = ~self.is_dead()
-        encoder = directions * sae.W_enc[:, alive].norm(dim=0).mean() * (1.0 if sae.uses_auxk else 0.2)
+        encoder = directions * shards.mean(sae.W_enc[:, alive].norm(dim=0)) * (1.0 if sae.uses_auxk else 0.2)
         decoder = directions
         if c.transcode:
-            unit = left[rows] / left[rows].norm(dim=1, keepdim=True).clamp(min=1e-12)
-            decoder = unit * sae.W_dec[alive].norm(dim=1).mean()
+            unit = data.pick(left, rows)
+            unit = unit / unit.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            decoder = unit * shards.mean(sae.W_dec[alive].norm(dim=1))
         new = {"W_dec": decoder, "W_enc": encoder}
         for name, p in sae.named_parameters():
-            if name in ("b_dec", "W_skip"):
+            if name in SHARED:
                 continue
             at = (slice(None), dead) if name == "W_enc" else (dead,)
             value = new.get(name)
             if value is None:  # biases: around the mean for a transcoder; a threshold or a gain like the living ones'
                 value = -(encoder @ mean) if c.transcode and name[:2] == "b_" else torch.zeros_like(p[dead])
-                value = p[alive].mean().expand_as(value) if name in ("threshold", "r_mag") else value
+                value = shards.mean(p[alive]).expand_as(value) if name in ("threshold", "r_mag") else value
             for moment in (p, *self.optimizer.moments(p)):
                 moment[at] = 0.0
             p[at] = value.t() if name == "W_enc" else value
@@ -338,26 +395,31 @@ class Learner:
             if self.average:
                 self.average[name][at] = p[at] * (1 - (c.ema or 0.0) ** self.n_updates)
         self.tokens_since_fired[dead], self.rate[dead] = 0, self.fresh_rate
-        return len(dead)
+        return sum(n_dead)
 
     # ----------------------------------------------------------------------------------------------
     # what is read off now and then
 
     def read_window(self) -> dict[str, float]:
         """Averages over the steps since the last call (reads the device), and a new window."""
-        metrics = {name: float(value) / max(1, self.n_sums) for name, value in self.sums.items()}
+        metrics = {name: float(value) / max(1, self.n_sums) for name, value in self._sums().items()}
         if not math.isfinite(metrics["loss"]):
             raise UserError(
                 "the loss became NaN or infinite; the activations may hold NaN, or --learning_rate is too high "
                 f"(it was {sched.peak_lr(self.config):g})"
             )
-        self.n_dead = int(self.is_dead().sum())
-        window = self.totals.metrics()
+        self.n_dead = sum(self.world.latents.objects(int(self.is_dead().sum())))
+        window = self.totals.reduced().metrics()
         metrics |= {name: window[name] for name in ("fvu", "explained_variance", "l0", "cosine")}
         metrics["mse"] = window["mse"] / self.scale_out**2
         metrics["dead_fraction"] = self.n_dead / self.sae.d_sae
         self.new_window()
         return metrics
+
+    def _sums(self) -> dict[str, Tensor]:
+        """The sums of the window, over the tokens of all processes."""
+        whole = self.world.data.sum_(torch.stack([self.sums[name] for name in PARTIAL]))
+        return self.sums | dict(zip(PARTIAL, whole, strict=True))
 
     @torch.no_grad()
     def deployable(self) -> SAE:
@@ -376,9 +438,9 @@ class Learner:
 
     @torch.no_grad()
     def validate(self, acts: Acts) -> dict[str, float]:
-        """Metrics on held-out raw activations; changes nothing."""
+        """Metrics on held-out raw activations, of which each process has a part; changes nothing."""
         c, sae = self.config, self.deployable()
-        totals = Totals(sae.d_out, sae.d_sae, device=self.device)
+        totals = Totals(sae.d_out, sae.d_sae, device=self.device, world=self.world)
         x, y = acts[self.reads], acts[self.hookpoint]
         loss, weight = 0.0, float(self.log_weight.exp())
         p = sched.p_at(self.n_steps, c, self.n_steps)
@@ -388,10 +450,12 @@ class Learner:
                 totals.add(inner if wanted is None else wanted, out.x_hat, out.codes)
                 losses = sae.loss(inner, out, y=wanted, variance=self.variance, sparsity=weight, p=p)
                 loss += float(losses.total) * len(rows)
+        totals = totals.reduced()
         metrics = totals.metrics()
         metrics["mse"] /= self.scale_out**2
         return {
-            "total_loss": loss / len(x), "mse_loss": metrics["mse"], "l0": metrics["l0"],
+            "total_loss": sum(self.world.data.objects(loss)) / totals.n, "mse_loss": metrics["mse"],
+            "l0": metrics["l0"],
             "fvu": metrics["fvu"], "explained_variance": metrics["explained_variance"],
             "dead_fraction": metrics["dead_fraction"],
         }  # fmt: skip
@@ -404,23 +468,41 @@ class Learner:
 
     STATE = (
         "tokens_since_fired", "feature_counts", "rate", "residual", "log_weight", "drift", "average", "n_updates",
-        "scale", "scale_out", "variance", "n_dead", "best_val_loss", "sums", "n_sums",
+        "scale", "scale_out", "variance", "n_dead", "best_val_loss", "n_sums",
     )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
+        """All that resume needs, of the latents in this process; sums are over the tokens of all."""
         return {
             "sae_state_dict": self.sae.state_dict(), "optimizer_state_dict": self.optimizer.state_dict(),
+            "optimizer_names": self.optimizer.names(self.sae),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            "totals": self.totals.state_dict(), **{name: getattr(self, name) for name in self.STATE},
+            "totals": self.totals.reduced().state_dict(), **{name: getattr(self, name) for name in self.STATE},
+            "sums": self._sums(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state_dict, cut to the latents in this process (checkpoint.py)."""
         self.sae.load_state_dict(state["sae_state_dict"])
         self.optimizer.load_state_dict(state["optimizer_state_dict"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-        self.totals.load_state_dict(state["totals"])
         to = lambda v: v.to(self.device) if isinstance(v, Tensor) else v
         for name in self.STATE:
             value = state[name]
             setattr(self, name, {k: to(v) for k, v in value.items()} if isinstance(value, dict) else to(value))
+        self.new_window()
+        self.sums, self.n_sums = {name: to(v) for name, v in state["sums"].items()}, state["n_sums"]
+        if self.world.data.rank == 0:
+            self.totals.load_state_dict(state["totals"])
+        else:  # the first process has what all had together
+            self.sums |= {name: torch.zeros_like(self.sums[name]) for name in PARTIAL}
+
+    def check_equal(self) -> None:
+        """Raise UserError if what should be the same in several processes is not."""
+        named = {**self.sae.state_dict(), "tokens_since_fired": self.tokens_since_fired, "log_weight": self.log_weight}
+        named |= {f"average of {name}": x for name, x in self.average.items()}
+        prefix = f"{self.hookpoint}: " if self.hookpoint else ""
+        self.world.data.check_equal({prefix + name: x for name, x in named.items()})
+        shared = {n: x for n, x in named.items() if n in (*SHARED, "log_weight")}
+        self.world.latents.check_equal({prefix + name: x for name, x in shared.items()})

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from sae import kernels
 from sae.base import SAE as SAE
 from sae.base import Output as Output
-from sae.config import SAEConfig
+from sae.config import SAEConfig, require
+from sae.distributed import ALONE, World
 from sae.kernels import Codes
 
 REVIVE = 0.02  # by which the threshold of a dead JumpReLU latent falls in a step
@@ -33,27 +34,26 @@ class TopK(SAE):
         return False
 
     def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:
+        x = self._held_centre(x)
         with torch.no_grad():
-            chosen = self._choose(self._centre(x), k or self.config.k, whole)
+            chosen = self._choose(x, k or self.config.k, whole)
         return self._codes(x, *chosen), None
 
     def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
         """The latents that the centred x (B, D) keeps and their pre-activations, flat with offsets if there are any."""
-        return *kernels.choose_top_k(x, self.W_enc, self.b_enc, k, absolute=self.signed, packed=self.packed), None
+        return self._largest(x, self.W_enc, self.b_enc, k, packed=self.packed)
 
     def _codes(self, x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor | None = None) -> Codes:
-        """Codes of chosen latents, with a graph."""
-        centre = None if self.config.transcode else self.b_dec
-        pre = kernels.gather_pre(x, self.W_enc, self.b_enc, values, indices, offsets, centre=centre)
+        """Codes of chosen latents of the centred x (B, D), with a graph."""
+        pre = kernels.gather_pre(x, self.W_enc, self.b_enc, values, indices, offsets, centre=self._centre_of_inputs)
         return Codes(indices, pre if self.signed else pre.relu(), offsets)
 
     def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
         if not self.config.multi_topk:
             return out.x_hat.new_zeros(())
         k = min(K_MULTI * self.config.k, self.d_sae)
-        with torch.no_grad():
-            chosen = TopK._choose(self, self._centre(x), k, None)
-        x_hat = self._predict(x, self._codes(x, *chosen))
+        inner = self._held_centre(x)
+        x_hat = self._predict(x, self._codes(inner, *TopK._choose(self, inner, k, None)))
         return kernels.squared_error(y, x_hat).mean() / 8
 
 
@@ -66,10 +66,15 @@ class AbsTopK(TopK):
 class GroupMax(TopK):
     """Latents in k groups; the largest of each group, then ReLU (sparsify). Much cheaper to select than TopK."""
 
+    def _check_shards(self) -> None:
+        super()._check_shards()
+        n, k = self.world.latents.size, self.config.k
+        require(k % n == 0, f"groupmax keeps whole groups on a process; k={k} is no multiple of --shard_latents {n}")
+
     def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
         size = self.d_sae // self.config.k
         values, best = torch.addmm(self.b_enc, x, self.W_enc).view(len(x), -1, size).max(-1)
-        return best + torch.arange(0, self.d_sae, size, device=best.device), values, None
+        return best + torch.arange(0, len(self.own), size, device=best.device), values, None
 
 
 class BatchTopK(TopK):
@@ -92,18 +97,26 @@ class BatchTopK(TopK):
         if self.training and whole is None:
             return kernels.choose_batch_top_k(x, self.W_enc, self.b_enc, k * len(x))
         # a part of a batch may hold any number of those that the whole keeps, the least one included
-        least = self.threshold if whole is None else whole.nextafter(whole.new_tensor(-torch.inf)).repeat(self.d_sae)
+        least = self.threshold if whole is None else whole.nextafter(whole.new_tensor(-torch.inf)).repeat(len(self.own))
         return kernels.choose_above(x, self.W_enc, self.b_enc, least, packed=self.packed)
 
     @torch.no_grad()
-    def survey(self, parts: list[Tensor], k: int | None = None) -> Tensor | None:
-        """The smallest activation that the whole batch keeps, found part by part."""
-        n = (k or self.config.k) * sum(len(x) for x in parts)
-        best = parts[0].new_empty(0)
-        for x in parts:
-            best = torch.cat((best, kernels.choose_batch_top_k(self._centre(x), self.W_enc, self.b_enc, n)[1]))
-            best = best.topk(min(n, len(best)), sorted=False).values
-        return best.min().clamp(min=0)
+    def survey(self, parts: list[Tensor], k: int | None = None, n_tokens: int | None = None) -> Tensor | None:
+        """The smallest activation that the whole batch keeps, found part by part.
+
+        A process offers twice its fair share; where it left out some that may be kept, it offers all.
+        """
+        team = self.world.team
+        n = (k or self.config.k) * (n_tokens or sum(len(x) for x in parts))
+        for room in sorted({min(n, -(-2 * n // team.size)), n}):
+            best = parts[0].new_empty(0)
+            for x in parts:
+                best = torch.cat((best, kernels.choose_batch_top_k(self._centre(x), self.W_enc, self.b_enc, room)[1]))
+                best = best.topk(min(room, len(best)), sorted=False).values
+            least = team.kth_largest(best, n)
+            if room == n or not team.any((best > least).all() & (len(best) == room)):
+                break
+        return least.clamp(min=0)
 
     @torch.no_grad()
     def observe_(self, out: Output, step: int, whole: Tensor | None = None) -> None:
@@ -134,13 +147,13 @@ class Matryoshka(BatchTopK):
         """Numbers of latents of the partial dictionaries."""
         return sorted({max(1, round(part * self.d_sae)) for part in self.config.matryoshka_prefixes})
 
-    def survey(self, parts: list[Tensor], k: int | None = None) -> Tensor | None:
-        return None if self.config.matryoshka_base == "topk" else super().survey(parts, k)
+    def survey(self, parts: list[Tensor], k: int | None = None, n_tokens: int | None = None) -> Tensor | None:
+        return None if self.config.matryoshka_base == "topk" else super().survey(parts, k, n_tokens)
 
     def partial(self, codes: Codes, n: int) -> Tensor:
         """(B, D_out): what the first n latents reconstruct alone."""
         assert codes.indices is not None
-        return self.decode_codes(codes._replace(values=codes.values * (codes.indices < n)))
+        return self.decode_codes(codes._replace(values=codes.values * (codes.indices < n - self.own.start)))
 
     def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
         left = y - x @ self.W_skip.t() if self.config.skip_connection else y
@@ -158,13 +171,14 @@ class Penalised(SAE):
     def _above(self, x: Tensor, bias: Tensor, floor: Tensor) -> tuple[Codes, Tensor]:
         """Places, and x's pre-activations there, with a graph: all that exceed floor (F,) at least; all of them, dense,
         where most do or where finding them would make the device wait."""
-        centre = None if self.config.transcode else self.b_dec
-        found = kernels.choose_above_if_few(self._centre(x), self.W_enc, bias, floor, packed=self.packed)
+        inner = self._held_centre(x)
+        found = kernels.choose_above_if_few(inner, self.W_enc, bias, floor, packed=self.packed)
         if found is None:
             pre = torch.addmm(bias, self._centre(x), self.W_enc)
             return Codes(None, pre), pre
         indices, values, offsets = found
-        pre = kernels.gather_pre(x, self.W_enc, bias, values, indices, offsets, centre=centre)
+        centre = self._centre_of_inputs
+        pre = kernels.gather_pre(inner, self.W_enc, bias, values, indices, offsets, centre=centre)
         return Codes(indices, pre, offsets), pre
 
 
@@ -188,7 +202,7 @@ class ReLU(Penalised):
         f = f / math.sqrt(self.d_in)
         # the slope of f^p at 0 is infinite: latents below a hundredth of a typical activation keep that of f
         f = f if p == 1.0 else (f + 1e-3) ** p - 1e-3**p
-        return f.sum() / len(out.x_hat)
+        return self.world.latents.sum(f.sum() / len(out.x_hat))
 
     @torch.no_grad()
     def raise_threshold_(self, by: Tensor | float) -> None:
@@ -218,13 +232,14 @@ class Gated(Penalised):
 
     def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
         assert out.pre is not None
-        return (out.pre.relu() * out.codes.each(self.W_dec.norm(dim=1))).sum() / len(out.x_hat) / math.sqrt(self.d_in)
+        f = out.pre.relu() * out.codes.each(self.W_dec.norm(dim=1))
+        return self.world.latents.sum(f.sum() / len(out.x_hat) / math.sqrt(self.d_in))
 
     def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
         # The decoder is held fixed here, or it would be bent towards the gate's unscaled values (eq. 8).
         assert out.pre is not None
         gate = out.codes._replace(values=out.pre.relu())
-        x_hat = gate.times(self.W_dec.detach(), self.b_dec.detach())
+        x_hat = self._times(gate, self.W_dec.detach(), self.b_dec.detach())
         if self.config.skip_connection:
             x_hat = x_hat + x @ self.W_skip.detach().t()
         return kernels.squared_error(y, x_hat).mean()
@@ -297,10 +312,11 @@ class JumpReLU(Penalised):
     def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
         if self.config.jumprelu_penalty == "tanh":
             sizes = out.codes.values * out.codes.each(self.W_dec.norm(dim=1)) / math.sqrt(self.d_in)
-            return torch.tanh(4 * sizes).sum() / len(out.x_hat)
+            return self.world.latents.sum(torch.tanh(4 * sizes).sum() / len(out.x_hat))
         assert out.pre is not None
         threshold = out.codes.each(self.threshold).expand_as(out.pre)
         l0 = _Step.apply(out.pre, threshold, self.config.bandwidth).sum() / len(out.x_hat)
+        l0 = self.world.latents.sum(l0)
         if self.config.jumprelu_penalty == "step":
             return l0
         target = self.config.target_l0 or self.config.k
@@ -311,12 +327,12 @@ class JumpReLU(Penalised):
         return over.square() + 2 * over / target * (l0 - l0.detach())
 
     @torch.no_grad()
-    def survey(self, parts: list[Tensor], k: int | None = None) -> Tensor | None:  # noqa: ARG002
+    def survey(self, parts: list[Tensor], k: int | None = None, n_tokens: int | None = None) -> Tensor | None:  # noqa: ARG002
         """The whole batch's L0, which the quadratic penalty depends on."""
         if self.config.jumprelu_penalty != "quadratic":
             return None
         active = torch.stack([(self.pre_activations(x) > self.threshold).sum() for x in parts]).sum()
-        return active / sum(len(x) for x in parts)
+        return self.world.team.sum_(active) / (n_tokens or sum(len(x) for x in parts))
 
     @torch.no_grad()
     def raise_threshold_(self, by: Tensor | float) -> None:
@@ -340,8 +356,11 @@ KINDS: dict[str, type[SAE]] = {
 }  # fmt: skip
 
 
-def create_sae(config: SAEConfig, *, generator: torch.Generator | None = None) -> SAE:
-    """A fresh SAE of the kind `config.activation`, on the CPU, float32; the generator draws its decoder rows."""
+def create_sae(config: SAEConfig, *, generator: torch.Generator | None = None, world: World = ALONE) -> SAE:
+    """A fresh SAE of the kind `config.activation`, on the CPU, float32; the generator draws its decoder rows.
+
+    world: several processes may hold its latents together; the weights are the same ones.
+    """
     if generator is None:
         generator = torch.Generator().manual_seed(config.seed)
-    return KINDS[config.activation](config, generator=generator)
+    return KINDS[config.activation](config, generator=generator, world=world)

@@ -15,6 +15,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -134,6 +135,48 @@ float dot(const float* a, const float* b, int64_t n) {
 
 void add_scaled(float* to, const float* from, float by, int64_t n) {
   for (int64_t i = 0; i < n; i++) to[i] += by * from[i];
+}
+
+constexpr int64_t LINE = 16;  // floats
+typedef float Line __attribute__((vector_size(64)));
+
+inline Line load(const float* from) {
+  Line line;
+  std::memcpy(&line, from, sizeof(Line));
+  return line;
+}
+
+inline float sum_of(const Line& line) {
+  float sum = 0;
+  for (int64_t l = 0; l < LINE; l++) sum += line[l];
+  return sum;
+}
+
+// out[r] = a . rows[r] for four rows
+void four_dots(const float* a, const float* const* rows, int64_t n, float* out) {
+  const float *p = rows[0], *q = rows[1], *r = rows[2], *s = rows[3];
+  Line sums[4] = {};
+  int64_t i = 0;
+  for (; i + LINE <= n; i += LINE) {
+    const Line x = load(a + i);
+    sums[0] += x * load(p + i), sums[1] += x * load(q + i), sums[2] += x * load(r + i), sums[3] += x * load(s + i);
+  }
+  for (int j = 0; j < 4; j++) {
+    out[j] = sum_of(sums[j]);
+    for (int64_t l = i; l < n; l++) out[j] += a[l] * rows[j][l];
+  }
+}
+
+// to += the sum over places p in [first, last) of value(p) * row(p), four at a time: `to` goes through memory less often
+template <class Row, class Value>
+void add_rows(float* to, int64_t first, int64_t last, int64_t n, const Row& row, const Value& value) {
+  int64_t p = first;
+  for (; p + 4 <= last; p += 4) {
+    const float *a = row(p), *b = row(p + 1), *c = row(p + 2), *d = row(p + 3);
+    const float u = value(p), v = value(p + 1), w = value(p + 2), z = value(p + 3);
+    for (int64_t i = 0; i < n; i++) to[i] += u * a[i] + v * b[i] + w * c[i] + z * d[i];
+  }
+  for (; p < last; p++) add_scaled(to, row(p), value(p), n);
 }
 
 float largest(const float* a, int64_t n) {
@@ -322,6 +365,18 @@ struct Encoder {
     c.n = n;
   }
 
+  // The exact value of token i's pre-activation at each latent of a list.
+  void rescore(int64_t i, std::vector<std::pair<float, int32_t>>& list) const {
+    const int64_t n = list.size();
+    for (int64_t p = 0; p < n; p += 4) {
+      const float* rows[4];
+      float dots[4];
+      for (int64_t r = 0; r < 4; r++) rows[r] = W + list[std::min(p + r, n - 1)].second * D;
+      four_dots(x + i * D, rows, D, dots);
+      for (int64_t r = 0; r < 4 && p + r < n; r++) list[p + r].first = dots[r] + b[list[p + r].second];
+    }
+  }
+
   // The exact k best of the candidates; false if they may not hold them.
   bool finish(const Candidates& c, int64_t i, std::vector<float>& scratch, std::vector<std::pair<float, int32_t>>& best) const {
     if (c.n < k) return false;
@@ -329,10 +384,8 @@ struct Encoder {
     if (!(least >= c.threshold)) return false;
     best.clear();
     for (int64_t p = 0; p < c.n; p++)
-      if (c.upper[p] >= least) {
-        const int32_t j = c.latent[p];
-        best.emplace_back(dot(x + i * D, W + j * D, D) + b[j], j);
-      }
+      if (c.upper[p] >= least) best.emplace_back(0.f, c.latent[p]);
+    rescore(i, best);
     const bool abs = absolute;
     std::nth_element(best.begin(), best.begin() + (k - 1), best.end(), [abs](const auto& p, const auto& q) {
       const float a = abs ? std::fabs(p.first) : p.first, c = abs ? std::fabs(q.first) : q.first;
@@ -427,6 +480,11 @@ struct Encoder {
   }
 };
 
+std::atomic<int64_t> n_encoded{0}, n_again{0};
+
+// Tokens that encode_top_k has seen in this process, and those of them that took two attempts
+std::tuple<int64_t, int64_t> looks() { return {n_encoded, n_again}; }
+
 // x (B, D), W (F, D), b (F,) -> indices (B, k), values (B, k) = (x @ W^T + b) there, tokens that took two attempts
 std::tuple<Tensor, Tensor, int64_t> encode_top_k(const Tensor& x, const Tensor& W, const Tensor& b, int64_t k, bool absolute) {
   TORCH_CHECK(k >= 1 && k <= W.size(0));
@@ -436,6 +494,7 @@ std::tuple<Tensor, Tensor, int64_t> encode_top_k(const Tensor& x, const Tensor& 
   e.k = k, e.absolute = absolute;
   e.indices = indices.mutable_data_ptr<int64_t>(), e.values = values.mutable_data_ptr<float>();
   const int64_t again = e.all_tokens();
+  n_encoded += x.size(0), n_again += again;
   return {indices, values, again};
 }
 
@@ -615,57 +674,48 @@ std::tuple<Tensor, Tensor, Tensor> packed_above(
 // ------------------------------------------------------------------------------------------------
 // sparse products
 
-// The token of every place: of (B, K) indices K each, of flat ones those from offsets (B,) on
-std::vector<int32_t> tokens_of(const Tensor& indices, const c10::optional<Tensor>& offsets, int64_t B) {
-  const int64_t n = indices.numel(), K = offsets ? 0 : indices.size(1);
-  std::vector<int32_t> tokens(n);
-  if (!offsets) {
-    TORCH_CHECK(indices.size(0) == B);
-    for (int64_t p = 0; p < n; p++) tokens[p] = (int32_t)(p / K);
-    return tokens;
+// Where each token's places lie: of (B, K) indices K each, of flat ones those from offsets (B,) on
+struct Places {
+  int64_t n, B, K;
+  const int64_t *at, *starts;
+
+  Places(const Tensor& indices, const c10::optional<Tensor>& offsets, int64_t F)
+      : n(indices.numel()), B(offsets ? offsets->numel() : indices.size(0)), K(offsets ? 0 : indices.size(1)),
+        at(indices.const_data_ptr<int64_t>()), starts(offsets ? offsets->const_data_ptr<int64_t>() : nullptr) {
+    TORCH_CHECK(indices.is_contiguous() && (!offsets || offsets->is_contiguous()));
+    bool fit = true;
+    for (int64_t p = 0; p < n; p++) fit &= (uint64_t)at[p] < (uint64_t)F;
+    for (int64_t i = 0; starts && i < B; i++) fit &= 0 <= starts[i] && starts[i] <= end(i) && end(i) <= n;
+    TORCH_CHECK(fit, "indices or offsets lie outside");
   }
-  TORCH_CHECK(offsets->is_contiguous() && offsets->numel() == B);
-  const int64_t* starts = offsets->const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < B; i++) {
-    const int64_t end = i + 1 < B ? starts[i + 1] : n;
-    TORCH_CHECK(0 <= starts[i] && starts[i] <= end && end <= n);
-    for (int64_t p = starts[i]; p < end; p++) tokens[p] = (int32_t)i;
-  }
-  return tokens;
-}
+
+  int64_t begin(int64_t i) const { return starts ? starts[i] : i * K; }
+  int64_t end(int64_t i) const { return !starts ? (i + 1) * K : i + 1 < B ? starts[i + 1] : n; }
+};
 
 // (F, D): for each latent the sum of values[place] * x[token] over the places whose index is that latent
 Tensor sum_by_latent(
     const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& values, const Tensor& x, int64_t F) {
-  const int64_t n = indices.numel(), D = x.size(1);
-  TORCH_CHECK(indices.is_contiguous() && values.is_contiguous() && x.is_contiguous() && values.numel() == n);
-  const std::vector<int32_t> tokens = tokens_of(indices, offsets, x.size(0));
-  const int64_t* at = indices.const_data_ptr<int64_t>();
+  const Places places(indices, offsets, F);
+  const int64_t D = x.size(1);
+  TORCH_CHECK(values.is_contiguous() && x.is_contiguous() && values.numel() == places.n && x.size(0) == places.B);
   const float *v = values.const_data_ptr<float>(), *rows = x.const_data_ptr<float>();
-  std::vector<int64_t> starts(F + 1, 0);
-  for (int64_t p = 0; p < n; p++) {
-    TORCH_CHECK(at[p] >= 0 && at[p] < F);
-    starts[at[p] + 1] += v[p] != 0;
-  }
+  std::vector<int32_t> starts(F + 1, 0);
+  for (int64_t p = 0; p < places.n; p++) starts[places.at[p] + 1] += v[p] != 0;
   std::partial_sum(starts.begin(), starts.end(), starts.begin());
-  std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-  std::vector<std::pair<int32_t, float>> places(starts[F]);
-  for (int64_t p = 0; p < n; p++)
-    if (v[p] != 0) places[next[at[p]]++] = {tokens[p], v[p]};
+  std::vector<int32_t> next(starts.begin(), starts.end() - 1);
+  std::vector<std::pair<int32_t, float>> sorted(starts[F]);  // tokens and values, by latent
+  for (int64_t i = 0; i < places.B; i++)
+    for (int64_t p = places.begin(i); p < places.end(i); p++)
+      if (v[p] != 0) sorted[next[places.at[p]]++] = {(int32_t)i, v[p]};
   Tensor out = at::empty({F, D}, x.options());
   float* to = out.mutable_data_ptr<float>();
   at::parallel_for(0, F, 16, [&](int64_t begin, int64_t end) {
     for (int64_t f = begin; f < end; f++) {
-      float* row = to + f * D;
-      std::memset(row, 0, sizeof(float) * D);
-      int64_t p = starts[f];
-      for (; p + 3 < starts[f + 1]; p += 4) {  // four at a time: the sum goes through memory a quarter as often
-        const float *a = rows + places[p].first * D, *b = rows + places[p + 1].first * D;
-        const float *c = rows + places[p + 2].first * D, *d = rows + places[p + 3].first * D;
-        const float u = places[p].second, v = places[p + 1].second, w = places[p + 2].second, z = places[p + 3].second;
-        for (int64_t i = 0; i < D; i++) row[i] += u * a[i] + v * b[i] + w * c[i] + z * d[i];
-      }
-      for (; p < starts[f + 1]; p++) add_scaled(row, rows + places[p].first * D, places[p].second, D);
+      std::memset(to + f * D, 0, sizeof(float) * D);
+      add_rows(
+          to + f * D, starts[f], starts[f + 1], D, [&](int64_t p) { return rows + sorted[p].first * D; },
+          [&](int64_t p) { return sorted[p].second; });
     }
   });
   return out;
@@ -673,17 +723,22 @@ Tensor sum_by_latent(
 
 // Like indices: left[token] . right[indices[place]]
 Tensor dot_at(const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& left, const Tensor& right) {
-  const int64_t D = left.size(1), F = right.size(0);
-  TORCH_CHECK(indices.is_contiguous() && left.is_contiguous() && right.is_contiguous() && right.size(1) == D);
-  const std::vector<int32_t> tokens = tokens_of(indices, offsets, left.size(0));
+  const Places places(indices, offsets, right.size(0));
+  const int64_t D = left.size(1);
+  TORCH_CHECK(left.is_contiguous() && right.is_contiguous() && right.size(1) == D && left.size(0) == places.B);
   Tensor out = at::empty(indices.sizes(), left.options());
-  const int64_t* at = indices.const_data_ptr<int64_t>();
   const float *a = left.const_data_ptr<float>(), *rows = right.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, indices.numel(), 512, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) {
-      TORCH_CHECK(at[p] >= 0 && at[p] < F);
-      to[p] = dot(a + tokens[p] * D, rows + at[p] * D, D);
+  at::parallel_for(0, places.B, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t last = places.end(i);
+      for (int64_t p = places.begin(i); p < last; p += 4) {
+        const float* these[4];
+        float dots[4];
+        for (int r = 0; r < 4; r++) these[r] = rows + places.at[std::min(p + r, last - 1)] * D;
+        four_dots(a + i * D, these, D, dots);
+        std::copy(dots, dots + std::min<int64_t>(4, last - p), to + p);
+      }
     }
   });
   return out;
@@ -693,30 +748,21 @@ Tensor dot_at(const Tensor& indices, const c10::optional<Tensor>& offsets, const
 Tensor bag(
     const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& values, const Tensor& W,
     const c10::optional<Tensor>& bias) {
-  const int64_t n = indices.numel(), F = W.size(0), D = W.size(1), B = offsets ? offsets->numel() : indices.size(0);
-  TORCH_CHECK(indices.is_contiguous() && values.is_contiguous() && W.is_contiguous() && values.numel() == n);
-  TORCH_CHECK(!offsets || offsets->is_contiguous());
+  const Places places(indices, offsets, W.size(0));
+  const int64_t D = W.size(1);
+  TORCH_CHECK(values.is_contiguous() && W.is_contiguous() && values.numel() == places.n);
   TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == D));
-  const int64_t K = offsets ? 0 : indices.size(1), *starts = offsets ? offsets->const_data_ptr<int64_t>() : nullptr;
-  const int64_t* at = indices.const_data_ptr<int64_t>();
   const float *v = values.const_data_ptr<float>(), *w = W.const_data_ptr<float>();
   const float* first = bias ? bias->const_data_ptr<float>() : nullptr;
-  Tensor out = at::empty({B, D}, W.options());
+  Tensor out = at::empty({places.B, D}, W.options());
   float* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, B, 16, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, places.B, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      float* row = to + i * D;
-      int64_t p = starts ? starts[i] : i * K;
-      const int64_t last = !starts ? p + K : i + 1 < B ? starts[i + 1] : n;
-      TORCH_CHECK(0 <= p && p <= last && last <= n);
-      for (int64_t q = p; q < last; q++) TORCH_CHECK(at[q] >= 0 && at[q] < F);
-      if (first) std::memcpy(row, first, sizeof(float) * D);
-      else std::memset(row, 0, sizeof(float) * D);
-      for (; p + 3 < last; p += 4) {
-        const float *a = w + at[p] * D, *b = w + at[p + 1] * D, *c = w + at[p + 2] * D, *d = w + at[p + 3] * D;
-        for (int64_t j = 0; j < D; j++) row[j] += v[p] * a[j] + v[p + 1] * b[j] + v[p + 2] * c[j] + v[p + 3] * d[j];
-      }
-      for (; p < last; p++) add_scaled(row, w + at[p] * D, v[p], D);
+      if (first) std::memcpy(to + i * D, first, sizeof(float) * D);
+      else std::memset(to + i * D, 0, sizeof(float) * D);
+      add_rows(
+          to + i * D, places.begin(i), places.end(i), D, [&](int64_t p) { return w + places.at[p] * D; },
+          [&](int64_t p) { return v[p]; });
     }
   });
   return out;
@@ -725,18 +771,14 @@ Tensor bag(
 // How many of each token's values are not 0 (B,), and how often each latent's are (F,)
 std::tuple<Tensor, Tensor> activity(
     const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& values, int64_t F) {
-  const int64_t n = indices.numel(), B = offsets ? offsets->numel() : indices.size(0);
-  TORCH_CHECK(indices.is_contiguous() && values.is_contiguous() && values.numel() == n);
-  const std::vector<int32_t> tokens = tokens_of(indices, offsets, B);
-  Tensor l0 = at::zeros({B}, indices.options()), fired = at::zeros({F}, indices.options());
+  const Places places(indices, offsets, F);
+  TORCH_CHECK(values.is_contiguous() && values.numel() == places.n);
+  Tensor l0 = at::zeros({places.B}, indices.options()), fired = at::zeros({F}, indices.options());
   int64_t *per_token = l0.mutable_data_ptr<int64_t>(), *per_latent = fired.mutable_data_ptr<int64_t>();
-  const int64_t* at = indices.const_data_ptr<int64_t>();
   const float* v = values.const_data_ptr<float>();
-  for (int64_t p = 0; p < n; p++) {
-    if (v[p] == 0) continue;
-    TORCH_CHECK(at[p] >= 0 && at[p] < F);
-    per_token[tokens[p]]++, per_latent[at[p]]++;
-  }
+  for (int64_t i = 0; i < places.B; i++)
+    for (int64_t p = places.begin(i); p < places.end(i); p++)
+      if (v[p] != 0) per_token[i]++, per_latent[places.at[p]]++;
   return {l0, fired};
 }
 
@@ -748,22 +790,25 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const Tensor& y) {
   Tensor rows = at::empty({4, B}, options), columns = at::zeros({D}, options);
   const float *a = x.const_data_ptr<float>(), *b = y.const_data_ptr<float>();
   double *out = rows.mutable_data_ptr<double>(), *sums = columns.mutable_data_ptr<double>();
-  at::parallel_for(0, B, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const float *p = a + i * D, *q = b + i * D;
-      double x2 = 0, y2 = 0, xy = 0, e2 = 0;
+  const int64_t n_parts = std::max(1, at::get_num_threads()), size = (B + n_parts - 1) / n_parts;
+  std::vector<double> partial(n_parts * D);
+  at::parallel_for(0, n_parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; part++) {
+      double* column = &partial[part * D];
+      for (int64_t i = part * size; i < std::min(B, (part + 1) * size); i++) {
+        const float *p = a + i * D, *q = b + i * D;
+        double x2 = 0, y2 = 0, xy = 0, e2 = 0;
 #pragma omp simd reduction(+ : x2, y2, xy, e2)
-      for (int64_t d = 0; d < D; d++) {
-        const double u = p[d], v = q[d];
-        x2 += u * u, y2 += v * v, xy += u * v, e2 += (u - v) * (u - v);
+        for (int64_t d = 0; d < D; d++) {
+          const double u = p[d], v = q[d];
+          column[d] += u, x2 += u * u, y2 += v * v, xy += u * v, e2 += (u - v) * (u - v);
+        }
+        out[i] = x2, out[B + i] = y2, out[2 * B + i] = xy, out[3 * B + i] = e2;
       }
-      out[i] = x2, out[B + i] = y2, out[2 * B + i] = xy, out[3 * B + i] = e2;
     }
   });
-  at::parallel_for(0, D, 32, [&](int64_t begin, int64_t end) {
-    for (int64_t i = 0; i < B; i++)
-      for (int64_t d = begin; d < end; d++) sums[d] += a[i * D + d];
-  });
+  for (int64_t part = 0; part < n_parts; part++)
+    for (int64_t d = 0; d < D; d++) sums[d] += partial[part * D + d];
   return {rows, columns};
 }
 
@@ -797,22 +842,113 @@ Tensor unit_rows_(Tensor W) {
   return factors;
 }
 
-// In place, Adam (Kingma & Ba 2015, algorithm 1) on n numbers that lie alike in all four tensors. step counts from 1.
-void adam_(Tensor p, const Tensor& grad, Tensor m, Tensor v, int64_t step, double lr, double beta1, double beta2, double eps) {
-  for (const Tensor& t : {grad, m, v})
-    TORCH_CHECK(t.strides() == p.strides() && t.sizes() == p.sizes() && t.is_non_overlapping_and_dense());
-  float *w = p.mutable_data_ptr<float>(), *first = m.mutable_data_ptr<float>(), *second = v.mutable_data_ptr<float>();
-  const float* g = grad.const_data_ptr<float>();
-  const float rate = lr / (1 - std::pow(beta1, step)), per_root = 1 / std::sqrt(1 - std::pow(beta2, step));
-  const float b1 = beta1, b2 = beta2, c1 = 1 - beta1, c2 = 1 - beta2, floor = eps;
-  at::parallel_for(0, p.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-#pragma omp simd
-    for (int64_t i = begin; i < end; i++) {
-      first[i] = b1 * first[i] + c1 * g[i];
-      second[i] = b2 * second[i] + c2 * g[i] * g[i];
-      w[i] -= rate * first[i] / (std::sqrt(second[i]) * per_root + floor);
+// Sum of squares of grad; with rows W, of what is left of grad's rows (F, D) without their part along W's
+double squares(const Tensor& grad, const c10::optional<Tensor>& W) {
+  TORCH_CHECK(grad.is_non_overlapping_and_dense());
+  TORCH_CHECK(!W || (grad.is_contiguous() && W->is_contiguous() && grad.sizes() == W->sizes() && grad.dim() == 2));
+  const int64_t D = W ? W->size(1) : 1 << 12, n = grad.numel(), n_rows = (n + D - 1) / D;
+  const float *g = grad.const_data_ptr<float>(), *w = W ? W->const_data_ptr<float>() : nullptr;
+  std::vector<double> sums(n_rows);
+  at::parallel_for(0, n_rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t f = begin; f < end; f++) {
+      const float *row = g + f * D, *along = w + f * D;
+      const int64_t length = std::min(D, n - f * D);
+      sums[f] = dot(row, row, length);
+      if (!w) continue;
+      const double part = dot(row, along, D), norm = dot(along, along, D);
+      sums[f] = std::max(0.0, sums[f] - part * part / std::max(norm, 1e-24));
     }
   });
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+// Adam's moments, in float32, or in bfloat16 rounded up or down at random in proportion to what is near: a small change
+// of a large number then still counts, on average, where rounding to the nearest would lose it every time.
+struct Exact {
+  float* data;
+  float get(int64_t i) const { return data[i]; }
+  void set(int64_t i, float value, uint32_t) const { data[i] = value; }
+};
+
+struct Half {
+  uint16_t* data;
+  float get(int64_t i) const {
+    const uint32_t bits = (uint32_t)data[i] << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+  void set(int64_t i, float value, uint32_t random) const {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    data[i] = (uint16_t)((bits + (random & 0xFFFF)) >> 16);
+  }
+};
+
+inline uint32_t scramble(uint32_t x) {  // of a counter
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+struct Adam {
+  float rate, b1, b2, c1, c2, per_root, eps, scale;
+  uint32_t seed;
+
+  template <class Moment>
+  void step(float* w, const float* g, Moment m, Moment v, int64_t from, int64_t n, const float* along, float by) const {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+      const float grad = scale * (g[i] - by * along[i]);
+      const uint32_t random = scramble(seed + (uint32_t)(from + i));
+      const float first = b1 * m.get(from + i) + c1 * grad, second = b2 * v.get(from + i) + c2 * grad * grad;
+      m.set(from + i, first, random);
+      v.set(from + i, second, random >> 16);
+      w[i] -= rate * first / (std::sqrt(second) * per_root + eps);
+    }
+  }
+
+  template <class Moment>
+  void run(Tensor& p, const Tensor& grad, Moment m, Moment v, bool unit_rows) const {
+    float* w = p.mutable_data_ptr<float>();
+    const float* g = grad.const_data_ptr<float>();
+    if (!unit_rows) {
+      at::parallel_for(0, p.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+        step(w + begin, g + begin, m, v, begin, end - begin, g + begin, 0.f);
+      });
+      return;
+    }
+    const int64_t D = p.size(1);
+    at::parallel_for(0, p.size(0), 64, [&](int64_t begin, int64_t end) {
+      for (int64_t f = begin; f < end; f++) {
+        float* row = w + f * D;
+        const float by = dot(g + f * D, row, D) / std::max(dot(row, row, D), 1e-24f);
+        step(row, g + f * D, m, v, f * D, D, row, by);
+        const float unit = 1 / std::max(std::sqrt(dot(row, row, D)), 1e-12f);
+        for (int64_t d = 0; d < D; d++) row[d] *= unit;
+      }
+    });
+  }
+};
+
+// In place, Adam (Kingma & Ba 2015, algorithm 1) on numbers that lie alike in all four tensors, with the gradient times
+// scale. step counts from 1. unit_rows: p's rows (F, D) move on the sphere: the gradient's part along a row is dropped
+// first, and the row gets unit norm after.
+void adam_(
+    Tensor p, const Tensor& grad, Tensor m, Tensor v, int64_t step, double lr, double beta1, double beta2, double eps,
+    double scale, bool unit_rows) {
+  for (const Tensor& t : {grad, m, v})
+    TORCH_CHECK(t.strides() == p.strides() && t.sizes() == p.sizes() && t.is_non_overlapping_and_dense());
+  TORCH_CHECK(!unit_rows || (p.is_contiguous() && p.dim() == 2));
+  const Adam adam{
+      (float)(lr / (1 - std::pow(beta1, step))), (float)beta1, (float)beta2, (float)(1 - beta1), (float)(1 - beta2),
+      (float)(1 / std::sqrt(1 - std::pow(beta2, step))), (float)eps, (float)scale, (uint32_t)step * 0x9E3779B9u};
+  if (m.scalar_type() == at::kBFloat16) {
+    const auto bits = [](Tensor& t) { return Half{(uint16_t*)t.mutable_data_ptr<at::BFloat16>()}; };
+    adam.run(p, grad, bits(m), bits(v), unit_rows);
+  } else {
+    adam.run(p, grad, Exact{m.mutable_data_ptr<float>()}, Exact{v.mutable_data_ptr<float>()}, unit_rows);
+  }
 }
 
 }  // namespace
@@ -820,6 +956,7 @@ void adam_(Tensor p, const Tensor& grad, Tensor m, Tensor v, int64_t step, doubl
 TORCH_LIBRARY(nanosae, m) {
 #if defined(__AVX512BW__) || defined(__AVX2__)  // elsewhere torch's float32 product is quicker
   m.def("encode_top_k(Tensor x, Tensor W, Tensor b, int k, bool absolute) -> (Tensor, Tensor, int)");
+  m.def("looks() -> (int, int)", looks);
   m.def("encode_above(Tensor x, Tensor W, Tensor b, Tensor floor) -> (Tensor, Tensor, Tensor)");
 #endif
   m.def("pack(Tensor W) -> (Tensor, Tensor)");
@@ -832,7 +969,8 @@ TORCH_LIBRARY(nanosae, m) {
   m.def("moments(Tensor x, Tensor y) -> (Tensor, Tensor)");
   m.def(
       "adam_(Tensor(a!) p, Tensor grad, Tensor(b!) m, Tensor(c!) v, int step, float lr, float beta1, float beta2, "
-      "float eps) -> ()");
+      "float eps, float scale, bool unit_rows) -> ()");
+  m.def("squares(Tensor grad, Tensor? W) -> float");
   m.def("project_rows_(Tensor(a!) grad, Tensor W) -> ()");
   m.def("unit_rows_(Tensor(a!) W) -> Tensor");
 }
@@ -851,6 +989,7 @@ TORCH_LIBRARY_IMPL(nanosae, CPU, m) {
   m.impl("dot_at", dot_at);
   m.impl("moments", moments);
   m.impl("adam_", adam_);
+  m.impl("squares", squares);
   m.impl("project_rows_", project_rows_);
   m.impl("unit_rows_", unit_rows_);
 }

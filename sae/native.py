@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,16 +40,47 @@ def encoder(x: Tensor, *tensors: Tensor) -> Any:
     return compiled if compiled is not None and hasattr(compiled, "encode_top_k") else None
 
 
+class Packed(NamedTuple):
+    """A copy of W_enc in 8 bits: rows (F, D) int8; of each its unit, norm and rounding error (3, F). It serves the
+    weights it was made of, which `version` tells, for batches of few tokens."""
+
+    rows: Tensor
+    about: Tensor
+    version: int
+
+    def serves(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> bool:
+        """Whether it is quicker than W_enc itself, and still its copy."""
+        return len(x) < 32 and self.version == W_enc._version and ops(x, W_enc, b_enc) is not None
+
+
+def pack(W_enc: Tensor) -> Packed | None:
+    """W_enc (D, F) in 8 bits, for operations that find latents with it and compute what they find from W_enc itself;
+    None where there are none."""
+    rows = W_enc.detach().t()
+    compiled = ops(W_enc) if rows.is_contiguous() else None
+    if compiled is None:
+        return None
+    integers, about = compiled.pack(rows)
+    return Packed(integers, about, W_enc._version)
+
+
 def status() -> str:
     """What runs on the CPU, in words."""
     return "plain torch, as asked" if not enabled else _compiled()[1]
+
+
+def second_looks() -> float:
+    """The share of tokens so far whose largest latents were not proven at the first attempt, and were found again."""
+    compiled = _compiled()[0] if enabled and ready() else None
+    seen, again = compiled.looks() if compiled is not None and hasattr(compiled, "looks") else (0, 0)
+    return again / seen if seen else 0.0
 
 
 def keep_memory() -> None:
     """Let freed memory stay with this process: glibc hands back every large tensor, and pages the next one in."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             mallopt(option, value)
 
 

@@ -6,15 +6,19 @@ Letters: D width, F latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sae import native
+from sae import kernels
+from sae.base import SAE, SHARED
 from sae.config import PENALISED, SAEConfig, UserError
+from sae.distributed import ALONE, Axis
 from sae.schedules import adam_betas, peak_lr
+
+ROWS = 2**22  # numbers taken in hand at a time
 
 
 class ScheduleFreeSignum(torch.optim.Optimizer):
@@ -44,30 +48,101 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
                 p.copy_(x.lerp_(z, share).lerp_(z, 1 - m))
 
 
+def clip_gradients_(
+    params: list[nn.Parameter], most: float, shards: Axis = ALONE.latents, shared: Sequence[nn.Parameter] = ()
+) -> Tensor:
+    """Scale the gradients down to a joint norm of at most `most`, in place; returns the norm there was.
+
+    Where shards have a part of the latents each: `shared` are the parameters that all of them have.
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    if shards.size > 1:
+        rest = torch.nn.utils.get_total_norm([p.grad for p in shared if p.grad is not None]).double().square()
+        norm = (shards.sum_(norm.double().square() - rest) + rest).sqrt().to(norm.dtype)
+    if norm.device.type != "cpu" or not norm <= most:  # elsewhere a look at the norm costs more than a pass over memory
+        torch.nn.utils.clip_grads_with_norm_(params, most, norm)
+    return norm
+
+
+def own_layout(p: nn.Parameter) -> Tensor:
+    """The gradient of p in the memory layout of p: torch's fused Adam on CPUs mixes up two different ones, and so would
+    a sum over processes. Zeros where there is none."""
+    if p.grad is None:
+        p.grad = torch.zeros_like(p)
+    elif p.grad.stride() != p.stride():
+        p.grad = torch.empty_like(p).copy_(p.grad)
+    return p.grad
+
+
 class Adam(torch.optim.Adam):
-    """torch's fused Adam, same states and same steps, which on CPUs copies transposed matrices; this does not."""
+    """torch's fused Adam, same states and same steps, which on CPUs copies transposed matrices; this does not.
+
+    moments: their dtype. In bfloat16 they are rounded up or down at random, in proportion to what is near, or small
+    changes of large moments would be lost every time.
+    """
+
+    def __init__(self, params: Any, *, moments: torch.dtype = torch.float32, **options: Any):
+        super().__init__(params, **options)
+        self.moments = moments
+
+    def compiled(self) -> Any:
+        """The compiled operations if they serve all parameters, else None."""
+        own = getattr(self, "found_inf", None) is None  # set by a gradient scaler
+        return kernels.compiled(*(p for group in self.param_groups for p in group["params"])) if own else None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        ops = native.ops(*(p for group in self.param_groups for p in group["params"]))
-        if ops is None or closure is not None or getattr(self, "found_inf", None) is not None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    own_layout(p)
+        ops = self.compiled() if closure is None else None
+        if ops is None and self.moments is torch.float32:
             return super().step(closure)
+        return self.descend(ops)
+
+    @torch.no_grad()
+    def descend(self, ops: Any, scale: Tensor | float = 1.0, unit: Tensor | None = None) -> None:
+        """A step on gradients times scale; the parameter `unit` has rows of unit norm, and moves on the sphere."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 if not state:
-                    state |= {
-                        "step": torch.zeros(()),
-                        "exp_avg": torch.zeros_like(p),
-                        "exp_avg_sq": torch.zeros_like(p),
-                    }
-                state["step"] += 1
-                grad = p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
+                    zeros = lambda p=p: torch.zeros_like(p, dtype=self.moments)
+                    state |= {"step": torch.zeros(()), "exp_avg": zeros(), "exp_avg_sq": zeros()}
+                state["step"] = state["step"].cpu() + 1  # torch loads it to the GPU, where reading it would wait
                 moments = state["exp_avg"], state["exp_avg_sq"]
-                ops.adam_(p, grad, *moments, int(state["step"]), group["lr"], *group["betas"], group["eps"])
-        return None
+                settings = int(state["step"]), group["lr"], *group["betas"], group["eps"]
+                if ops is None:
+                    _rounded_adam_(p, *moments, *settings)
+                else:
+                    ops.adam_(p, p.grad, *moments, *settings, scale, p is unit)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """torch's gives every state its parameter's dtype."""
+        super().load_state_dict(state)
+        for one in self.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                one[name] = one[name].to(self.moments)
+
+
+def _rounded_adam_(
+    p: Tensor, m: Tensor, v: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float
+) -> None:  # fmt: skip
+    """Adam (Kingma & Ba 2015, algorithm 1) with moments in bfloat16, some rows at a time."""
+    assert p.grad is not None
+    generator = torch.Generator(p.device).manual_seed(step)
+    size = max(1, ROWS // max(1, p[0].numel())) if p.ndim else 1
+    for w, g, first, second in zip(*(t.split(size) for t in (p, p.grad, m, v)), strict=True):
+        new_first = first.float().lerp_(g, 1 - beta1)
+        new_second = second.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        root = (new_second / (1 - beta2**step)).sqrt_().add_(eps)
+        w.addcdiv_(new_first, root, value=-lr / (1 - beta1**step))
+        for kept, new in ((first, new_first), (second, new_second)):
+            random = torch.randint(0, 1 << 16, new.shape, generator=generator, device=new.device, dtype=torch.int32)
+            kept.copy_((new.view(torch.int32) + random).bitwise_and_(-1 << 16).view(torch.float32))
 
 
 class Optimizer:
@@ -76,22 +151,64 @@ class Optimizer:
     The weights in the SAE are those that gradients are taken at; `averaged` gives those to use, where they differ.
     """
 
-    def __init__(self, sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device):
+    def __init__(self, sae: SAE, c: SAEConfig, n_steps: int, device: torch.device):
+        self.sae = sae
+        self.shared = [p for name, p in sae.named_parameters() if name in SHARED]
+        self.most = c.clip_norm if c.clip_norm is not None else math.inf
         self.parts = BUILDERS[c.optimizer](sae, c, n_steps, device)
 
-    def step(self, lr: float, scaler: torch.amp.GradScaler | None = None) -> None:
-        """One step at this step size, through the gradient scaler if there is one."""
+    def step(self, lr: float, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        """One update of the SAE at this step size, through the gradient scaler if there is one; returns the norm of
+        the gradients, less what lies along decoder rows of fixed norm, before it was clipped."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = lr * group.get("reach", 1.0)
+        only = self.parts[0]
+        if scaler is None and isinstance(only, Adam) and (ops := only.compiled()):
+            return self._fused_step(only, ops)
+        if scaler is not None:
+            for part in self.parts:
+                scaler.unscale_(part)
+        self.sae.project_gradient_()
+        norm = clip_gradients_(list(self.sae.parameters()), self.most, self.sae.world.latents, self.shared)
+        for part in self.parts:
             if scaler is None:
                 part.step()
             else:
                 scaler.step(part)
+        if scaler is not None:
+            scaler.update()
+        factors = self.sae.renormalize_()
+        if factors is not None:
+            self._rescale_rows_(self.sae.W_dec, factors)
+        return norm
+
+    def _fused_step(self, adam: Adam, ops: Any) -> Tensor:
+        """The same in two passes over memory: one for the norm, one for all else."""
+        unit = self.sae.W_dec if self.sae.unit_decoder else None
+        total: Tensor | float = 0.0
+        rest: Tensor | float = 0.0
+        for p in self.sae.parameters():
+            if p.grad is not None:
+                squares = ops.squares(own_layout(p), unit if p is unit else None)
+                total += squares
+                rest += squares if any(p is one for one in self.shared) else 0.0
+        shards = self.sae.world.latents
+        if shards.size > 1:
+            device = self.sae.W_dec.device
+            total = shards.sum_(torch.as_tensor(total - rest, dtype=torch.float64, device=device).clone()) + rest
+        norm = torch.as_tensor(total, dtype=torch.float64).sqrt()
+        adam.descend(ops, (self.most / (norm + 1e-6)).clamp(max=1.0), unit)
+        return norm.float()
 
     def zero_grad(self) -> None:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
+
+    def names(self, sae: nn.Module) -> list[list[str]]:
+        """The parameters that the numbers in state_dict stand for."""
+        known = {id(p): name for name, p in sae.named_parameters()}
+        return [[known[id(p)] for group in part.param_groups for p in group["params"]] for part in self.parts]
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [part.state_dict() for part in self.parts]
@@ -106,7 +223,7 @@ class Optimizer:
         return [v for state in states for v in state.values() if isinstance(v, Tensor) and v.shape == p.shape]
 
     @torch.no_grad()
-    def rescale_rows_(self, p: Tensor, factors: Tensor) -> None:
+    def _rescale_rows_(self, p: Tensor, factors: Tensor) -> None:
         """Follow a change of p's rows by factors (F, 1), so that schedule-free's average is of unit rows too."""
         for part in self.parts:
             if "z" in part.state.get(p, {}):
@@ -122,16 +239,19 @@ class Optimizer:
         return p.detach()
 
 
-def _adam(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
+def _adam(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
     return [_adam_over(dict(sae.named_parameters()), c, n_steps, device)]
 
 
 def _adam_over(
     params: dict[str, nn.Parameter], c: SAEConfig, n_steps: int, device: torch.device
 ) -> torch.optim.Optimizer:
-    kind = torch.optim.AdamW if c.weight_decay else Adam
     fused = device.type in ("cpu", "cuda")  # one pass over memory, where torch has it
-    return kind(_groups(params, c), lr=peak_lr(c), betas=adam_betas(n_steps), fused=fused, weight_decay=c.weight_decay)
+    groups = _groups(params, c)
+    settings: dict[str, Any] = {"lr": peak_lr(c), "betas": adam_betas(n_steps), "fused": fused}
+    if c.weight_decay:
+        return torch.optim.AdamW(groups, weight_decay=c.weight_decay, **settings)
+    return Adam(groups, moments=getattr(torch, c.optimizer_dtype), **settings)
 
 
 def _groups(params: dict[str, nn.Parameter], c: SAEConfig) -> list[dict[str, Any]]:
@@ -149,7 +269,7 @@ def _groups(params: dict[str, nn.Parameter], c: SAEConfig) -> list[dict[str, Any
     return [group for group in groups if group["params"]]
 
 
-def _adam8bit(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
+def _adam8bit(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
     try:
         import bitsandbytes
     except ImportError as e:
@@ -161,7 +281,7 @@ def _adam8bit(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) 
     return [adam(groups, lr=peak_lr(c), betas=adam_betas(n_steps), weight_decay=c.weight_decay)]
 
 
-def _muon(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
+def _muon(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"--optimizer muon needs torch 2.9 and this is {torch.__version__}; give --optimizer adam")
     matrices = [p for p in sae.parameters() if p.ndim == 2]
@@ -173,14 +293,14 @@ def _muon(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> l
     return [muon, _adam_over(rest, c, n_steps, device)]
 
 
-def _signum(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:  # noqa: ARG001
+def _signum(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:  # noqa: ARG001
     return [ScheduleFreeSignum(sae.parameters(), lr=peak_lr(c), weight_decay=c.weight_decay)]
 
 
-def _sgd(sae: nn.Module, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:  # noqa: ARG001
+def _sgd(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:  # noqa: ARG001
     return [torch.optim.SGD(sae.parameters(), lr=peak_lr(c), momentum=0.9, weight_decay=c.weight_decay)]
 
 
-BUILDERS: dict[str, Callable[[nn.Module, SAEConfig, int, torch.device], list[Any]]] = {
+BUILDERS: dict[str, Callable[[SAE, SAEConfig, int, torch.device], list[Any]]] = {
     "adam": _adam, "adam8bit": _adam8bit, "muon": _muon, "signum": _signum, "sgd": _sgd,
 }  # fmt: skip

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,15 +23,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sae import checkpoint, formats, kernels, log, native
 from sae import config as cfg
-from sae import formats, log, native
 from sae import schedules as sched
-from sae.activations import Acts, Stream, TensorSource, check_finite
+from sae.activations import Acts, ModelSource, Stream, TensorSource, check_finite
+from sae.checkpoint import checkpoints
 from sae.config import VERSION, SAEConfig, UserError
+from sae.distributed import ALONE, World
 from sae.learner import Learner
 from sae.models import SAE, create_sae
+from sae.stopwatch import Stopwatch
 
-KEPT_CHECKPOINTS = 2
+CHECK_EVERY = 100  # steps between looks whether replicas are still equal
 
 
 class Batches(Protocol):
@@ -44,10 +47,13 @@ class Batches(Protocol):
     n_given: int
     n_passes: int
 
+    @property
+    def n_sample(self) -> int | None: ...
     def sample(self) -> Acts: ...
     def __next__(self) -> Any: ...
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def held_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], held: Sequence[dict[str, Any]]) -> None: ...
 
 
 class Objective(Protocol):
@@ -64,22 +70,25 @@ class SAETrainer:
     activations: a Stream, a tensor (tokens, D), or for a transcoder {"@in": (tokens, D), "": (tokens, D_out)}.
     val_activations: likewise, by hookpoint. save_dir: the run directory, or None to write nothing. metadata goes into
     cfg.json. configs: by name, where they differ. pretrained: the SAEs hold weights to go on from. objective: an
-    end-to-end loss. Raises UserError for widths that do not fit, NaN activations, and a save_dir that holds a run.
+    end-to-end loss. world: several processes train together; of SAEs that another group of them trains, None is given,
+    and the activations are each process's part. Raises UserError for widths that do not fit, NaN activations, and a
+    save_dir that holds a run.
     """
 
     def __init__(
-        self, sae: SAE | dict[str, SAE], config: SAEConfig, activations: Tensor | Acts | Batches,
+        self, sae: SAE | Mapping[str, SAE | None], config: SAEConfig, activations: Tensor | Acts | Batches,
         val_activations: Tensor | Acts | None = None, device: str | torch.device = "cpu",
         save_dir: str | Path | None = None, *, metadata: dict[str, Any] | None = None, overwrite: bool = False,
         configs: Mapping[str, SAEConfig] | None = None, pretrained: bool = False, objective: Objective | None = None,
-        wandb: dict[str, Any] | None = None,
+        wandb: dict[str, Any] | None = None, world: World = ALONE,
     ):  # fmt: skip
-        saes = {"": sae} if isinstance(sae, SAE) else sae
+        saes: Mapping[str, SAE | None] = {"": sae} if isinstance(sae, SAE) else sae
         if isinstance(val_activations, Tensor):
             val_activations = {name.split("/")[0]: val_activations for name in saes}
         self.val = {k: v.to(device) for k, v in (val_activations or {}).items()}
         self.config, self.metadata, self.overwrite = config, metadata or {}, overwrite
         self.pretrained, self.objective, self.wandb = pretrained, objective, wandb
+        self.world, self.names = world, list(saes)
         self.save_dir = Path(save_dir) if save_dir is not None else None
         self.device = torch.device(device)
         native.enabled = config.kernels == "auto"
@@ -91,6 +100,7 @@ class SAETrainer:
                 one, (configs or {}).get(name, config), self.stream.n_batches, self.device, name.split("/")[0]
             )
             for name, one in saes.items()
+            if one is not None
         }
         for learner in self.learners.values():
             widths, one = self.stream.source.widths, learner.sae
@@ -100,6 +110,7 @@ class SAETrainer:
                     f"activations are {given[0]} wide and the SAE reads {one.d_in}; set d_in={given[0]}"
                     + (f" and d_out={given[1]}" if one.config.transcode else "")
                 )
+        self.watch = Stopwatch(self.device)  # of the SAEs' steps
         self.step = 0
         self.last: dict[str, dict[str, float]] = {}  # the latest metrics of every SAE
         self.train_losses: list[dict[str, float]] = []
@@ -137,7 +148,7 @@ class SAETrainer:
         size = min(sched.tokens_per_step(c), n)
         return Stream(
             TensorSource(acts, seed=shuffle_seed(c)), n_tokens=n * n_epochs, batch_size=size, buffer_tokens=2 * size,
-            seed=shuffle_seed(c), device=self.device,
+            seed=shuffle_seed(c), device=self.device, world=self.world,
         )  # fmt: skip
 
     # ----------------------------------------------------------------------------------------------
@@ -152,11 +163,30 @@ class SAETrainer:
             self.stream = self._stream(num_epochs)
             for learner in self.learners.values():
                 learner.n_steps = self.stream.n_batches
+        started, given = time.perf_counter(), self.stream.n_given
         if self.step == 0:
             self._begin_run()
         path = self.save_dir / "metrics.jsonl" if self.save_dir is not None else None
         with log.MetricLog(path, resume_step=self.step, wandb=self.wandb) as metric_log:
-            return self._loop(metric_log, verbose)
+            metrics = self._loop(metric_log, verbose)
+        if verbose and self.stream.n_given > given:
+            log.say(self._pace(self.stream.n_given - given, time.perf_counter() - started))
+        return metrics
+
+    def _pace(self, n_tokens: int, seconds: float) -> str:
+        """How quick a run was, and how near to what it cannot do without: the forwards and the steps alone, one after
+        the other on one device, side by side on two."""
+        steps, forwards = self.watch.seconds(), 0.0
+        source = self.stream.source
+        if isinstance(source, ModelSource):
+            forwards = source.watch.seconds()
+        apart = isinstance(source, ModelSource) and source.lm.device != self.device
+        share = (max(steps, forwards) if apart else steps + forwards) / seconds
+        parts = f"forwards {forwards:.1f} s, steps" if forwards else "steps"
+        rate = f"{n_tokens / seconds:,.0f} tokens/s, {share:.0%} of the bound"
+        twice = kernels.second_looks(self.device)
+        looks = f"; {twice:.1%} of tokens were encoded twice, for proof" if twice else ""
+        return f"{rate} ({parts} {steps:.1f} s of {seconds:.1f} s){looks}"
 
     def _loop(self, metric_log: log.MetricLog, verbose: bool) -> dict[str, float]:
         c, n_steps = self.config, self.stream.n_batches
@@ -167,7 +197,8 @@ class SAETrainer:
 
         while self.step < n_steps:
             batch = next(self.stream)
-            self._step(batch)
+            with self.watch:
+                self._step(batch)
             self.step += 1
             bar.update(self.stream.batch_size)
 
@@ -179,6 +210,9 @@ class SAETrainer:
                 clock, clock_step = now, self.step
                 last = self._log(metric_log, rate)
                 bar.set_postfix_str(f"EV {last['explained_variance']:.3f}, L0 {last['l0']:.1f}")
+            if self.step % CHECK_EVERY == 0 or done:
+                for learner in self.learners.values():
+                    learner.check_equal()
 
             # ---------------------------------------------------------------- validate, save
             if self.val and (self.step % c.eval_every == 0 or done):
@@ -194,7 +228,7 @@ class SAETrainer:
             self.objective.learn(batch, self.learners, self.step)
         for learner in self.learners.values():
             if self.objective is None:
-                learner.learn(batch, self.step)
+                learner.learn(batch, self.step, self.stream.batch_size)
             learner.update(self.step)
         self._resample()
 
@@ -207,36 +241,45 @@ class SAETrainer:
                 log.say(f"{name or 'SAE'}: {n} dead latents resampled after step {self.step + 1}")
 
     def _log(self, metric_log: log.MetricLog, rate: float) -> dict[str, float]:
-        metrics: dict[str, float] = {}
+        found: dict[str, dict[str, float]] = {}
         for name, learner in self.learners.items():
             metrics = learner.read_window()
-            record = {
-                "step": self.step, "tokens": self.stream.n_given, **({"hookpoint": name} if name else {}),
+            found[name] = {
                 "lr": sched.lr_at(self.step - 1, learner.config, learner.n_steps),
-                "k": sched.k_at(self.step - 1, learner.config),
-                **metrics, "n_passes": self.stream.n_passes, "tokens_per_s": rate,
+                "k": sched.k_at(self.step - 1, learner.config), **metrics,
             }  # fmt: skip
-            metric_log.write(record)
-            self.last[name] = metrics
-        self.train_losses.append(metrics)
-        return metrics
+        found = self._of_all(found)
+        for name, metrics in found.items():
+            metric_log.write({
+                "step": self.step, "tokens": self.stream.n_given, **({"hookpoint": name} if name else {}),
+                **metrics, "n_passes": self.stream.n_passes, "tokens_per_s": rate,
+            })  # fmt: skip
+            self.last[name] = {key: value for key, value in metrics.items() if key not in ("lr", "k")}
+        self.train_losses.append(self.last[self.names[-1]])
+        return self.train_losses[-1]
+
+    def _of_all(self, found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        """Metrics of this process's SAEs -> those of all, in the order of the run's SAEs."""
+        together = {name: one for theirs in self.world.everyone.objects(found) for name, one in theirs.items()}
+        return {name: together[name] for name in self.names}
 
     def _validate(self, metric_log: log.MetricLog) -> dict[str, float]:
-        metrics: dict[str, float] = {}
+        found: dict[str, dict[str, float]] = {}
         objective = self.objective.validate(self.learners) if self.objective is not None else 0.0
         for name, learner in self.learners.items():
-            metrics = learner.validate(self.val)
+            metrics = found[name] = learner.validate(self.val)
             if self.objective is not None:
                 metrics["total_loss"] = objective
-            named = {"hookpoint": name} if name else {}
-            metric_log.write({"step": self.step, **named, **{f"val_{k}": v for k, v in metrics.items()}})
             if metrics["total_loss"] < learner.best_val_loss:
                 learner.best_val_loss = metrics["total_loss"]
                 if learner.config.save_best:
                     self._save_best(name, learner)
-            self.last[name] = metrics
-        self.val_losses.append(metrics)
-        return metrics
+        self.last |= self._of_all(found)
+        for name, metrics in self.last.items():
+            named = {"hookpoint": name} if name else {}
+            metric_log.write({"step": self.step, **named, **{f"val_{k}": v for k, v in metrics.items()}})
+        self.val_losses.append(self.last[self.names[-1]])
+        return self.val_losses[-1]
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the (first) SAE on the validation activations; {} without any. Changes no state."""
@@ -249,40 +292,48 @@ class SAETrainer:
     def folder(self, name: str) -> Path:
         """Where an SAE's own files go: the run directory, or a folder in it when the run has several SAEs."""
         assert self.save_dir is not None
-        return self.save_dir if len(self.learners) == 1 else self.save_dir / name
+        return self.save_dir if len(self.names) == 1 else self.save_dir / name
 
     def _begin_run(self) -> None:
         """Start the SAEs from data, and write what this run is, in the place of an old one if that is wanted."""
-        if self.save_dir is not None and not self.overwrite:
+        if self.save_dir is not None and not self.overwrite and self.world.everyone.rank == 0:
             refuse_existing(self.save_dir)
-        sample = self.stream.sample()
+        sample, n_tokens = self.stream.sample(), self.stream.n_sample
         for learner in self.learners.values():
-            learner.start_from(sample, self.pretrained)
+            learner.start_from(sample, self.pretrained, n_tokens)
         if self.save_dir is None:
             return
-        if self.overwrite:
-            remove_run(self.save_dir)
-        formats.write_json(self.describe(), self.save_dir / "config.json")
+        settings = self.describe()
+        if self.world.everyone.rank == 0:
+            if self.overwrite:
+                remove_run(self.save_dir)
+            formats.write_json(settings, self.save_dir / "config.json")
+        self.world.everyone.barrier()
 
     def describe(self) -> dict[str, Any]:
         """config.json: settings as given, the values derived from them, and what the run ran on."""
-        learners = self.learners.values()
+        derived = {
+            name: {
+                "learning_rate": sched.peak_lr(x.config), "dead_after_tokens": x.dead_after,
+                "target_l0": sched.target_l0(x.config), "d_in": x.sae.d_in, "d_sae": x.sae.d_sae,
+            }
+            for name, x in self.learners.items()
+        }  # fmt: skip
+        derived = self._of_all(derived)  # type: ignore[assignment, arg-type]
+        each = {key: [one[key] for one in derived.values()] for key in derived[self.names[0]]}
         return {
             "config": self.config.to_dict(),
             "resolved": {
                 "n_steps": self.stream.n_batches,
                 "n_tokens": self.stream.n_tokens,
-                "learning_rate": [sched.peak_lr(x.config) for x in learners],
                 "warmup_steps": sched.warmup_steps(self.config, self.stream.n_batches),
-                "dead_after_tokens": [x.dead_after for x in learners],
-                "target_l0": [sched.target_l0(x.config) for x in learners],
-                "d_in": [x.sae.d_in for x in learners],
-                "d_sae": [x.sae.d_sae for x in learners],
-                "hookpoints": list(self.learners),
+                **each,
+                "hookpoints": self.names,
             },
             "metadata": self.metadata,
             "versions": {"nanosae": VERSION, "torch": torch.__version__, "python": platform.python_version()},
             "device": str(self.device),
+            "world": dict(zip(("modules", "data", "latents"), self.world.shape, strict=True)),
             "threads": torch.get_num_threads(),
             "git_commit": git_commit(),
             "argv": sys.argv,
@@ -293,27 +344,37 @@ class SAETrainer:
         assert self.save_dir is not None, "there is no save_dir"
         path = self.save_dir / f"checkpoint_step{self.step}.pt"
         state = {
-            "step": self.step, "epoch": self.epoch, "config": self.config.to_dict(), "stream": self.stream.state_dict(),
-            "metadata": self.metadata,
-            "saes": {name: learner.state_dict() for name, learner in self.learners.items()},
+            "step": self.step, "epoch": self.epoch, "config": self.config.to_dict(), "names": self.names,
+            "stream": self.stream.state_dict(), "metadata": self.metadata,
         }  # fmt: skip
-        for name, learner in self.learners.items():
+        first = self.world.data.rank == 0  # what replicas have alike, the first one writes
+        saes = {name: learner.state_dict() for name, learner in self.learners.items()}
+        own = {name: [x.sae.own.start, x.sae.own.stop] for name, x in self.learners.items()}
+        part = {"saes": saes if first else {}, "own": own, "held": self.stream.held_dict()}
+        for name, learner in self.learners.items() if first else ():
             hookpoint = learner.hookpoint or self.config.hook_point
             formats.save_sae(learner.finished(), self.folder(name), hookpoint=hookpoint, **self.metadata)
-        formats.write_torch(state, path)
-        for old in checkpoints(self.save_dir)[:-KEPT_CHECKPOINTS]:
-            old.unlink(missing_ok=True)
+        checkpoint.write(path, state, part, self.world.everyone)
         return path
 
     def _save_best(self, name: str, learner: Learner) -> None:
-        if self.save_dir is None:
+        if self.save_dir is None or self.world.data.rank > 0:
             return
-        sae = learner.finished()
+        sae, path = learner.finished(), self.folder(name) / "best_model.pt"
+        weights = {**sae.state_dict(), "feature_counts": learner.feature_counts.cpu()}
+        if self.world.latents.size > 1:  # put together on disk, since one process may not hold all
+            file = path.with_suffix(".safetensors")
+            formats.write_shards(weights, sae, file)
+            if self.world.latents.rank > 0:
+                return
+            weights = formats.read_safetensors(file)
+            file.unlink()
+        counts = weights.pop("feature_counts")
         best = {
-            "step": self.step, "epoch": self.epoch, "sae_state_dict": sae.state_dict(), "config": sae.config.to_dict(),
-            "feature_counts": learner.feature_counts.cpu(), "best_val_loss": learner.best_val_loss,
+            "step": self.step, "epoch": self.epoch, "sae_state_dict": weights, "config": sae.config.to_dict(),
+            "feature_counts": counts, "best_val_loss": learner.best_val_loss,
         }  # fmt: skip
-        formats.write_torch(best, self.folder(name) / "best_model.pt")
+        formats.write_torch(best, path)
 
     def load_checkpoint(self, path: str | Path | None = None) -> None:
         """Go on from a checkpoint, by default the newest whole one of save_dir, to the bit.
@@ -321,24 +382,19 @@ class SAETrainer:
         Raises UserError if there is none, if it is damaged, or if it belongs to other settings.
         """
         if path is None:
-            found = checkpoints(self.save_dir) if self.save_dir else []
-            if not found:
-                raise UserError(f"'{self.save_dir}' holds no checkpoint to resume from; start without --resume")
-            path, state = _newest_whole(found)
+            path, state, parts = checkpoint.newest_whole(self.save_dir)
         else:
-            state = formats.read_torch(path)
-        if not isinstance(state, dict) or not {"step", "saes", "stream", "config"} <= state.keys():
-            raise UserError(f"'{path}' is no training checkpoint; give a checkpoint_step*.pt")
+            state, parts = checkpoint.read(path)
         _refuse_other_settings(state["config"], self.config.to_dict(), path)
         then, now = (m.get("provenance") or {} for m in (state.get("metadata", {}), self.metadata))
         for key in then.keys() & now.keys():
             if then[key] != now[key]:
                 raise UserError(f"'{path}' was trained on other data: {key} has changed since; start a new run")
-        if state["saes"].keys() != self.learners.keys():
-            raise UserError(f"'{path}' holds {', '.join(state['saes'])}; this run trains {', '.join(self.learners)}")
+        if set(state["names"]) != set(self.names):
+            raise UserError(f"'{path}' holds {', '.join(state['names'])}; this run trains {', '.join(self.names)}")
         for name, learner in self.learners.items():
-            learner.load_state_dict(copy.deepcopy(state["saes"][name]))
-        self.stream.load_state_dict(state["stream"])
+            learner.load_state_dict(copy.deepcopy(checkpoint.joined(parts, name, learner.sae.own)))
+        self.stream.load_state_dict(state["stream"], [part["held"] for part in parts])
         self.step = state["step"]
 
 
@@ -354,25 +410,10 @@ RUN_FILES = (
     formats.WEIGHTS,
 )
 # What may differ between the two halves of a resumed run.
-FREE_SETTINGS = {"resume", "overwrite", "device", "save_dir", "save_every", "log_to_wandb", "wandb_project", "assess"}
-
-
-def checkpoints(save_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [p for p in save_dir.glob("checkpoint_step*.pt") if p.stem[len("checkpoint_step") :].isdigit()]
-    return sorted(found, key=lambda p: int(p.stem[len("checkpoint_step") :]))
-
-
-def _newest_whole(found: list[Path]) -> tuple[Path, Any]:
-    """The newest checkpoint that can be read, and what it holds."""
-    for path in reversed(found):
-        try:
-            return path, formats.read_torch(path)
-        except UserError as e:
-            if path == found[0]:
-                raise
-            log.say(f"{e}; going back to the one before")
-    raise AssertionError("checkpoints() gave none")
+FREE_SETTINGS = {
+    "resume", "overwrite", "device", "save_dir", "save_every", "log_to_wandb", "wandb_project", "assess",
+    "distribute_modules", "shard_latents", "plan",
+}  # fmt: skip
 
 
 def refuse_existing(save_dir: Path) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae import formats, hooks, log, plots
-from sae.activations import Acts
+from sae import distributed, formats, hooks, log, plots
+from sae.activations import Acts, Source, gather
 from sae.assessment import assess, decoder_similarity
 from sae.config import EvalConfig, TrainConfig, UserError, from_cli
 from sae.datasets import Dataset, open_dataset
+from sae.distributed import ALONE, World
 from sae.evaluator import SAEEvaluator, evaluate, summary
 from sae.language_model import LanguageModel, best_device, load_language_model
 from sae.models import SAE
@@ -30,7 +31,7 @@ class Opened(NamedTuple):
 def open_sae(c: EvalConfig, lm: LanguageModel | None = None) -> Opened:
     """The SAE a config means and what it belongs to. lm: its model, where that is loaded already."""
     path = Path(c.sae_path) if c.sae_path else formats.newest_run("sae_models")
-    device = best_device(c.device)
+    device = best_device(distributed.local_device(c.device))
     sae = formats.load_sae(c.sae_path or path, device=device)
     trained_on = formats.load_cfg(c.sae_path or path)
     folder = formats.find_sae(c.sae_path or path).parent
@@ -56,15 +57,18 @@ def open_sae(c: EvalConfig, lm: LanguageModel | None = None) -> Opened:
     return Opened(lm, sae, hookpoint, dataset, trained_on, folder)
 
 
-def measure(c: EvalConfig, opened: Opened) -> None:
-    """Write eval.json, final_assessment.json and the plots, and say what stands in them."""
+def measure(c: EvalConfig, opened: Opened, world: World = ALONE) -> None:
+    """Write eval.json, final_assessment.json and the plots, and say what stands in them; of a world the first does."""
     lm, sae, hookpoint, dataset, trained_on, folder = opened
     out = Path(c.output_dir) if c.output_dir else folder
     report, totals = evaluate(
         lm, sae, hookpoint, dataset, n_tokens=c.eval_tokens, mean_tokens=c.mean_tokens,
         ctx_len=c.ctx_len or trained_on.get("context_size", 256), skip_first=trained_on.get("skip_first", False),
         exclude_tokens=trained_on.get("exclude_tokens", ()), model_batch_size=c.model_batch_size,
+        world=world,
     )  # fmt: skip
+    if world.everyone.rank > 0:
+        return
     formats.write_json(report.to_dict(), out / "eval.json")
     pictures = plots.plot_evaluation(totals, out / "plots")
     if (folder / "metrics.jsonl").is_file():
@@ -83,18 +87,27 @@ def write_assessment(metrics: Mapping[str, Any], sae: SAE, out: Path) -> None:
         log.say(line)
 
 
-def assess_run(c: TrainConfig, folders: Mapping[str, Path], val: Acts, lm: LanguageModel | None = None) -> None:
+def assess_run(
+    c: TrainConfig, folders: Mapping[str, Path], held_out: Source | None, lm: LanguageModel | None = None,
+    world: World = ALONE,
+) -> None:  # fmt: skip
     """Measure every SAE of a run that has just ended: {hookpoint: folder}. lm: its model, where that is loaded.
 
-    Where the run knows no model, having trained on a file, its held-out activations `val` must do.
+    Where the run knows no model, having trained on a file, its held-out activations must do.
     """
+    val: Acts = {}
     for hookpoint, folder in folders.items():
         if not formats.load_cfg(folder).get("activations_file"):
             one = EvalConfig(sae_path=str(folder), device=c.device, model_batch_size=c.model_batch_size)
             opened = open_sae(one, lm)
             lm = opened.lm
-            measure(one, opened)
-        elif hookpoint.split("/")[0] in val and not c.transcode:
+            measure(one, opened, world)
+        elif held_out is not None and not c.transcode:
+            if world.everyone.rank > 0:
+                continue
+            if not val:
+                held_out.rewind()
+                val = gather(held_out, c.val_tokens, "the assessment")
             sae = formats.load_sae(folder, device=best_device(c.device))
             settings = {"architecture": sae.config.activation, "d_in": sae.d_in, "d_sae": sae.d_sae}
             metrics = SAEEvaluator(sae).evaluate(val[hookpoint.split("/")[0]])
@@ -105,7 +118,10 @@ def assess_run(c: TrainConfig, folders: Mapping[str, Path], val: Acts, lm: Langu
 
 def main(argv: list[str]) -> None:
     c = from_cli(EvalConfig, argv, prog="python -m scripts.sae_eval", description=__doc__ or "")
-    measure(c, open_sae(c))
+    opened = open_sae(c)
+    everyone = distributed.join(opened.lm.device)
+    measure(c, opened, World(everyone, device=opened.lm.device))
+    distributed.leave()
 
 
 if __name__ == "__main__":

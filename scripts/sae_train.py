@@ -8,29 +8,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae import cache, formats, hooks, log, native, sweep
+from sae import cache, distributed, formats, hooks, kernels, log, native, plan, sweep
 from sae.activation_files import FileSource, is_activation_file
-from sae.activations import Acts, ModelSource, Source, Stream, gather
+from sae.activations import ModelSource, Source, Stream, gather
 from sae.config import REPLACED, TrainConfig, UserError, from_cli, variants
 from sae.datasets import open_dataset
+from sae.distributed import World
 from sae.end_to_end import EndToEnd, RowStream, held_out
-from sae.language_model import LanguageModel, best_device, load_language_model
+from sae.language_model import LanguageModel, best_device, load_language_model, outline
 from sae.models import SAE, create_sae
-from sae.schedules import tokens_per_step
+from sae.schedules import n_latents, tokens_per_step
 from sae.tokens import TokenRows
 from sae.trainer import SAETrainer, refuse_existing, shuffle_seed
 from scripts.sae_eval import assess_run
 
 
 class Data(NamedTuple):
-    """What a run trains on: a source, held-out activations, how many tokens how often, and where they come from."""
+    """What a run trains on: a source, a held-out one, how many tokens how often, and where they come from."""
 
     source: Source
-    val: Acts
+    held_out: Source | None
     n_tokens: int
     uses: int
     metadata: dict[str, Any]
-    held_out: ModelSource | None = None  # the held-out text itself, where a model is at hand
+
+
+class Layout(NamedTuple):
+    """Which of the run's SAEs, by name, each group of processes trains, and the hookpoints that takes."""
+
+    world: World
+    owner: dict[str, int]
+    wanted: list[list[str]]
 
 
 def live_data(c: TrainConfig, lm: LanguageModel, hookpoints: list[str]) -> Data:
@@ -41,13 +49,12 @@ def live_data(c: TrainConfig, lm: LanguageModel, hookpoints: list[str]) -> Data:
         rows = TokenRows(lm, dataset, split, c.ctx_len, n_threads=c.data_preprocessing_num_proc)
         return ModelSource(lm, rows, hookpoints, model_batch_size=c.model_batch_size, **left_out)
 
-    val = gather(source("val"), c.val_tokens, "validation")
     origin = {
         "provenance": cache.provenance(lm, dataset, ctx_len=c.ctx_len, **left_out),
         "model_name": lm.name, "dataset_path": dataset.name, "text_column": dataset.text_column,
         "split": dataset.split, "streaming": dataset.streaming, "context_size": min(c.ctx_len, lm.max_len), **left_out,
     }  # fmt: skip
-    return Data(source("train"), val, c.max_tokens, c.num_epochs, origin, source("val"))
+    return Data(source("train"), source("val"), c.max_tokens, c.num_epochs, origin)
 
 
 def cached_data(c: TrainConfig) -> Data:
@@ -68,16 +75,15 @@ def cached_data(c: TrainConfig) -> Data:
     else:
         source = cache.CacheSource(c.activations, **options)
         origin = cache_origin(c, source.manifest)
-    held_out = source.held_out()
-    val = gather(held_out, c.val_tokens, "validation") if len(held_out) > 1 else {}
-    if val and isinstance(source, FileSource) and source.positions == 1:
+    held_out = source.held_out() if len(source.held_out()) > 1 else None
+    if held_out is not None and isinstance(source, FileSource) and source.positions == 1:
         log.say(f"the file says nothing of sequences: its last {len(held_out):,} rows are held out")
     n = len(source)
     if c.max_tokens < n:
         log.say(f"training on {c.max_tokens:,} of {n:,} collected tokens; --max_tokens takes more")
     # all of it is read anew for each epoch, in a new order; of a part, rows are used again while they are at hand
     n_tokens, uses = (n * c.num_epochs, 1) if c.max_tokens >= n else (c.max_tokens, c.num_epochs)
-    return Data(source, val, n_tokens, uses, origin)
+    return Data(source, held_out, n_tokens, uses, origin)
 
 
 def cache_origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -133,26 +139,46 @@ def check_folder(c: TrainConfig, folder: Path) -> None:
         raise UserError(f"cannot write to '{c.save_dir}' ({e.strerror}); choose another --save_dir") from e
 
 
-def build_saes(c: TrainConfig, data: Data, hookpoints: list[str]) -> tuple[dict[str, SAE], dict[str, TrainConfig]]:
-    """An SAE for every hookpoint and combination of swept settings, by name, and their settings."""
-    saes, configs = {}, {}
+def settings_of_saes(c: TrainConfig, widths: dict[str, int], hookpoints: list[str]) -> dict[str, TrainConfig]:
+    """A config for every hookpoint and combination of swept settings, by name."""
+    configs = {}
     for hookpoint in hookpoints:
-        d_out = data.source.widths[hookpoint]
-        d_in = data.source.widths[f"{hookpoint}@in"] if c.transcode else d_out
+        d_out = widths[hookpoint]
+        d_in = widths[f"{hookpoint}@in"] if c.transcode else d_out
         if c.d_in is not None and c.d_in != d_in:
             raise UserError(f"--d_in {c.d_in} was given and '{hookpoint}' is {d_in} wide; leave --d_in out")
         for label, one in variants(c).items():
             name = f"{hookpoint}/{label}" if label else hookpoint
             configs[name] = replace(one, d_in=d_in, d_out=d_out, hook_point=hookpoint)
-            saes[name] = create_sae(configs[name])
-    return saes, configs
+    return configs
 
 
-def pretrained_saes(c: TrainConfig, saes: dict[str, SAE]) -> dict[str, SAE]:
+def lay_out(c: TrainConfig, configs: dict[str, TrainConfig], everyone: distributed.Axis, device: Any) -> Layout:
+    """Processes and SAEs on the mesh; SAEs by what a step of them costs."""
+    shape = distributed.arrange(
+        everyone.size, n_saes=len(configs), shard_latents=c.shard_latents, distribute_modules=c.distribute_modules
+    )
+    world = World(everyone, shape, device)
+    owner = distributed.balance({name: float(n_latents(x) * (x.d_in or 0)) for name, x in configs.items()}, shape[0])
+    wanted: list[list[str]] = [[] for _ in range(shape[0])]
+    for name, group in owner.items():
+        hookpoint = name.split("/")[0]
+        wanted[group] += [hookpoint, *([f"{hookpoint}@in"] if c.transcode else [])]
+    if everyone.size > 1:
+        log.say(world.describe())
+        for group in range(shape[0]) if shape[0] > 1 else ():
+            log.say(f"  group {group}: {', '.join(name for name in owner if owner[name] == group)}")
+    return Layout(world, owner, wanted)
+
+
+def pretrained_saes(c: TrainConfig, saes: dict[str, SAE | None]) -> dict[str, SAE | None]:
     """The SAEs of --finetune in the place of fresh ones: one for all, or a run with one for each hookpoint."""
     assert c.finetune is not None
-    found = {}
+    found: dict[str, SAE | None] = {}
     for name, fresh in saes.items():
+        if fresh is None:
+            found[name] = None
+            continue
         inside = Path(c.finetune) / name
         sae = formats.load_sae(inside if inside.is_dir() else c.finetune)
         for what in ("activation", "d_in", "d_out", "d_sae", "transcode", "skip_connection", "tied"):
@@ -161,7 +187,7 @@ def pretrained_saes(c: TrainConfig, saes: dict[str, SAE]) -> dict[str, SAE]:
                 raise UserError(
                     f"the SAE in '{c.finetune}' has {what}={got} and {wanted} is asked for; set --{what} {got}"
                 )
-        fresh.load_state_dict(sae.state_dict())
+        fresh.load_state_dict(fresh.part_of(sae.state_dict()))
         found[name] = fresh
     return found
 
@@ -169,7 +195,8 @@ def pretrained_saes(c: TrainConfig, saes: dict[str, SAE]) -> dict[str, SAE]:
 def end_to_end(c: TrainConfig, lm: LanguageModel, data: Data) -> tuple[RowStream, EndToEnd]:
     """The stream of sequences and the objective of --loss_fn ce or kl."""
     assert isinstance(data.source, ModelSource) and c.loss_fn in ("ce", "kl")
-    assert data.held_out is not None
+    assert isinstance(data.held_out, ModelSource)
+    data.held_out.rewind()
     val = held_out(data.held_out, min(c.val_tokens, 8192))
     stream = RowStream(data.source, n_tokens=data.n_tokens * data.uses, batch_size=tokens_per_step(c))
     return stream, EndToEnd(lm, c.loss_fn, val, model_batch_size=c.model_batch_size)
@@ -187,32 +214,82 @@ def choose(c: TrainConfig, lm: LanguageModel) -> list[str]:
     return found
 
 
-def main(argv: list[str]) -> None:
-    c = from_cli(TrainConfig, argv, prog="python -m scripts.sae_train", description=__doc__ or "", replaced=REPLACED)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"{os.environ['WORLD_SIZE']} processes were started and this trains in one; run it without torchrun"
-        )
-    if c.log_to_wandb:
-        log.wandb_module()
-    device = best_device(c.device)
-    lm = None
+def open_data(c: TrainConfig, device: Any) -> tuple[LanguageModel | None, Data, list[str], Path]:
+    """The model, if one is run, what to train on, at which hookpoints, and the folder for the results."""
     if c.activations is not None:
         data = cached_data(c)
         hookpoints = [name for name in data.source.widths if not (c.transcode and name.endswith("@in"))]
         missing = [name for name in hookpoints if c.transcode and f"{name}@in" not in data.source.widths]
         if missing:
             raise UserError(f"'{c.activations}' holds no '{missing[0]}@in'; collect with sae_collect --transcode")
-        folder = run_folder(c, hookpoints)
-        check_folder(c, folder)
-    else:
-        lm = load_language_model(c.model, device=device, dataset=c.dataset)
-        hookpoints = choose(c, lm)
-        folder = run_folder(c, hookpoints)
-        check_folder(c, folder)
-        data = live_data(c, lm, hookpoints + [f"{name}@in" for name in hookpoints if c.transcode])
+        check_folder(c, run_folder(c, hookpoints))
+        return None, data, hookpoints, run_folder(c, hookpoints)
+    lm = load_language_model(c.model, device=device, dataset=c.dataset)
+    hookpoints = choose(c, lm)
+    check_folder(c, run_folder(c, hookpoints))
+    data = live_data(c, lm, hookpoints + [f"{name}@in" for name in hookpoints if c.transcode])
+    return lm, data, hookpoints, run_folder(c, hookpoints)
 
-    saes, configs = build_saes(c, data, hookpoints)
+
+def say_plan(c: TrainConfig) -> None:
+    """What the run would take on as many processes as were started, from shapes alone."""
+    n = int(os.environ.get("WORLD_SIZE", "1"))
+    device = best_device(distributed.local_device(c.device))
+    model_numbers = forward = 0
+    if c.activations is not None:
+        held = FileSource(c.activations) if is_activation_file(c.activations) else cache.CacheSource(c.activations)
+        widths = {name: d for name, d in held.widths.items() if not c.hookpoints or name in c.hookpoints}
+        hookpoints = [name for name in widths if not (c.transcode and name.endswith("@in"))]
+    else:
+        lm = outline(c.model)
+        hookpoints = choose(c, lm)
+        widths = lm.widths(hookpoints + [f"{name}@in" for name in hookpoints if c.transcode])
+        model_numbers = sum(p.numel() for p in lm.module.parameters())
+        forward = 64 * c.model_batch_size * min(c.ctx_len, lm.max_len) * lm.d_model  # what its blocks hold at once
+    configs = settings_of_saes(c, widths, hookpoints)
+    shape = distributed.arrange(
+        n, n_saes=len(configs), shard_latents=c.shard_latents, distribute_modules=c.distribute_modules
+    )
+    costs = {name: float(n_latents(one) * (one.d_in or 0)) for name, one in configs.items()}
+    owner = distributed.balance(costs, shape[0])
+    mine = [configs[name] for name in configs if owner[name] == 0]  # the dearest is there
+    parts = plan.memory(c, mine, widths, 4 * model_numbers + forward, shape, device.type)
+    room = plan.machine_memory(device) / (n if device.type == "cpu" else 1)
+    rate = plan.tokens_per_second(c, list(configs.values()), model_numbers, shape, plan.flops_here(device))
+    total = sum(plan.parameters(one) for one in configs.values())
+    log.say(f"{len(configs)} SAEs, {total:,} parameters; {n} processes: modules x data x latents = {shape}")
+    for name, size in parts.items():
+        log.say(f"  {name:16} {size / 2**20:10,.0f} MiB")
+    log.say(f"  {'peak per process':16} {sum(parts.values()) / 2**20:10,.0f} MiB of {room / 2**20:,.0f}: "
+            f"{plan.advice(c, parts, room)}")  # fmt: skip
+    log.say(f"about {rate:,.0f} tokens/s, {c.max_tokens * c.num_epochs / rate:,.0f} s by arithmetic alone")
+    log.say(f"a cache of the activations: {4 * c.max_tokens * sum(widths.values()) / 2**30:,.2f} GiB as float32")
+
+
+def check_processes(c: TrainConfig) -> None:
+    """Raise UserError for what the number of processes does not allow."""
+    if distributed.started() and c.loss_fn in ("ce", "kl"):
+        raise UserError(f"--loss_fn {c.loss_fn} trains through the model, in one process; run it without torchrun")
+    if not distributed.started() and c.shard_latents > 1:
+        raise UserError(f"--shard_latents {c.shard_latents} wants as many processes; start them with torchrun")
+
+
+def main(argv: list[str]) -> None:
+    c = from_cli(TrainConfig, argv, prog="python -m scripts.sae_train", description=__doc__ or "", replaced=REPLACED)
+    if c.plan:
+        say_plan(c)
+        return
+    check_processes(c)
+    if c.log_to_wandb:
+        log.wandb_module()
+    device = best_device(distributed.local_device(c.device))
+    everyone = distributed.join(device)
+    lm, data, hookpoints, folder = open_data(c, device)
+    configs = settings_of_saes(c, data.source.widths, hookpoints)
+    layout = lay_out(c, configs, everyone, device)
+    world, on_mesh = layout.world, {"world": layout.world, "wanted": layout.wanted}
+    val = gather(data.held_out, c.val_tokens, "validation", **on_mesh) if data.held_out is not None else {}  # type: ignore[arg-type]
+    saes = {n: create_sae(x, world=world) if layout.owner[n] == world.group else None for n, x in configs.items()}
     if c.finetune and not c.resume:
         saes = pretrained_saes(c, saes)
     objective: EndToEnd | None = None
@@ -223,39 +300,46 @@ def main(argv: list[str]) -> None:
     else:
         stream = Stream(
             data.source, n_tokens=data.n_tokens, uses=data.uses, batch_size=tokens_per_step(c),
-            buffer_tokens=c.buffer_tokens, seed=shuffle_seed(c), device=device,
+            buffer_tokens=c.buffer_tokens, seed=shuffle_seed(c), device=device, **on_mesh,  # type: ignore[arg-type]
         )  # fmt: skip
     metadata = {**data.metadata, "exclude_special_tokens": True, "training_tokens": stream.n_tokens}
     wandb = {"project": c.wandb_project, "name": folder.name, "config": c.to_dict()} if c.log_to_wandb else None
     trainer = SAETrainer(
-        saes, c, stream, data.val, device, folder, metadata=metadata, overwrite=c.overwrite, configs=configs,
+        saes, c, stream, val, device, folder, metadata=metadata, overwrite=c.overwrite, configs=configs,
         pretrained=c.finetune is not None, objective=objective, wandb=wandb,
+        world=world,
     )  # fmt: skip
     if c.resume:
         trainer.load_checkpoint()
         log.say(f"resuming '{folder}' at step {trainer.step}")
-    for name, sae in saes.items():
-        kind = f"{sae.config.activation} {'transcoder' if c.transcode else 'SAE'}"
-        log.say(f"{name}: {kind}, {sae.d_in} -> {sae.d_sae} latents")
-    if not native.ready():
-        log.say("compiling the C++ kernels, once")
-    kernels = f" (kernels: {native.status()})" if str(device) == "cpu" else ""
-    log.say(f"{stream.n_batches} steps of {stream.batch_size} tokens on {device}{kernels}")
+    announce(configs, trainer)
     metrics = trainer.train()
     if stream.n_passes:
         log.say(f"the text was read again from its start: {stream.n_passes} more passes, in whole or in part")
     finish(trainer, metrics, folder)
     if c.assess:
-        assess_run(c, {name: trainer.folder(name) for name in saes}, data.val, lm)
+        assess_run(c, {name: trainer.folder(name) for name in saes}, data.held_out, lm, World(everyone, device=device))
+    distributed.leave()
+
+
+def announce(configs: dict[str, TrainConfig], trainer: SAETrainer) -> None:
+    """Say what is about to be trained."""
+    for name, one in configs.items():
+        kind = f"{one.activation} {'transcoder' if one.transcode else 'SAE'}"
+        log.say(f"{name}: {kind}, {one.d_in} -> {n_latents(one)} latents")
+    device, stream = trainer.device, trainer.stream
+    if device.type == "cpu" and not native.ready():
+        log.say("compiling the C++ kernels, once")
+    log.say(f"{stream.n_batches} steps of {stream.batch_size} tokens on {device} (kernels: {kernels.status(device)})")
 
 
 def finish(trainer: SAETrainer, metrics: dict[str, float], folder: Path) -> None:
     """Say how it went, and what to do next."""
     where = "held out" if trainer.val else "on the last steps"
-    if len(trainer.learners) > 1 and trainer.last:
+    if len(trainer.names) > 1 and trainer.last and log.speaks():
         for line in sweep.write(trainer.last, folder):
             log.say(line)
-        one = trainer.folder(next(iter(trainer.learners)))
+        one = trainer.folder(trainer.names[0])
         log.say(f"(figures {where}) saved to {folder}; next: python -m scripts.sae_eval --sae_path {one}")
     else:
         score = f"explained variance {metrics['explained_variance']:.4f}, L0 {metrics['l0']:.1f}" if metrics else "done"

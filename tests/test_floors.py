@@ -10,18 +10,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    "flags": 0, "native": 0,
-    "config": 1, "kernels": 1,
-    "log": 2, "schedules": 2, "edits": 2,
-    "distributed": 3, "hooks": 3, "base": 3, "tokenizers": 3,
+    "flags": 0, "native": 0, "stopwatch": 0, "triton_kernels": 0,
+    "config": 1, "triton_encoder": 1,
+    "kernels": 2, "log": 2, "schedules": 2, "distributed": 2,
+    "edits": 2,
+    "hooks": 3, "base": 3, "tokenizers": 3,
     "models": 4, "optim": 4,
     "language_model": 5, "formats": 5,
     "datasets": 6,
     "tokens": 7,
-    "activations": 8,
-    "cache": 9, "evaluator": 9, "runtime": 9,
-    "activation_files": 10, "learner": 10, "feature_viz": 10, "assessment": 10, "plots": 10, "conversation": 10,
-    "trainer": 11, "end_to_end": 11, "sweep": 11, "server": 11,
+    "buffer": 3, "activations": 8,
+    "plan": 4, "checkpoint": 6, "cache": 9, "evaluator": 9, "runtime": 9,
+    "activation_files": 10, "learner": 10, "feature_viz": 10, "assessment": 10, "plots": 10,
+    "conversation": 10, "server": 11,
+    "trainer": 11, "end_to_end": 11, "sweep": 11,
     "neuronpedia": 11,
 }  # fmt: skip
 FILES = sorted(p for p in (ROOT / "sae").glob("*.py") if p.stem != "__init__")

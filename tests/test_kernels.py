@@ -43,7 +43,7 @@ def test_the_centre_of_gather_pre_has_the_gradient_of_its_twin(dtype):
     centre = x.mean(0) + 1
     values = ((x - centre) @ W_enc + b_enc).gather(1, indices)
     run = lambda f: gradients(
-        lambda c, W, b: f(x, W, b, values, indices, centre=c), centre, W_enc, b_enc, out_grad=grad
+        lambda c, W, b: f(x - centre, W, b, values, indices, centre=c), centre, W_enc, b_enc, out_grad=grad
     )
     for got, want in zip(run(kernels.gather_pre), run(kernels.gather_pre_reference), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3 if dtype is torch.float32 else 1e-10)
@@ -146,6 +146,21 @@ def test_top_k_with_ties_negatives_and_all():
     picked = kernels.top_k(pre, 2)
     assert pre.gather(1, picked).sort(1).values.tolist() == [[1.0, 1.0], [-2.0, -1.0]]
     assert kernels.top_k(pre, 4).sort(1).values.tolist() == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize("how", ["plain", "ties", "all negative", "not finite"])
+def test_top_k_by_groups_finds_what_sorting_finds(how):
+    pre = torch.randn(20, 1024, generator=torch.Generator().manual_seed(0))
+    if how == "ties":
+        pre = pre.round()
+    if how == "all negative":
+        pre = -pre.abs() - 1
+    if how == "not finite":
+        pre[3, 5], pre[4, 7] = torch.inf, -torch.inf
+    picked = kernels.top_k(pre, 16)
+    assert all(len(set(row)) == 16 for row in picked.tolist())
+    want = pre.sort(1, descending=True).values[:, :16]
+    assert torch.equal(pre.gather(1, picked).sort(1, descending=True).values, want)
 
 
 def test_codes_count_only_what_is_active():

@@ -3,14 +3,17 @@
 Run: python -m pytest tests/test_learner.py
 """
 
+import copy
 import math
 
 import pytest
 import torch
 
+from sae import native
 from sae.config import SAEConfig, UserError
-from sae.learner import Learner, clip_gradients_
+from sae.learner import Learner
 from sae.models import KINDS, create_sae
+from sae.optim import Adam, clip_gradients_
 from sae.trainer import SAETrainer, train_sae_from_activations
 from tests.conftest import planted
 
@@ -310,3 +313,66 @@ def test_dead_jumprelu_latents_fire_again():
     before = learner.sae.threshold.clone()
     learner.sae.revive_(torch.arange(64) < 10)
     assert (learner.sae.threshold < before).nonzero()[:, 0].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("how", [{}, {"tied": True}, {"transcode": True}, {"activation": "batchtopk"}])
+def test_auxk_through_copies_of_the_dead_gives_the_gradient_of_the_whole(how):
+    c = SAEConfig(d_in=12, d_sae=48, k=4, **how)
+    learner = Learner(create_sae(c), c, 100, torch.device("cpu"))
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    acts = {"": x, "@in": x.flip(1)}
+    learner.start_from(acts)
+    with torch.no_grad():
+        learner.sae.W_dec[:] = torch.randn(48, 12, generator=torch.Generator().manual_seed(1))
+    learner.tokens_since_fired[:20] = learner.dead_after + 1
+    dead = learner.is_dead()
+    assert int(dead.sum()) == 20
+    learner.n_dead = 20
+
+    x_in, y = learner.normalise(acts[learner.reads], acts[""])
+    losses = learner.forward(x_in, y, learner.terms(0, x_in if y is None else y, [x_in])._replace(spare=None))[1]
+    assert losses.aux.detach() > 0
+    losses.total.backward()
+    want = {name: p.grad.clone() for name, p in learner.sae.named_parameters()}
+    learner.sae.zero_grad()
+    learner.learn(acts, 0)
+    learner.sae.add_gradients_(learner.spare)
+    for name, p in learner.sae.named_parameters():
+        torch.testing.assert_close(p.grad, want[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert float(want["b_enc"][:20].abs().sum()) > 0
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_moments_in_bfloat16_follow_those_in_float32(enabled, monkeypatch):
+    """Rounded to the nearest, the second moment would never leave where a first large gradient put it."""
+    monkeypatch.setattr(native, "enabled", enabled)
+
+    def run(moments):
+        p = torch.nn.Parameter(torch.zeros(64, 64))
+        optimizer = Adam([p], lr=1e-3, betas=(0.9, 0.999), moments=moments)
+        for step in range(1000):
+            g = torch.Generator().manual_seed(step)
+            p.grad = torch.randn(64, 64, generator=g) * (10.0 if step < 10 else 0.1) + 0.05
+            optimizer.step()
+        assert optimizer.state[p]["exp_avg_sq"].dtype is moments
+        return p.detach(), optimizer.state[p]["exp_avg_sq"].float()
+
+    (p, v), (want, second) = run(torch.bfloat16), run(torch.float32)
+    assert abs(float(v.mean() / second.mean()) - 1) < 0.02
+    assert float((p - want).norm() / want.norm()) < 0.05
+
+
+def test_moments_in_bfloat16_come_back_from_a_checkpoint_to_the_bit():
+    c = SAEConfig(d_in=12, d_sae=48, k=4, optimizer_dtype="bfloat16")
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    one, two = (Learner(create_sae(c), c, 100, torch.device("cpu")) for _ in range(2))
+    one.start_from({"": x})
+    for step in range(6):
+        if step == 3:
+            two.load_state_dict(copy.deepcopy(one.state_dict()))
+        for learner in (one, two) if step >= 3 else (one,):
+            learner.learn({"": x}, step)
+            learner.update(step)
+    moments = two.optimizer.moments(two.sae.W_dec)
+    assert [m.dtype for m in moments] == [torch.bfloat16] * 2
+    assert torch.equal(one.sae.W_dec, two.sae.W_dec)

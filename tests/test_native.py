@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_native.py
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae import kernels, native
+from sae import hooks, kernels, native
 from sae.config import SAEConfig
+from sae.language_model import load_language_model
 from sae.learner import Learner
 from sae.models import create_sae
-from sae.optim import Adam
+from sae.optim import Adam, Optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_compiler = pytest.mark.skipif(
@@ -118,7 +120,7 @@ def test_every_other_path_chooses_the_same(monkeypatch):
 def packed_problem(name):
     x, W, b, k = problems()[name]
     W = W.t().contiguous().t()
-    packed = kernels.pack(W)
+    packed = native.pack(W)
     assert packed.serves(x[:31], W, b)
     return x[:31].contiguous(), W, b, k, packed
 
@@ -163,9 +165,9 @@ def test_eight_bits_of_other_weights_are_not_used(monkeypatch):
     assert sae.pack_().packed.serves(few, sae.W_enc, sae.b_enc)
     torch.testing.assert_close(sae.encode(few), plain.encode(few))
     assert sae.train().packed is None
-    assert kernels.pack(W.contiguous()) is None  # lies the other way: nothing would be saved
+    assert native.pack(W.contiguous()) is None  # lies the other way: nothing would be saved
     monkeypatch.setattr(native, "enabled", False)
-    assert kernels.pack(W) is None
+    assert native.pack(W) is None
 
 
 @needs_compiler
@@ -183,8 +185,11 @@ def test_a_token_that_is_not_finite_spoils_no_other():
 @needs_compiler
 def test_second_looks_are_rare_where_tokens_are_alike(encoder):
     x, W, b = randn(2000, 64), randn(1000, 64).t(), randn(1000)
+    before = encoder.looks()
     _, _, again = encoder.encode_top_k(x, W.t(), b, 16, False)
     assert again < 200  # of 2000 tokens
+    assert [a - b for a, b in zip(encoder.looks(), before, strict=True)] == [2000, again]
+    assert 0 <= native.second_looks() < 1
 
 
 @needs_compiler
@@ -382,3 +387,53 @@ def test_penalised_kinds_learn_alike_from_few_places_and_from_all(kind, transcod
 def test_dense_activations_are_left_dense():
     sae = create_sae(SAEConfig(d_in=16, d_sae=128, activation="relu", k=4))
     assert sae(randn(50, 16)).codes.indices is None  # half of the latents are active
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"tied": True}, {"normalize_decoder": False}, {"clip_norm": None}, {"transcode": True}]
+)
+def test_an_update_in_one_pass_is_its_parts_one_by_one(how, monkeypatch):
+    """Projection, clipping, Adam and unit rows, fused, against the plain functions of each."""
+
+    def run(enabled):
+        monkeypatch.setattr(native, "enabled", enabled)
+        c = SAEConfig(d_in=24, d_sae=96, k=4, **{"clip_norm": 0.05, **how})
+        sae = create_sae(c, generator=torch.Generator().manual_seed(0))
+        optimizer = Optimizer(sae, c, 100, torch.device("cpu"))
+        norms = []
+        for i in range(4):
+            for name, p in sae.named_parameters():
+                p.grad = randn(*p.shape, seed=i + len(name)).contiguous() * 10.0**-i
+            norms.append(optimizer.step(0.01))
+        return sae, torch.stack(norms)
+
+    (fused, norms), (plain, want) = run(True), run(False)
+    torch.testing.assert_close(norms, want)
+    for (name, p), q in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def activations(model: str, layer: int) -> torch.Tensor:
+    """Every token of some Python files, the special ones with their outlier dimensions included: (n, D)."""
+    lm = load_language_model(model, device="cpu")
+    text = "\n".join(Path(json.__path__[0], name).read_text() for name in ("decoder.py", "encoder.py"))
+    ids = torch.tensor(lm.tokenizer.encode_document(text)[: 128 * 16]).view(16, 128)
+    hookpoint = hooks.at_layer(lm.module, layer)
+    with torch.no_grad():
+        return lm.hidden(ids, torch.ones_like(ids, dtype=torch.bool), [hookpoint])[hookpoint].flatten(0, 1)
+
+
+@pytest.mark.parametrize(("model", "layer", "k"), [("pygpt", 10, 32), ("minilm", 3, 32), ("minilm", 5, 8)])
+def test_the_selection_is_the_best_on_real_activations(model, layer, k, minilm_path):
+    x = activations(minilm_path if model == "minilm" else model, layer)
+    c = SAEConfig(d_in=x.shape[1], expansion_factor=8, k=k, batch_size=512)
+    learner = Learner(create_sae(c), c, 20, torch.device("cpu"))
+    learner.start_from({"": x})
+    for step in range(4):
+        learner.learn({"": x[512 * step :][:512]}, step)
+        learner.update(step)
+    sae = learner.sae
+    inner, W, b = x * learner.scale - sae.b_dec.detach(), sae.W_enc.detach(), sae.b_enc.detach()
+    assert_best(inner, W, b, k, *kernels.choose_top_k(inner, W, b, k))
+    if ops := native.encoder(inner, W, b):  # proven by the 16-bit bound at the first attempt, for most
+        assert ops.encode_top_k(inner, W.t().contiguous(), b, k, False)[2] < len(x) / 2

@@ -42,6 +42,8 @@ COMMANDS = [
 @pytest.mark.parametrize(("document", "command"), COMMANDS, ids=[c[1][:60] for c in COMMANDS])
 def test_every_command_is_understood(document, command):
     words = shlex.split(command)
+    if words[0] == "torchrun":
+        words = ["python", *words[words.index("-m") :]]
     if words[:2] == ["python", "-m"] and words[2].startswith("scripts."):
         from_cli(CONFIGS[words[2].removeprefix("scripts.")], words[3:])
     elif words[:2] == ["python", "-m"]:

@@ -196,10 +196,20 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(here, base, gpt_path, caps
     assert not (here / "ran").exists()
 
 
-def test_several_processes_are_refused(here, base, capsys, monkeypatch):
+def test_what_several_processes_cannot_do_is_refused(here, base, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert call(sae_train, *base, *SMALL) == 2
+    assert call(sae_train, *base, *SMALL, "--loss_fn", "kl") == 2
     assert "run it without torchrun" in capsys.readouterr().err
+    assert call(sae_train, *base, *SMALL) == 2
+    assert "start them with torchrun" in capsys.readouterr().err  # which also says who is who
+    assert list(here.iterdir()) == []
+
+
+def test_a_plan_starts_nothing(here, base, capsys):
+    assert call(sae_train, *base, "--layer", 1, "--plan") == 0
+    said = capsys.readouterr().out
+    assert "peak per process" in said
+    assert "fits" in said
     assert list(here.iterdir()) == []
 
 

@@ -1,0 +1,52 @@
+"""What `sae_train --plan` foretells beside what the run then takes, peak resident memory:
+
+    python -m benchmarks.bench_plan
+
+Writes benchmarks/results/plan.json.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from sae.trainer import git_commit
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "plan.json"
+RUNS = (
+    "--layer 10 --max_tokens 66000 --val_tokens 8000",
+    "--layer 10 --max_tokens 20000 --expansion_factor 64 --buffer_tokens 8192 --val_tokens 4000",
+    "--layers 2 6 10 --max_tokens 20000 --expansion_factor 16 --buffer_tokens 16384 --val_tokens 4000",
+)
+PEAK = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+PEAK += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"  # KiB on Linux
+
+
+def main() -> None:
+    rows = []
+    for flags in RUNS:
+        with tempfile.TemporaryDirectory() as tmp:
+            command = [sys.executable, "-m", "scripts.sae_train", *flags.split(), "--save_dir", tmp]
+            said = subprocess.run([*command, "--plan"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+            found = re.search(r"peak per process\s+([\d,]+)", said)
+            assert found is not None
+            predicted = float(found[1].replace(",", ""))
+            ran = subprocess.run(
+                [sys.executable, "-c", PEAK, *command], cwd=ROOT, capture_output=True, text=True, check=True
+            )
+            row = {"flags": flags, "predicted_mib": predicted, "measured_mib": float(ran.stdout.split()[-1])}
+        rows.append(row)
+        print(row, flush=True)
+    about = {"commit": git_commit(), "machine": platform.machine(), "date": time.strftime("%Y-%m-%d")}
+    RESULTS.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What a training step's time and memory grow with, on the CPU at hand:  python -m benchmarks.bench_scaling
+
+Steps of all cases take turns in one process, so that noise falls on all alike; medians. Around D=384 F=6144 k=32
+B=4096: one of F, D and B at a time (slopes fitted in log-log), k doubled, AuxK with 1% and with 10% of the latents
+dead. And of each of bench_step's shapes, in a process of its own, the peak memory of a step, beside what it cannot do
+without: weights, gradients, optimiser, inputs, and one block of pre-activations. Writes
+benchmarks/results/bench_scaling.json and .png.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.bench_step import SHAPES
+from benchmarks.step_runner import data
+from sae import kernels, native
+from sae.config import SAEConfig
+from sae.learner import Learner
+from sae.models import create_sae
+from sae.trainer import git_commit
+
+RESULTS = Path(__file__).resolve().parent / "results" / "bench_scaling.json"
+BASE = {"B": 4096, "D": 384, "F": 6144, "K": 32}
+GROWS = {"F": (1536, 3072, 6144, 12288, 24576), "D": (96, 192, 384, 768), "B": (1024, 2048, 4096, 8192)}
+DEAD = (0.01, 0.1)  # shares of the latents
+ROUNDS = 9
+
+
+class Case:
+    """A learner of some size, and the seconds of its steps."""
+
+    def __init__(self, *, dead: float = 0.0, **size: int):
+        self.size, self.dead, self.step = BASE | size, dead, 0
+        self.seconds: list[float] = []
+        B, D, F, K = (self.size[key] for key in "BDFK")
+        self.x = data(D, 2 * B).split(B)
+        c = SAEConfig(d_in=D, d_sae=F, k=K, batch_size=B)
+        self.learner = Learner(create_sae(c), c, 1000, torch.device("cpu"))
+        self.learner.start_from({"": self.x[0]})
+        if dead:
+            mask = torch.arange(F) < dead * F
+            with torch.no_grad():
+                self.learner.sae.b_enc[mask] -= 100.0
+            self.learner.n_dead = int(mask.sum())
+            self.learner.is_dead = lambda: mask  # type: ignore[method-assign]
+
+    def take_step(self) -> None:
+        start = time.perf_counter()
+        self.learner.learn({"": self.x[self.step % 2]}, self.step)
+        self.learner.update(self.step)
+        self.seconds.append(time.perf_counter() - start)
+        self.step += 1
+
+    def result(self) -> dict[str, Any]:
+        return {**self.size, "dead": self.dead, "step_ms": 1e3 * statistics.median(self.seconds[2:])}
+
+
+def slope(points: list[tuple[int, float]]) -> float:
+    """Of a line through points in log-log, by least squares."""
+    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
+    mx, my = statistics.mean(xs), statistics.mean(ys)
+    return sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum((x - mx) ** 2 for x in xs)
+
+
+def resident() -> tuple[float, float]:
+    """Memory of this process in MiB: now, and the most since the last reset_peak."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(lines[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+
+
+def memory(shape: str, path: str) -> dict[str, float]:
+    """Peak memory of a step beside what it needs, MiB. Runs in a process of its own: what was freed stays."""
+    B, D, F, K = (SHAPES[shape][key] for key in "BDFK")
+    native.enabled = path == "auto"
+    native.keep_memory()
+    Case(B=64, D=32, F=256, K=2).take_step()  # loads all code
+    x = data(D, B)
+    ctypes.CDLL(None).malloc_trim(0)  # what was used and is free must not hide what a step takes
+    before = resident()[0]
+    c = SAEConfig(d_in=D, d_sae=F, k=K, batch_size=B)
+    learner = Learner(create_sae(c), c, 1000, torch.device("cpu"))
+    learner.start_from({"": x})
+    for step in range(3):
+        if step == 1:
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        learner.learn({"": x}, step)
+        learner.update(step)
+    weights = sum(p.numel() for p in learner.sae.parameters())
+    need = 4 * (4 * weights + B * D + min(B * F, kernels.PRODUCT)) / 2**20
+    return {"peak_mib": resident()[1] - before, "needed_mib": need}
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
+    for axis, (name, found) in zip(axes, results["grows"].items(), strict=True):
+        xs, ys = zip(*found["points"], strict=True)
+        axis.loglog(xs, ys, "o-", color="#3b6fb6")
+        middle = len(xs) // 2
+        axis.loglog(xs, [ys[middle] * x / xs[middle] for x in xs], ":", color="#888888", label="linear")
+        axis.set_title(f"slope {found['slope']:.2f}")
+        axis.set_xlabel(name)
+        axis.set_xticks(xs, [str(x) for x in xs])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("ms per step")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        print(json.dumps(memory(*sys.argv[1:])))
+        return
+    native.keep_memory()
+    cases: dict[tuple[str, float], Case] = {
+        (name, n): Case(**{name: n}) for name, sizes in GROWS.items() for n in sizes
+    }
+    cases |= {("K", 2 * BASE["K"]): Case(K=2 * BASE["K"])} | {("dead", share): Case(dead=share) for share in DEAD}
+    for _ in range(ROUNDS):
+        for case in cases.values():
+            case.take_step()
+    found = {key: case.result() for key, case in cases.items()}
+    base = found["F", BASE["F"]]["step_ms"]
+    grows = {}
+    for name, sizes in GROWS.items():
+        points = [(n, found[name, n]["step_ms"]) for n in sizes]
+        grows[name] = {"slope": slope(points), "points": points}
+    used = {}
+    for shape in SHAPES:
+        for path in ("auto", "plain"):
+            command = [sys.executable, "-m", "benchmarks.bench_scaling", shape, path]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            used[f"{shape} {path}"] = json.loads(done.stdout)
+    results = {
+        "about": {
+            "commit": git_commit(), "cores": os.cpu_count(), "machine": platform.machine(), "kernels": native.status(),
+            "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"), "rounds": ROUNDS,
+        },
+        "base": found["F", BASE["F"]], "grows": grows,
+        "k_doubled": found["K", 2 * BASE["K"]]["step_ms"] / base,
+        "auxk": {str(share): found["dead", share]["step_ms"] / base for share in DEAD},
+        "memory": used,
+    }  # fmt: skip
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, RESULTS.with_suffix(".png"))
+    print(json.dumps({key: value for key, value in results.items() if key != "about"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

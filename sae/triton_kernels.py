@@ -1,0 +1,372 @@
+"""The sparse operations in Triton, for CUDA: the twins of native.cpp's, called alike; the encoder is triton_encoder.py.
+
+float32 or bfloat16 in, sums in float32. kernels.py imports this file where Triton is installed and a tensor lies on a
+GPU, or where its interpreter is wanted (TRITON_INTERPRET=1), which runs all of it on CPUs. Nothing here reads the
+device. Sums over the tokens of a latent go through a sort, not through atomic additions: the same bits every time.
+
+Letters: B tokens in a batch, D width, F latents, K kept latents.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+PIECE = 128  # tokens of a latent that one program adds up
+
+
+def ops(*tensors: Tensor) -> Any:
+    """This file, if it serves these tensors: float32 or bfloat16; else None."""
+    return sys.modules[__name__] if all(t.dtype in (torch.float32, torch.bfloat16) for t in tensors) else None
+
+
+# --------------------------------------------------------------------------------------------------
+# sparse products
+
+
+@triton.jit
+def _span(token, offsets, n, B, K, RAGGED: tl.constexpr):
+    """Where a token's places begin and end."""
+    if RAGGED:
+        first = tl.load(offsets + token)
+        return first, tl.load(offsets + token + 1, mask=token + 1 < B, other=n)
+    else:
+        return token * K, token * K + K
+
+
+@triton.jit
+def _bag(
+    indices, offsets, values, W, bias, out, n, B, K, D,
+    RAGGED: tl.constexpr, BIAS: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    token, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    first, last = _span(token, offsets, n, B, K, RAGGED)
+    total = tl.zeros((WIDE,), tl.float32)
+    if BIAS:
+        total += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)
+    for start in range(first, last, PLACES):
+        at = start + tl.arange(0, PLACES)
+        value = tl.load(values + at, mask=at < last, other=0.0).to(tl.float32)
+        latent = tl.load(indices + at, mask=at < last, other=0)
+        mask = (value != 0)[:, None] & (d < D)[None, :]
+        rows = tl.load(W + latent[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(value[:, None] * rows, 0)
+    tl.store(out + token * D + d, total, mask=d < D)
+
+
+def bag(indices: Tensor, offsets: Tensor | None, values: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, D): for each token the sum of values[place] * W[indices[place]] over its places, plus bias (D,)."""
+    B, D = len(indices if offsets is None else offsets), W.shape[1]
+    out = W.new_empty(B, D)
+    wide = min(512, triton.next_power_of_2(D))
+    if B:
+        _bag[(B, triton.cdiv(D, wide))](
+            indices, offsets, values, W, bias, out, indices.numel(), B, 0 if offsets is not None else indices.shape[1],
+            D, RAGGED=offsets is not None, BIAS=bias is not None, PLACES=8, WIDE=wide,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def dots(left, right, at, there, D, N: tl.constexpr, DEPTH: tl.constexpr):
+    """(N,): the row `left` times the rows `at` of right."""
+    depth = tl.arange(0, DEPTH)
+    total = tl.zeros((N, DEPTH), tl.float32)
+    for start in range(0, D, DEPTH):
+        d = start + depth
+        mask = there[:, None] & (d < D)[None, :]
+        rows = tl.load(right + at.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += rows * tl.load(left + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def _dot_at(
+    indices, offsets, left, right, out, n, B, K, D,
+    RAGGED: tl.constexpr, PLACES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    first, last = _span(token, offsets, n, B, K, RAGGED)
+    for start in range(first, last, PLACES):
+        at = start + tl.arange(0, PLACES)
+        latent = tl.load(indices + at, mask=at < last, other=0)
+        tl.store(out + at, dots(left + token * D, right, latent, at < last, D, PLACES, DEPTH), mask=at < last)
+
+
+def dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Like indices: left[token] . right[indices[place]], for left (B, D) and right (F, D)."""
+    out = torch.empty(indices.shape, dtype=left.dtype, device=left.device)
+    if len(left):
+        _dot_at[(len(left),)](
+            indices, offsets, left, right, out, indices.numel(), len(left),
+            0 if offsets is not None else indices.shape[1], left.shape[1],
+            RAGGED=offsets is not None, PLACES=32, DEPTH=128,
+        )  # fmt: skip
+    return out
+
+
+class _Sorted(NamedTuple):
+    """Places in the order of their latents."""
+
+    order: Tensor  # (n,)
+    tokens: Tensor  # (n,)
+    starts: Tensor  # (F + 1,), where each latent's begin
+    ends: Tensor  # (F,), where each latent's further pieces of PIECE places end, among all of those
+    latents: Tensor  # (n // PIECE,), whose piece it is; F if nobody's
+    version: int
+
+
+_sorted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # both gradients of a step take the same order
+
+
+def _by_latent(indices: Tensor, offsets: Tensor | None, F: int) -> _Sorted:
+    known = _sorted.get(indices)
+    if known is not None and known.version == indices._version and len(known.ends) == F:
+        return known
+    flat = indices.reshape(-1)
+    latents, order = flat.to(torch.int32).sort(stable=True)
+    if offsets is None:
+        tokens = order // indices.shape[1]
+    else:
+        tokens = torch.searchsorted(offsets, order, right=True) - 1
+    starts = torch.searchsorted(latents, torch.arange(F + 1, dtype=torch.int32, device=flat.device))
+    ends = ((starts.diff() - 1).clamp(min=0) // PIECE).cumsum(0)
+    owners = torch.searchsorted(ends, torch.arange(len(flat) // PIECE, device=flat.device), right=True)
+    _sorted[indices] = result = _Sorted(order, tokens, starts, ends, owners, indices._version)
+    return result
+
+
+@triton.jit
+def _sum_pieces(
+    order, tokens, starts, ends, latents, values, x, out, further, F, D,
+    PIECE: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The first PIECE places of each latent, to out (F, D), and each further piece of it, to a row of its own."""
+    piece, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    is_first = piece < F
+    latent = tl.where(is_first, piece, tl.load(latents + piece - F, mask=piece >= F, other=0))
+    begin = tl.load(ends + latent - 1, mask=(latent > 0) & (latent < F), other=0)
+    first = tl.load(starts + latent) + tl.where(is_first, 0, piece - F - begin + 1) * PIECE
+    last = tl.minimum(tl.load(starts + latent + 1, mask=latent < F, other=0), first + PIECE)
+    total = tl.zeros((WIDE,), tl.float32)
+    for start in range(first, last, PLACES):
+        at = start + tl.arange(0, PLACES)
+        place = tl.load(order + at, mask=at < last, other=0)
+        value = tl.load(values + place, mask=at < last, other=0.0).to(tl.float32)
+        token = tl.load(tokens + at, mask=at < last, other=0)
+        mask = (value != 0)[:, None] & (d < D)[None, :]
+        rows = tl.load(x + token[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(value[:, None] * rows, 0)
+    tl.store(out + latent * D + d, total, mask=d < tl.where(is_first, D, 0))
+    tl.store(further + (piece - F) * D + d, total, mask=d < tl.where(is_first | (latent == F), 0, D))
+
+
+@triton.jit
+def _add_pieces(ends, out, further, D, WIDE: tl.constexpr):
+    """Add to each latent's first piece the further ones, in order."""
+    latent, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    first, last = tl.load(ends + latent - 1, mask=latent > 0, other=0), tl.load(ends + latent)
+    if last > first:
+        total = tl.load(out + latent * D + d, mask=d < D, other=0.0)
+        for piece in range(first, last):
+            total += tl.load(further + piece * D + d, mask=d < D, other=0.0)
+        tl.store(out + latent * D + d, total, mask=d < D)
+
+
+def sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: Tensor, n_latents: int) -> Tensor:
+    """(F, D): for each latent the sum of values[place] * x[token] over the places whose index is that latent."""
+    D, by = x.shape[1], _by_latent(indices, offsets, n_latents)
+    out = x.new_empty(n_latents, D, dtype=torch.float32)
+    further = out.new_empty(len(by.latents), D)
+    wide = min(512, triton.next_power_of_2(D))
+    blocks = triton.cdiv(D, wide)
+    _sum_pieces[(n_latents + len(further), blocks)](
+        by.order, by.tokens, by.starts, by.ends, by.latents, values, x, out, further, n_latents, D,
+        PIECE=PIECE, PLACES=8, WIDE=wide,
+    )  # fmt: skip
+    if len(further):
+        _add_pieces[(n_latents, blocks)](by.ends, out, further, D, WIDE=wide)
+    return out.to(x.dtype)
+
+
+@triton.jit
+def _activity(indices, offsets, values, l0, fired, n, B, K, RAGGED: tl.constexpr, PLACES: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    first, last = _span(token, offsets, n, B, K, RAGGED)
+    count = tl.zeros((PLACES,), tl.int64)
+    for start in range(first, last, PLACES):
+        at = start + tl.arange(0, PLACES)
+        active = (at < last) & (tl.load(values + at, mask=at < last, other=0.0) != 0)
+        tl.atomic_add(fired + tl.load(indices + at, mask=active, other=0), 1, mask=active)  # whole numbers: no rounding
+        count += active.to(tl.int64)
+    tl.store(l0 + token, tl.sum(count))
+
+
+def activity(indices: Tensor, offsets: Tensor | None, values: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
+    """How many of each token's values are not 0 (B,), and how often each latent's are (F,); int64."""
+    B = len(indices if offsets is None else offsets)
+    l0, fired = indices.new_zeros(B), indices.new_zeros(n_latents)
+    if B:
+        _activity[(B,)](
+            indices, offsets, values, l0, fired, indices.numel(), B, 0 if offsets is not None else indices.shape[1],
+            RAGGED=offsets is not None, PLACES=32, num_warps=1,
+        )  # fmt: skip
+    return l0, fired
+
+
+# --------------------------------------------------------------------------------------------------
+# rows
+
+
+@triton.jit
+def _moments(x, y, rows, columns, B, D, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64)
+    row = block * ROWS + tl.arange(0, ROWS)
+    zero = tl.zeros((ROWS,), tl.float64)
+    x2, y2, xy, e2 = zero, zero, zero, zero
+    for start in range(0, D, WIDE):
+        d = start + tl.arange(0, WIDE)
+        at, mask = row[:, None] * D + d[None, :], (row < B)[:, None] & (d < D)[None, :]
+        u = tl.load(x + at, mask=mask, other=0.0).to(tl.float64)
+        v = tl.load(y + at, mask=mask, other=0.0).to(tl.float64)
+        x2 += tl.sum(u * u, 1)
+        y2 += tl.sum(v * v, 1)
+        xy += tl.sum(u * v, 1)
+        e2 += tl.sum((u - v) * (u - v), 1)
+        tl.store(columns + block * D + d, tl.sum(u, 0), mask=d < D)
+    tl.store(rows + row, x2, mask=row < B)
+    tl.store(rows + B + row, y2, mask=row < B)
+    tl.store(rows + 2 * B + row, xy, mask=row < B)
+    tl.store(rows + 3 * B + row, e2, mask=row < B)
+
+
+def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Per token |x|^2, |y|^2, x.y and |x - y|^2 (4, B), and the sum of x over tokens (D,), all in float64."""
+    B, D = x.shape
+    blocks = triton.cdiv(B, 16)
+    rows, columns = x.new_empty(4, B, dtype=torch.float64), x.new_empty(blocks, D, dtype=torch.float64)
+    if B:
+        _moments[(blocks,)](x, y, rows, columns, B, D, ROWS=16, WIDE=128)
+    return rows, columns.sum(0)
+
+
+@triton.jit
+def _along(g, w):
+    """(rows, 1): how much of each row of w is in that of g."""
+    return (tl.sum(g * w, 1) / tl.maximum(tl.sum(w * w, 1), 1e-24))[:, None]
+
+
+@triton.jit
+def _at_random(number, random):
+    """Rounded up or down to bfloat16 by 16 random bits, in proportion to what is near (float32, ready to be stored)."""
+    return ((number.to(tl.int32, bitcast=True) + (random & 0xFFFF)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _step_rows(
+    p, grad, m, v, scale, factors, n, D, seed, rate, per_root, beta1, beta2, eps,
+    PROJECT: tl.constexpr, ADAM: tl.constexpr, UNIT: tl.constexpr, RANDOM: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Drop the gradient along rows, take Adam's step, bring rows to unit norm; any of these, in one pass."""
+    rows, d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
+    at = rows[:, None] * D + d
+    mask = (d < D) & (at < n)
+    w = tl.load(p + at, mask=mask, other=0.0).to(tl.float32)
+    if PROJECT or ADAM:
+        g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+        if PROJECT:
+            g -= _along(g, w) * w
+        if ADAM:
+            g *= tl.load(scale).to(tl.float32)
+            first = beta1 * tl.load(m + at, mask=mask, other=0.0).to(tl.float32) + (1 - beta1) * g
+            second = beta2 * tl.load(v + at, mask=mask, other=0.0).to(tl.float32) + (1 - beta2) * g * g
+            w -= rate * first / (tl.sqrt(second) * per_root + eps)
+            if RANDOM:
+                random = tl.randint(seed, at.to(tl.int32)).to(tl.int32, bitcast=True)
+                first, second = _at_random(first, random), _at_random(second, random >> 16)
+            tl.store(m + at, first, mask=mask)
+            tl.store(v + at, second, mask=mask)
+        else:
+            tl.store(grad + at, g, mask=mask)
+    if UNIT:
+        factor = 1 / tl.maximum(tl.sqrt(tl.sum(w * w, 1)), 1e-12)
+        tl.store(factors + rows, factor, mask=rows * D < n)
+        w *= factor[:, None]
+    if ADAM or UNIT:
+        tl.store(p + at, w, mask=mask)
+
+
+@triton.jit
+def _squares(grad, W, out, n, D, PROJECT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of rows of grad: the sum of squares, without what lies along W's."""
+    rows, d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
+    at = rows[:, None] * D + d
+    mask = (d < D) & (at < n)
+    g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    if PROJECT:
+        w = tl.load(W + at, mask=mask, other=0.0).to(tl.float32)
+        g -= _along(g, w) * w
+    tl.store(out + tl.program_id(0), tl.sum(tl.sum(g * g, 1)))
+
+
+def _row_grid(n: int, D: int | None) -> tuple[int, int, dict[str, int]]:
+    """Of n numbers in rows of D, or in a line: how many programs take them, the width, and the size of blocks."""
+    D = D or 2048
+    block = triton.next_power_of_2(D)
+    at_once = max(1, 2048 // block)
+    return triton.cdiv(n, D * at_once), D, {"ROWS": at_once, "BLOCK": block, "num_warps": min(16, max(4, block // 512))}
+
+
+def squares(grad: Tensor, W: Tensor | None) -> Tensor:
+    """Sum of squares of grad, a float64 scalar on the device; with rows W, of what is left of grad's rows (F, D)
+    without their part along W's."""
+    n_programs, D, block = _row_grid(grad.numel(), None if W is None else grad.shape[1])
+    out = torch.empty(n_programs, dtype=torch.float32, device=grad.device)
+    _squares[(n_programs,)](grad, W, out, grad.numel(), D, PROJECT=W is not None, **block)
+    return out.sum(dtype=torch.float64)
+
+
+def adam_(
+    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float,
+    scale: Tensor | float, unit_rows: bool,
+) -> None:  # fmt: skip
+    """In place, Adam (Kingma & Ba 2015, algorithm 1) on numbers that lie alike in all four tensors, with the gradient
+    times scale, a number or a scalar on the device. step counts from 1. unit_rows: p's rows (F, D) move on the sphere:
+    the gradient's part along a row is dropped first, and the row gets unit norm after. Moments in bfloat16 are rounded
+    up or down at random."""
+    n_programs, D, block = _row_grid(p.numel(), p.shape[1] if unit_rows else None)
+    rate, per_root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
+    factors = torch.empty(len(p), dtype=torch.float32, device=p.device) if unit_rows else None
+    scale = scale if isinstance(scale, Tensor) else p.new_full((), scale)
+    _step_rows[(n_programs,)](
+        p, grad, m, v, scale, factors, p.numel(), D, step, rate, per_root, beta1, beta2, eps,
+        PROJECT=unit_rows, ADAM=True, UNIT=unit_rows, RANDOM=m.dtype == torch.bfloat16, **block,
+    )  # fmt: skip
+
+
+def project_rows_(grad: Tensor, W: Tensor) -> None:
+    """In place: the part of every row of grad (F, D) along the same row of W is dropped."""
+    n_programs, D, block = _row_grid(W.numel(), W.shape[1])
+    _step_rows[(n_programs,)](
+        W, grad, None, None, None, None, W.numel(), D, 0, 0.0, 0.0, 0.0, 0.0, 0.0,
+        PROJECT=True, ADAM=False, UNIT=False, RANDOM=False, **block,
+    )  # fmt: skip
+
+
+def unit_rows_(W: Tensor) -> Tensor:
+    """In place: every row of W (F, D) gets unit norm; returns the factors (F, 1) that took."""
+    n_programs, D, block = _row_grid(W.numel(), W.shape[1])
+    factors = W.new_empty(len(W), 1)
+    _step_rows[(n_programs,)](
+        W, None, None, None, None, factors, W.numel(), D, 0, 0.0, 0.0, 0.0, 0.0, 0.0,
+        PROJECT=False, ADAM=False, UNIT=True, RANDOM=False, **block,
+    )  # fmt: skip
+    return factors

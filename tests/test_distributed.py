@@ -1,0 +1,219 @@
+"""N processes give what one gives: every architecture on every layout, resume across layouts, bytes on the wire.
+
+Real processes over gloo, four for all cases (tests/world_runner.py); no torchrun but where it is what is tested.
+Run: python -m pytest tests/test_distributed.py
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from sae import formats, plan
+from sae.checkpoint import checkpoints
+from sae.config import UserError
+from sae.distributed import Axis, arrange, balance
+from sae.models import KINDS
+from tests import world_runner
+from tests.conftest import ROOT
+
+LIMIT_S = 600  # of a machine that does much else
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, gpt_path, text_file):
+    """The folder in which four processes left all cases."""
+    folder = tmp_path_factory.mktemp("world")
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "FIRST_PORT": str(min(free_port(), 60_000)),
+    }
+    command = [sys.executable, "-m", "tests.world_runner", str(folder), gpt_path, str(text_file)]
+    children = []
+    for rank in range(4):
+        with (folder / f"{rank}.log").open("w") as f:
+            children.append(subprocess.Popen(
+                command, cwd=ROOT, env={**env, "RANK": str(rank)}, stdout=f, stderr=subprocess.STDOUT
+            ))  # fmt: skip
+    deadline = time.monotonic() + LIMIT_S
+    while any(c.poll() is None for c in children) and not any(c.poll() for c in children):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    if any(c.poll() != 0 for c in children):
+        time.sleep(1)
+        for c in children:
+            c.kill()
+            c.wait()
+        logs = "\n".join(f"process {r}: {(folder / f'{r}.log').read_text()[-1500:]}" for r in range(4))
+        pytest.fail(f"the processes did not finish:\n{logs}")
+    return folder
+
+
+def metrics(folder, hookpoint, what):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [r[what] for r in lines if r.get("hookpoint", hookpoint) == hookpoint and what in r]
+
+
+def same_weights(one, other, tolerance):
+    a, b = (formats.read_safetensors(folder / formats.WEIGHTS) for folder in (one, other))
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        assert (x - b[name]).norm() <= tolerance * x.norm(), name
+
+
+# ------------------------------------------------------------------------------------- every cell
+
+
+@pytest.mark.parametrize("layout", ["1x2", "2x1", "2x2", "plan"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_equal_those_of_one_process(done, kind, layout):
+    """After 50 steps on the same global batches."""
+    one, ours = done / f"{kind}_alone", done / f"{kind}_{layout}"
+    for hookpoint in world_runner.WIDTHS if layout == "plan" else ("a",):
+        same_weights(one / hookpoint, ours / hookpoint if layout == "plan" else ours, 1e-4)
+        assert len(metrics(ours, hookpoint, "loss")) == 10
+        for what in ("loss", "explained_variance", "l0", "dead_fraction", "grad_norm", "val_total_loss", "val_l0"):
+            want = metrics(one, hookpoint, what)
+            assert metrics(ours, hookpoint, what) == pytest.approx(want, rel=1e-4, abs=1e-5), what
+    best = [formats.read_torch(f / "best_model.pt") for f in (one / "a", ours / "a" if layout == "plan" else ours)]
+    torch.testing.assert_close(best[1]["sae_state_dict"], best[0]["sae_state_dict"], rtol=1e-3, atol=1e-5)
+    assert torch.equal(best[1]["feature_counts"], best[0]["feature_counts"])
+
+
+def test_some_latents_died_and_auxk_took_part(done):
+    for kind in ("topk", "abstopk", "batchtopk", "groupmax", "matryoshka"):
+        assert max(metrics(done / f"{kind}_2x2", "a", "aux")) > 0, kind
+
+
+def test_resume_on_other_numbers_of_processes(done):
+    """4 (modules x latents) -> 2 replicas -> 1 -> a 2 x 2 mesh: the losses of the run that was never stopped."""
+    one, ours = done / "uninterrupted", done / "resumed"
+    assert [p.stem for p in checkpoints(ours)] == [f"checkpoint_step{n}" for n in (20, 40, 60, 80, 100, 120, 128)]
+    assert (ours / "checkpoint_step20.part4of4.pt").is_file()
+    assert not list(ours.glob("checkpoint_step60.part*"))
+    for hookpoint in ("a", "b"):
+        assert metrics(ours, hookpoint, "step") == metrics(one, hookpoint, "step")
+        for what in ("loss", "val_total_loss", "n_passes", "l0", "dead_fraction"):
+            want = metrics(one, hookpoint, what)
+            assert metrics(ours, hookpoint, what) == pytest.approx(want, rel=1e-5, abs=1e-6), what
+        same_weights(one / hookpoint, ours / hookpoint, 1e-5)
+
+
+# ------------------------------------------------------------------------------------- single facts
+
+
+def test_resampling_and_other_options_on_a_mesh(done):
+    apart, n_alive = json.loads((done / "options.json").read_text())
+    assert max(apart.values()) < 1e-4, apart
+    assert n_alive > 40
+
+
+def test_bytes_on_the_wire_are_those_of_the_formula(done):
+    counted = json.loads((done / "bytes.json").read_text())
+    for kind in KINDS:
+        c = world_runner.config(kind, d_in=16, auxk_alpha=0.0)
+        want = plan.wire(c, 2, 2)
+        got = counted[kind]
+        assert (got["data"], got["latents"]) == (want["data"], want["latents"]), kind
+        delivered = plan.delivery(world_runner.BATCH, [16], 2)
+        assert sum(got["everyone"]) == delivered + 4 * want["team"], kind  # here the team is everyone
+        assert got["largest"] < 96 * 16 // 2, "a matrix of latents crossed"
+
+
+def test_a_replica_that_differs_is_found(done):
+    step, message = json.loads((done / "differing.json").read_text())
+    assert step == 10
+    assert "a: W_enc is not the same on process 0 and process 1" in message
+
+
+def test_a_live_model_and_evaluation(done):
+    difference, reports = json.loads((done / "text.json").read_text())
+    assert difference < 1e-5
+    for n in ("3", "4"):
+        assert reports[n].keys() == reports["1"].keys()
+        for key, value in reports["1"].items():
+            assert reports[n][key] == (pytest.approx(value, rel=1e-6) if isinstance(value, (float, dict)) else value)
+
+
+def test_selection_over_shards_is_exact(done):
+    """Also where all of the largest lie on one shard, which offered too few at first."""
+    differences, least = json.loads((done / "crowded.json").read_text())
+    assert differences == pytest.approx([0, 0, 0], abs=1e-5)
+    assert least == pytest.approx([1.0, -4.0, 0.1, 0.0])
+
+
+def test_the_mesh():
+    assert arrange(8, n_saes=4, shard_latents=2, distribute_modules=True) == (4, 1, 2)
+    assert arrange(8, n_saes=2, shard_latents=2, distribute_modules=True) == (2, 2, 2)
+    assert arrange(3, n_saes=4, distribute_modules=True) == (3, 1, 1)
+    assert arrange(6, n_saes=4, shard_latents=2) == (1, 3, 2)
+    with pytest.raises(UserError, match="multiple of 4"):
+        arrange(6, n_saes=1, shard_latents=4)
+    assert balance({"a": 1, "b": 9, "c": 4, "d": 5}, 2) == {"a": 0, "b": 0, "c": 1, "d": 1}
+    assert [list(Axis(range(3), r).range(7)) for r in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]
+
+
+# ------------------------------------------------------------------------------------- real commands
+
+
+def command(folder, gpt_path, text_file, *flags, processes=2):
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    )
+    return [
+        sys.executable, *torchrun, "-m", "scripts.sae_train", "--model", gpt_path, "--dataset", str(text_file),
+        "--layers", "0", "1", "--k", "4", "--batch_size", "64", "--buffer_tokens", "512", "--max_tokens", "16000",
+        "--val_tokens", "500", "--save_every", "20", "--eval_every", "100", "--save_dir", str(folder), "--run_name",
+        "run", "--kernels", "plain", *flags,
+    ]  # fmt: skip
+
+
+def test_a_dead_process_ends_the_run_and_another_number_goes_on(gpt_path, text_file, tmp_path):
+    """torchrun, one of two processes killed; the others end soon with a sentence; one process ends the run."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as f:
+        run = subprocess.Popen(command(tmp_path, gpt_path, text_file, "--shard_latents", "2"), cwd=ROOT, env=env,
+                               stdout=f, stderr=subprocess.STDOUT)  # fmt: skip
+    deadline = time.monotonic() + LIMIT_S
+    while not checkpoints(tmp_path / "run") and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.02)
+    assert run.poll() is None, (tmp_path / "log").read_text()
+    workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(workers[-1]), 9)
+    killed = time.monotonic()
+    assert run.wait(timeout=60) != 0
+    assert time.monotonic() - killed < 60
+    text = (tmp_path / "log").read_text()
+    assert "data axis" not in text
+    assert "1 groups of SAEs x 1 replicas x 2 shards of latents" in text
+    assert "another process of this run has ended" in text or "Signal 9" in text
+    ended = subprocess.run(command(tmp_path, gpt_path, text_file, "--resume", processes=1), cwd=ROOT, env=env,
+                           capture_output=True, text=True, check=False)  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    steps = metrics(tmp_path / "run", "transformer.h.0", "step")
+    assert steps == sorted(steps)
+    assert steps[-1] == 250
+    assert set(formats.load_saes(tmp_path / "run")) == {"transformer.h.0", "transformer.h.1"}
+
+
+def test_what_several_processes_cannot_do_is_said(gpt_path, text_file, tmp_path):
+    flags = {"--shard_latents 2": 1}
+    for given, processes in flags.items():
+        ended = subprocess.run(command(tmp_path, gpt_path, text_file, *given.split(), processes=processes), cwd=ROOT,
+                               capture_output=True, text=True, check=False)  # fmt: skip
+        assert ended.returncode == 2
+        assert "start them with torchrun" in ended.stderr

@@ -1,0 +1,293 @@
+"""What test_distributed.py runs in four processes that serve all its cases, since starting them takes seconds.
+
+    RANK=0..3 FIRST_PORT=... python -m tests.world_runner FOLDER GPT TEXT
+
+Each case has some of the processes meet at a place of their own. Runs go to FOLDER/{architecture}_{layout}/, what else
+was found to FOLDER/{case}.json.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from sae import base, checkpoint, distributed, trainer
+from sae.activations import ModelSource, Stream, TensorSource, gather
+from sae.config import SAEConfig, UserError
+from sae.datasets import open_dataset
+from sae.distributed import ALONE, World, arrange, balance
+from sae.evaluator import evaluate
+from sae.language_model import load_language_model
+from sae.models import KINDS, create_sae
+from sae.tokens import TokenRows
+from sae.trainer import SAETrainer
+from tests.conftest import planted
+
+WIDTHS = {"a": 16, "b": 24, "c": 16, "d": 16}  # hookpoints
+STEPS, BATCH = 50, 64
+# name -> hookpoints, --shard_latents, --distribute_modules
+LAYOUTS = {
+    "alone": (4, 1, False), "1x2": (1, 2, False), "2x1": (1, 1, False), "2x2": (1, 2, False), "plan": (4, 1, True),
+}  # fmt: skip
+RANK = int(os.environ.get("RANK", "0"))
+MEETINGS: Counter = Counter()
+
+
+class Blocks(TensorSource):
+    """Gives blocks of a size of its own, as a model does, so that some of one waits for its place in the buffer."""
+
+    def read(self, n):
+        del n
+        return super().read(50)
+
+    def skip(self, n):
+        del n
+        return super().skip(50)
+
+
+def meet(ranks):
+    """A group of some of the processes, in this order; None in the others."""
+    distributed.leave()
+    if RANK not in ranks:
+        return None
+    place = int(os.environ["FIRST_PORT"]) + 100 * MEETINGS[tuple(ranks)] + sum(1 << r for r in ranks)
+    MEETINGS[tuple(ranks)] += 1
+    os.environ |= {"WORLD_SIZE": str(len(ranks)), "RANK": str(ranks.index(RANK)), "MASTER_PORT": str(place)}
+    return distributed.join(torch.device("cpu"))
+
+
+def config(kind, **fields):
+    return SAEConfig(**{
+        "d_sae": 96, "k": 4, "activation": kind, "batch_size": BATCH, "dead_feature_threshold": 100, "log_every": 5,
+        "eval_every": 25, "save_every": 1000, "learning_rate": 2e-3, "kernels": "plain", **fields,
+    })  # fmt: skip
+
+
+def make(c, everyone, n_hookpoints, shards, modules, folder=None, n_rows=BATCH * STEPS, source=TensorSource):
+    """A trainer as scripts/sae_train.py makes it."""
+    acts = {n: 3 * planted(n_rows, d, 32, 3, seed=ord(n))[0] + 1 for n, d in list(WIDTHS.items())[:n_hookpoints]}
+    world = World(everyone, arrange(everyone.size, n_saes=len(acts), shard_latents=shards, distribute_modules=modules))
+    owner = balance({name: WIDTHS[name] for name in acts}, world.n_groups)
+    wanted = [[name for name in acts if owner[name] == g] for g in range(world.n_groups)]
+    stream = Stream(source(acts), n_tokens=BATCH * STEPS, batch_size=c.batch_size, buffer_tokens=512, world=world,
+                    wanted=wanted, uses=c.num_epochs)  # fmt: skip
+    configs = {name: replace(c, d_in=WIDTHS[name], d_out=WIDTHS[name]) for name in acts}
+    saes = {n: create_sae(configs[n], world=world) if owner[n] == world.group else None for n in acts}
+    val = gather(TensorSource({n: x[:201] for n, x in acts.items()}), 201, "val", world=world, wanted=wanted)
+    t = SAETrainer(saes, c, stream, val, save_dir=folder, configs=configs, world=world)
+    step = t._step
+
+    def step_and_look(batch):
+        """AuxK goes by the dead latents of the last line of the log; here as if there were one after every step."""
+        step(batch)
+        for one in t.learners.values():
+            one.n_dead = sum(world.latents.objects(int(one.is_dead().sum())))
+
+    t._step = step_and_look
+    return t
+
+
+def write(folder, name, value):
+    (folder / f"{name}.json").write_text(json.dumps(value))
+
+
+# --------------------------------------------------------------------------------------------------
+# cases
+
+
+def cells(folder, layout, ranks, kinds=tuple(KINDS)):
+    """Every architecture in one layout."""
+    everyone = meet(ranks)
+    for kind in kinds if everyone is not None else ():
+        make(config(kind), everyone, *LAYOUTS[layout], folder / f"{kind}_{layout}").train(verbose=False)
+
+
+class Stopped(Exception):
+    pass
+
+
+CHAIN = (([0, 1, 2, 3], 2, True), ([0, 1], 1, False), ([0], 1, False), ([0, 1, 2, 3], 2, False))
+
+
+def resume(folder):
+    """4 processes (modules x latents), then 2 replicas, 1, and a mesh of 4; and once alone without a stop."""
+    # BatchTopK would tell the ties apart that come of a token used twice in a batch
+    c = config("topk", save_every=20, log_every=4, num_epochs=2, ema=0.9, batch_size=50)
+    for i, (ranks, shards, modules) in enumerate(CHAIN):
+        everyone = meet(ranks)
+        if everyone is None:
+            continue
+        t = make(c, everyone, 2, shards, modules, folder / "resumed", n_rows=1010, source=Blocks)
+        if i > 0:
+            t.load_checkpoint()
+        last, save = (20, 40, 60, 10_000)[i], t.save
+
+        def save_and_stop(t=t, last=last, save=save):
+            save()
+            if t.step >= last:
+                raise Stopped
+
+        t.save = save_and_stop
+        with contextlib.suppress(Stopped):
+            t.train(verbose=False)
+    if meet([0]) is not None:
+        make(c, ALONE.everyone, 2, 1, False, folder / "uninterrupted", n_rows=1010, source=Blocks).train(verbose=False)
+
+
+def options(folder):
+    """Resampling, micro-batches, the median and another optimiser, on a mesh and alone."""
+    c = config("topk", resample_every=8, micro_acc_steps=2, b_dec_init="geometric_median", scale_encoder=True,
+               optimizer="signum")  # fmt: skip
+    t = make(c, meet([0, 1, 2, 3]), 1, 2, False)
+    t.train(verbose=False)
+    if RANK == 0:
+        alone = make(c, ALONE.everyone, 1, 1, False)
+        alone.train(verbose=False)
+        ours, whole = t.learners["a"].sae, alone.learners["a"].sae
+        wanted = ours.part_of(whole.state_dict())
+        apart = {n: float((x - wanted[n]).norm() / wanted[n].norm()) for n, x in ours.state_dict().items()}
+        write(folder, "options", [apart, int((t.learners["a"].feature_counts > 0).sum())])
+
+
+def count_bytes(folder):
+    """What each collective is handed in one step after the first, by group; and the largest tensor along latents."""
+    everyone = meet([0, 1, 2, 3])
+    found = {}
+    sizes = {}
+    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "all_to_all_single", "broadcast")}
+
+    def counting(name):
+        def call(*args, **options):
+            x = args[0] if name in ("all_reduce", "broadcast") else args[1]
+            found[id(options["group"])] = found.get(id(options["group"]), 0) + x.numel() * x.element_size()
+            sizes[id(options["group"])] = max(sizes.get(id(options["group"]), 0), x.numel())
+            return originals[name](*args, **options)
+
+        return call
+
+    result = {}
+    for kind in KINDS:
+        t = make(config(kind, auxk_alpha=0.0), everyone, 1, 2, False)
+        t._begin_run()
+        t._step(next(t.stream))
+        t.step, t._step = 1, partial(SAETrainer._step, t)
+        for name in originals:
+            setattr(dist, name, counting(name))
+        found.clear(), sizes.clear()
+        t._step(next(t.stream))
+        for name, original in originals.items():
+            setattr(dist, name, original)
+        of = {name: found.get(id(getattr(t.world, name).group), 0) for name in ("data", "latents")}
+        everywhere = everyone.objects(found.get(id(everyone.group), 0))
+        result[kind] = {**of, "everyone": everywhere, "largest": sizes.get(id(t.world.latents.group), 0)}
+    if RANK == 0:
+        write(folder, "bytes", result)
+
+
+def differing(folder):
+    """A bit flipped on one of the replicas is found, and the tensor named."""
+    everyone = meet([0, 1])
+    if everyone is None:
+        return
+    t = make(config("topk"), everyone, 1, 1, False)
+    step = t._step
+
+    def flip(batch):
+        step(batch)
+        if t.step == 6 and RANK == 1:
+            with torch.no_grad():
+                t.learners["a"].sae.W_enc[3, 7] *= 1.0000002
+
+    t._step = flip
+    try:
+        t.train(verbose=False)
+        message = "nothing was noticed"
+    except UserError as e:
+        message = str(e)
+    if RANK == 0:
+        write(folder, "differing", [t.step, message])
+
+
+def crowded(folder):
+    """All of a token's largest latents on one shard of four, which offers too few at first."""
+    everyone = meet([0, 1, 2, 3])
+    base.CAPACITY = 1
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    result = []
+    for kind in ("topk", "abstopk", "batchtopk"):
+        world = World(everyone, (1, 1, 4))
+        c = SAEConfig(d_in=16, d_sae=64, k=8, activation=kind, kernels="plain")
+        alone, sharded = create_sae(c), create_sae(c, world=world)
+        with torch.no_grad():
+            for sae in (alone, sharded):
+                for i, latent in enumerate(sae.own):
+                    sae.b_enc[i] = 20.0 if 16 <= latent < 28 else 0.0
+        whole = sharded.survey([x])
+        codes = sharded.codes(x, whole=whole)[0].dense(16)
+        together = world.latents.gather(codes.detach()).transpose(0, 1).flatten(1)
+        result.append(float((together - alone.codes(x)[0].dense(64).detach()).abs().max()))
+    least = [
+        world.team.kth_largest(torch.tensor(v[RANK]), n).item()
+        for v, n in (([[1.0, -2.0], [3.0, 3.0], [], [-5.5]], 3), ([[-1.0], [-2.0], [-3.0], [-4.0]], 9),
+                     ([[0.1, 0.2]] * 4, 5), ([[-0.0], [0.0], [1e-30], [-1e30]], 2))
+    ]  # fmt: skip
+    if RANK == 0:
+        write(folder, "crowded", [result, least])
+
+
+def text(folder, gpt, corpus):
+    """A live model read by turns gives the batches of one process; an SAE is measured alike."""
+    lm, dataset = load_language_model(gpt, device="cpu"), open_dataset(corpus)
+    hookpoint = "transformer.h.1"
+
+    def batches(world):
+        source = ModelSource(lm, TokenRows(lm, dataset, "train", 32), [hookpoint], model_batch_size=3)
+        stream = Stream(source, n_tokens=900, batch_size=61, buffer_tokens=256, world=world)
+        return [world.everyone.objects(b[hookpoint].tolist()) for b in stream]
+
+    sae = create_sae(SAEConfig(d_in=32, d_sae=64, k=4))
+    measure = lambda world: evaluate(
+        lm, sae, hookpoint, dataset, n_tokens=1000, ctx_len=32, model_batch_size=4, mean_tokens=300, world=world
+    )[0].to_dict()
+    reports, difference = {}, []
+    alone = batches(ALONE)
+    for ranks in ([0, 1, 2], [0, 1, 2, 3]):
+        everyone = meet(ranks)
+        if everyone is None:
+            continue
+        world = World(everyone)
+        for ours, one in zip(batches(world), alone, strict=True):
+            rows, wanted = (torch.tensor(sorted(sum(parts, []))) for parts in (ours, one))
+            difference.append(float((rows - wanted).abs().max()))
+            assert max(map(len, ours)) - min(map(len, ours)) <= 1
+        reports[len(ranks)] = measure(world)
+    if RANK == 0:
+        write(folder, "text", [max(difference), {"1": measure(ALONE), **reports}])
+
+
+def main(folder, gpt, corpus):
+    distributed.TIMEOUT_S = 300
+    checkpoint.KEPT, trainer.CHECK_EVERY = 10, 5
+    torch.set_num_threads(1)
+    cells(folder, "alone", [RANK], tuple(KINDS)[RANK::4])
+    cells(folder, *(("1x2", [0, 1]) if RANK < 2 else ("2x1", [2, 3])))
+    cells(folder, "2x2", [0, 1, 2, 3])
+    cells(folder, "plan", [0, 1, 2])
+    options(folder)
+    count_bytes(folder)
+    differing(folder)
+    text(folder, gpt, corpus)
+    crowded(folder)
+    resume(folder)
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
