@@ -149,6 +149,8 @@ def run_to_resume(flags: dict[str, Any]) -> Path | None:
     if not (folder / "config.json").is_file():
         return None
     flags |= {"save_dir": str(folder.parent), "run_name": folder.name}
+    for layout in ("shard_latents", "distribute_modules"):  # as many processes as there are now
+        flags.setdefault(layout, getattr(TrainConfig, layout))
     return folder / "config.json"
 
 
