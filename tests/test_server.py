@@ -176,6 +176,7 @@ def test_tokens_features_steering_and_a_reload(open_page, pygpt):
     page.screenshot(path=OUTPUT / "chat_steered.png")
     # a reload loses nothing; the conversation goes on
     page.reload()
+    expect(page.locator(".answer .tokens")).to_have_count(2)  # the page asks the server for its settings first
     assert [box.inner_text() for box in page.locator(".answer .tokens").all()] == [plain, steered]
     assert page.locator(".edit input[type=number]").input_value() == strength
     page.get_by_label("compare").uncheck()
