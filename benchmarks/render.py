@@ -258,9 +258,10 @@ def viz() -> str:
     cost, about = r["cost"], r["cost"]["about"]
     share = cost["labels"]["good"] / cost["labels"]["live"]
     parts = [
-        f"`sae_viz --all_features` over {cost['tokens']:,} tokens of pygpt's layer 10 takes {cost['cpu_ratio']:.2f} times "
-        f"the processor time of one plain forward pass over them ({cost['wall_ratio']:.2f} times the wall time), labels, map "
-        f"and pages included; {share:.0%} of the live features get a label with precision and recall of at least 0.5."
+        f"`sae_viz --all_features` over {cost['tokens']:,} tokens of pygpt's layer 10 takes {cost['cpu_ratio']:.2f} "
+        f"times the processor time of one plain forward pass over them ({cost['wall_ratio']:.2f} times the wall time), "
+        f"labels, map and pages included; {share:.0%} of the live features get a label with precision and recall of at "
+        "least 0.5."
     ]
     if "memory" in r:
         m = r["memory"]
