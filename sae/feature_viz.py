@@ -172,8 +172,8 @@ class FeatureVisualizer:
 
     def __init__(
         self, sae: SAE, config: VizConfig | None = None, *, lm: LanguageModel, hookpoint: str | None = None,
-        dataset: Dataset | None = None, ctx_len: int = 256, skip_first: bool = False, exclude_tokens: Sequence[int] = (),
-        axis: Axis = ALONE.data,
+        dataset: Dataset | None = None, ctx_len: int = 256, skip_first: bool = False,
+        exclude_tokens: Sequence[int] = (), axis: Axis = ALONE.data,
     ):  # fmt: skip
         self.axis = axis
         self.sae, self.lm, self.config = sae, lm, config or VizConfig()
