@@ -271,7 +271,7 @@ def viz() -> str:
         p = r["peers"]
         parts.append(
             f"On {p['tokens']:,} tokens and {p['features']} features {p['peer']} takes "
-            f"{p['ratio_cpu']:.1f} times as long, and finds the same logit lists ({p['same_logits']:.1%}) and "
+            f"{p['ratio_cpu']:.1f} times the processor time, and finds the same logit lists ({p['same_logits']:.1%}) and "
             f"strongest contexts ({p['same_contexts']:.1%})."
         )
     parts.append(f"({about['threads']} thread, {about['machine']}, {about['date']})")

@@ -75,6 +75,7 @@ class Sample:
     def __init__(self, n_tokens: int = SAMPLE_TOKENS, *, seed: int = 0):
         self.n_tokens, self.seed = n_tokens, seed
         self.blocks: dict[int, list[tuple]] = {}
+        self.capacity = 2  # blocks; more once it is known how long a sequence is
         self._cutoff: tuple[int, int] | None = None  # the largest priority kept, and its block, once there is no room
 
     def _priority(self, block: int) -> int:
@@ -100,7 +101,8 @@ class Sample:
             self.blocks.setdefault(block, []).append((first + n, *(x.numpy() for x in what)))
 
     def _makes_room(self, block: int, ctx_len: int) -> bool:
-        if len(self.blocks) < max(2, self.n_tokens // (BLOCK * ctx_len)):
+        self.capacity = max(2, self.n_tokens // (BLOCK * ctx_len))
+        if len(self.blocks) < self.capacity:
             self._cutoff = None
             return True
         if self._cutoff is None:
@@ -114,12 +116,12 @@ class Sample:
 
     def merge(self, other: Sample) -> None:
         """Take in the sample of another part of the same text; of both, those are kept that one pass would keep."""
-        room = max(len(self.blocks), len(other.blocks))
+        self.capacity = max(self.capacity, other.capacity)
         both: dict[int, list[tuple]] = {b: [] for b in (*self.blocks, *other.blocks)}
         for sample in (self, other):
             for b, parts in sample.blocks.items():
                 both[b] += parts
-        kept = sorted(both, key=self._priority)[:room]
+        kept = sorted(both, key=self._priority)[: self.capacity]
         self.blocks, self._cutoff = {b: sorted(both[b], key=lambda part: part[0]) for b in kept}, None
 
     def events(self) -> Events:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sae import directions, log
 from sae.activations import check_finite
 from sae.config import VizConfig, require
 from sae.dashboard import Listing, save_pages, whole_page
 from sae.datasets import Dataset, open_dataset
+from sae.distributed import ALONE, Axis
 from sae.explainer import Explainer, Explanation, explained
 from sae.feature_tables import EDGES, POSITIONS, FeatureTables
 from sae.kernels import Codes
@@ -164,13 +166,16 @@ class FeatureVisualizer:
 
     viz = FeatureVisualizer(sae, VizConfig(eval_tokens=20_000), lm=lm); viz.html(12); viz.save("features")
 
-    Pages are made for config.feature, or for all with config.all_features, or for the first 1000 that fire.
+    Pages are made for config.feature, or for all with config.all_features, or for the first 1000 that fire. The
+    processes along `axis` take turns at reading, and each then has what all found.
     """
 
     def __init__(
         self, sae: SAE, config: VizConfig | None = None, *, lm: LanguageModel, hookpoint: str | None = None,
-        dataset: Dataset | None = None, ctx_len: int = 256, skip_first: bool = False, exclude_tokens: Sequence[int] = ()
+        dataset: Dataset | None = None, ctx_len: int = 256, skip_first: bool = False,
+        exclude_tokens: Sequence[int] = (), axis: Axis = ALONE.data,
     ):  # fmt: skip
+        self.axis = axis
         self.sae, self.lm, self.config = sae, lm, config or VizConfig()
         self.hookpoint, self.dataset = hookpoint or sae.config.hook_point, dataset or open_dataset()
         self.ctx_len, self.skip_first, self.exclude_tokens = self.config.ctx_len or ctx_len, skip_first, exclude_tokens
@@ -180,34 +185,43 @@ class FeatureVisualizer:
     @torch.no_grad()
     def tables(self) -> FeatureTables:
         """From one pass: whole sequences until config.eval_tokens counted tokens are seen or the text ends."""
-        c, lm, sae, n_sequences = self.config, self.lm, self.sae, 0
-        tables = FeatureTables(sae, c.feature, top_k=c.top_k, context_tokens=c.context_tokens)
-        totals, text = tables.totals, TokenRows(lm, self.dataset, "train" if c.train_text else "val", self.ctx_len)
-        bar, was_training = log.progress(c.eval_tokens, "reading"), sae.training
-        sae.eval()
-        while totals.n < c.eval_tokens:
+        c = self.config
+        tables = FeatureTables(self.sae, c.feature, top_k=c.top_k, context_tokens=c.context_tokens)
+        text = TokenRows(self.lm, self.dataset, "train" if c.train_text else "val", self.ctx_len)
+        bar, was_training = log.progress(c.eval_tokens, "reading"), self.sae.training
+        self.sae.eval()
+        n_tokens = n_sequences = turn = 0
+        while n_tokens < c.eval_tokens:
             ids, valid = text.take(c.model_batch_size)
             if len(ids) == 0:
                 break
-            keep = kept_positions(lm, ids, valid, skip_first=self.skip_first, exclude_tokens=self.exclude_tokens)
+            keep = kept_positions(self.lm, ids, valid, skip_first=self.skip_first, exclude_tokens=self.exclude_tokens)
             counts = keep.sum(1)
-            n = int((totals.n + counts.cumsum(0) - counts < c.eval_tokens).sum())  # the same however it is batched
-            ids, valid, keep = ids[:n], valid[:n], keep[:n]
-            names = [f"{self.hookpoint}@in", self.hookpoint] if sae.config.transcode else [self.hookpoint]
-            seen = lm.hidden(ids, valid, names)
-            x, y = (seen[name][valid.to(lm.device)].float() for name in (names[0], names[-1]))
-            codes, kept = sae.encode_sparse(x), keep[valid].to(x.device)
-            check_finite({self.hookpoint: x[kept]})
-            counted = Codes(codes.indices[kept], codes.values[kept])  # type: ignore[index]
-            totals.add(y[kept], sae.reconstruct_from(counted, x[kept]), counted)
-            tables.add(ids, valid, keep, codes, first=n_sequences)
-            n_sequences += n
-            bar.update(int(counts[:n].sum()))
+            n = int((n_tokens + counts.cumsum(0) - counts < c.eval_tokens).sum())  # the same however it is batched
+            if turn % self.axis.size == self.axis.rank:
+                self._read(tables, ids[:n], valid[:n], keep[:n], first=n_sequences)
+            n_tokens, n_sequences, turn = n_tokens + int(counts[:n].sum()), n_sequences + n, turn + 1
+            bar.update(n_tokens - bar.n)
         bar.close()
-        sae.train(was_training)
-        require(totals.n > 0, f"'{self.dataset.name}' gave no held-out text; give more of it, or lower --ctx_len")
-        tables.finish()
-        return tables
+        self.sae.train(was_training)
+        require(n_tokens > 0, f"'{self.dataset.name}' gave no held-out text; give more of it, or lower --ctx_len")
+        found = self.axis.objects(tables)
+        for other in found[1:]:
+            found[0].merge(other)
+        found[0].finish()
+        return found[0]
+
+    def _read(self, tables: FeatureTables, ids: Tensor, valid: Tensor, keep: Tensor, *, first: int) -> None:
+        """Run the model and the SAE on some sequences, and add what they show."""
+        sae = self.sae
+        names = [f"{self.hookpoint}@in", self.hookpoint] if sae.config.transcode else [self.hookpoint]
+        seen = self.lm.hidden(ids, valid, names)
+        x, y = (seen[name][valid.to(self.lm.device)].float() for name in (names[0], names[-1]))
+        codes, kept = sae.encode_sparse(x), keep[valid].to(x.device)
+        check_finite({self.hookpoint: x[kept]})
+        counted = Codes(codes.indices[kept], codes.values[kept])  # type: ignore[index]
+        tables.totals.add(y[kept], sae.reconstruct_from(counted, x[kept]), counted)
+        tables.add(ids, valid, keep, codes, first=first)
 
     @cached_property
     def labels(self) -> list[Label | None]:

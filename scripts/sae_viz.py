@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sae import log
+from sae import distributed, log
 from sae.config import VizConfig, from_cli
 from sae.explainer import Endpoint, Explainer
 from sae.feature_viz import FeatureVisualizer
@@ -17,11 +17,16 @@ def main(argv: list[str]) -> None:
     c = from_cli(VizConfig, argv, prog="python -m scripts.sae_viz", description=__doc__)
     lm, sae, hookpoint, dataset, trained_on, folder = open_sae(c)
     out = Path(c.output_dir) if c.output_dir else folder
+    axis = distributed.join(lm.device)
     viz = FeatureVisualizer(
         sae, c, lm=lm, hookpoint=hookpoint, dataset=dataset,
         ctx_len=trained_on.get("context_size", 256), skip_first=trained_on.get("skip_first", False),
-        exclude_tokens=trained_on.get("exclude_tokens", ()),
+        exclude_tokens=trained_on.get("exclude_tokens", ()), axis=axis,
     )  # fmt: skip
+    totals = viz.tables.totals
+    distributed.leave()
+    if axis.rank > 0:  # what is left is for one
+        return
     if c.explainer_url and c.explainer_model:
         journal = out / f"explanations_{viz.identity()[:12]}.jsonl"
         explainer = Explainer(Endpoint(c.explainer_url, c.explainer_model), journal)
@@ -32,7 +37,6 @@ def main(argv: list[str]) -> None:
         )
         viz.explain(explainer)
     index = viz.save(out / "features")
-    totals = viz.tables.totals
     plot_evaluation(totals, out / "plots")
     if (folder / "metrics.jsonl").is_file():
         plot_training(folder / "metrics.jsonl", out / "plots")

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_feature_tables.py
 """
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,10 +149,11 @@ def test_every_block_is_as_likely():
     assert chosen[-10:].sum() / 2000 == np.clip(chosen[-10:].sum() / 2000, 0.15, 0.25)
 
 
-def test_ranks_sample_what_one_process_does():
-    whole = filled(800, sample_tokens=1280)
-    # blocks dealt out to two ranks, as whole blocks are
-    halves = [filled(800, sample_tokens=1280, skip=lambda first, i=i: (first // BLOCK) % 2 != i) for i in (0, 1)]
+@pytest.mark.parametrize("n_sequences", [80, 800])  # fewer blocks than the sample has room for, and more
+def test_ranks_sample_what_one_process_does(n_sequences):
+    whole = filled(n_sequences, sample_tokens=1280)
+    # batches dealt out in turn, so that a block can lie on both
+    halves = [filled(n_sequences, sample_tokens=1280, skip=lambda first, i=i: (first // 4) % 2 != i) for i in (0, 1)]
     halves[0].merge(halves[1])
     whole.finish()
     halves[0].finish()

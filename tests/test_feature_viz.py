@@ -5,6 +5,10 @@ Run: python -m pytest tests/test_feature_viz.py
 """
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -26,7 +30,7 @@ from sae.plots import plot_evaluation, plot_training
 from sae.records import read_features
 from sae.tokens import TokenRows, kept_positions
 from scripts import sae_viz
-from tests.conftest import DEAD, HOOK, some_sae
+from tests.conftest import DEAD, HOOK, ROOT, some_sae
 
 SMALL: dict[str, Any] = {"n_tokens": 700, "ctx_len": 32, "top_k": 4, "context_tokens": 5}
 
@@ -382,3 +386,25 @@ def test_plots_are_pictures(tmp_path):
         assert picture.shape[0] > 300
         assert picture.std() > 0.02
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["density.png", "l0.png", "training.png"]
+
+
+def test_two_processes_find_what_one_does(run_folder, tmp_path):
+    """Real processes over gloo; sums differ in their last bits only."""
+    free = socket.socket()
+    free.bind(("127.0.0.1", 0))
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    free.close()
+    flags = ["--sae_path", run_folder, "--eval_tokens", 700, "--all_features", "--model_batch_size", 3]
+    command = [sys.executable, "-m", "scripts.sae_viz", *map(str, flags), "--output_dir", str(tmp_path / "two")]
+    started = [
+        subprocess.Popen(command, cwd=ROOT, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE)
+        for r in (0, 1)
+    ]
+    log.run_script(sae_viz.main, [*map(str, flags), "--output_dir", str(tmp_path / "one")])
+    errors = [p.communicate(timeout=120)[1].decode() for p in started]
+    assert [p.returncode for p in started] == [0, 0], errors
+    one, two = (list(read_features(tmp_path / n / "features" / "features.jsonl")) for n in ("one", "two"))
+    assert [r.latent for r in two] == list(range(96))
+    for a, b in zip(one, two, strict=True):
+        assert replace(a, mean_active=0) == replace(b, mean_active=0)
+        assert a.mean_active == pytest.approx(b.mean_active)
