@@ -270,9 +270,9 @@ def viz() -> str:
     if "peers" in r:
         p = r["peers"]
         parts.append(
-            f"On {p['tokens']:,} tokens and {p['features']} features {p['peer']} takes "
-            f"{p['ratio_cpu']:.1f} times the processor time, and finds the same logit lists ({p['same_logits']:.1%}) and "
-            f"strongest contexts ({p['same_contexts']:.1%})."
+            f"On {p['tokens']:,} tokens and {p['features']} features {p['peer']} takes {p['ratio_cpu']:.1f} times the "
+            f"processor time, and finds the same logit lists ({p['same_logits']:.1%}) and strongest contexts "
+            f"({p['same_contexts']:.1%})."
         )
     parts.append(f"({about['threads']} thread, {about['machine']}, {about['date']})")
     return " ".join(parts)
