@@ -347,6 +347,17 @@ def _bag(indices: Tensor, offsets: Tensor | None, values: Tensor, rows: Tensor, 
     return bags if bias is None else bags + bias
 
 
+def _bag_backward(
+    indices: Tensor, offsets: Tensor | None, values: Tensor, grad: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a bag's values and of its rows (F, D), of grad (B, D)."""
+    ops = compiled(values, rows, grad)
+    if hasattr(ops, "bag_backward"):
+        return ops.bag_backward(indices.contiguous(), offsets, values.contiguous(), grad, rows.contiguous())
+    dots = _dot_at(indices, offsets, grad, rows).to(values.dtype)
+    return dots, _sum_by_latent(indices, offsets, values, grad, len(rows))
+
+
 def _combine(weights: Tensor, rows: Tensor) -> Tensor:
     """(D,): the rows (F, D) weighted by (F,) and summed; in parts, which keeps several cores busy."""
     if native.ops(weights, rows) is None:
@@ -392,9 +403,11 @@ class _Decode(torch.autograd.Function):
         indices, values, W_dec, offsets = ctx.saved_tensors
         grad = grad.contiguous()
         grad_values = grad_W = grad_bias = None
-        if ctx.needs_input_grad[1]:
+        if all(ctx.needs_input_grad[1:3]):
+            grad_values, grad_W = _bag_backward(indices, offsets, values, grad, W_dec)
+        elif ctx.needs_input_grad[1]:
             grad_values = _dot_at(indices, offsets, grad, W_dec).to(values.dtype)
-        if ctx.needs_input_grad[2]:
+        elif ctx.needs_input_grad[2]:
             grad_W = _sum_by_latent(indices, offsets, values, grad, len(W_dec))
         if ctx.needs_input_grad[4]:
             grad_bias = grad.sum(0)

@@ -152,18 +152,24 @@ inline float sum_of(const Line& line) {
   return sum;
 }
 
-// out[r] = a . rows[r] for four rows
-void four_dots(const float* a, const float* const* rows, int64_t n, float* out) {
+// out[r] = a . rows[r] for four rows; and, if asked, to += the sum of by[r] * rows[r]
+void four_dots(const float* a, const float* const* rows, int64_t n, float* out, float* to = nullptr, const float* by = nullptr) {
   const float *p = rows[0], *q = rows[1], *r = rows[2], *s = rows[3];
   Line sums[4] = {};
   int64_t i = 0;
   for (; i + LINE <= n; i += LINE) {
-    const Line x = load(a + i);
-    sums[0] += x * load(p + i), sums[1] += x * load(q + i), sums[2] += x * load(r + i), sums[3] += x * load(s + i);
+    const Line x = load(a + i), u = load(p + i), v = load(q + i), w = load(r + i), z = load(s + i);
+    sums[0] += x * u, sums[1] += x * v, sums[2] += x * w, sums[3] += x * z;
+    if (!to) continue;
+    const Line sum = load(to + i) + by[0] * u + by[1] * v + by[2] * w + by[3] * z;
+    std::memcpy(to + i, &sum, sizeof(Line));
   }
   for (int j = 0; j < 4; j++) {
     out[j] = sum_of(sums[j]);
-    for (int64_t l = i; l < n; l++) out[j] += a[l] * rows[j][l];
+    for (int64_t l = i; l < n; l++) {
+      out[j] += a[l] * rows[j][l];
+      if (to) to[l] += by[j] * rows[j][l];
+    }
   }
 }
 
@@ -693,32 +699,77 @@ struct Places {
   int64_t end(int64_t i) const { return !starts ? (i + 1) * K : i + 1 < B ? starts[i + 1] : n; }
 };
 
+// The places of each latent, in the order of tokens
+struct ByLatent {
+  struct Place {
+    int32_t token, place;
+    float value;
+  };
+  std::vector<int32_t> starts;  // (F + 1,)
+  std::vector<Place> sorted;
+
+  ByLatent(const Places& places, const float* values, int64_t F, bool zeros_too) : starts(F + 1, 0) {
+    const auto counts = [&](int64_t p) { return zeros_too || values[p] != 0; };
+    for (int64_t p = 0; p < places.n; p++) starts[places.at[p] + 1] += counts(p);
+    std::partial_sum(starts.begin(), starts.end(), starts.begin());
+    std::vector<int32_t> next(starts.begin(), starts.end() - 1);
+    sorted.resize(starts[F]);
+    for (int64_t i = 0; i < places.B; i++)
+      for (int64_t p = places.begin(i); p < places.end(i); p++)
+        if (counts(p)) sorted[next[places.at[p]]++] = {(int32_t)i, (int32_t)p, values[p]};
+  }
+};
+
 // (F, D): for each latent the sum of values[place] * x[token] over the places whose index is that latent
 Tensor sum_by_latent(
     const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& values, const Tensor& x, int64_t F) {
   const Places places(indices, offsets, F);
   const int64_t D = x.size(1);
   TORCH_CHECK(values.is_contiguous() && x.is_contiguous() && values.numel() == places.n && x.size(0) == places.B);
-  const float *v = values.const_data_ptr<float>(), *rows = x.const_data_ptr<float>();
-  std::vector<int32_t> starts(F + 1, 0);
-  for (int64_t p = 0; p < places.n; p++) starts[places.at[p] + 1] += v[p] != 0;
-  std::partial_sum(starts.begin(), starts.end(), starts.begin());
-  std::vector<int32_t> next(starts.begin(), starts.end() - 1);
-  std::vector<std::pair<int32_t, float>> sorted(starts[F]);  // tokens and values, by latent
-  for (int64_t i = 0; i < places.B; i++)
-    for (int64_t p = places.begin(i); p < places.end(i); p++)
-      if (v[p] != 0) sorted[next[places.at[p]]++] = {(int32_t)i, v[p]};
+  const ByLatent by(places, values.const_data_ptr<float>(), F, false);
+  const float* rows = x.const_data_ptr<float>();
   Tensor out = at::empty({F, D}, x.options());
   float* to = out.mutable_data_ptr<float>();
   at::parallel_for(0, F, 16, [&](int64_t begin, int64_t end) {
     for (int64_t f = begin; f < end; f++) {
       std::memset(to + f * D, 0, sizeof(float) * D);
       add_rows(
-          to + f * D, starts[f], starts[f + 1], D, [&](int64_t p) { return rows + sorted[p].first * D; },
-          [&](int64_t p) { return sorted[p].second; });
+          to + f * D, by.starts[f], by.starts[f + 1], D, [&](int64_t p) { return rows + by.sorted[p].token * D; },
+          [&](int64_t p) { return by.sorted[p].value; });
     }
   });
   return out;
+}
+
+// The two gradients of a bag without its bias, of grad (B, D): that of values, dot_at(grad, W), and that of W (F, D),
+// sum_by_latent(values, grad), from one reading of grad's rows
+std::tuple<Tensor, Tensor> bag_backward(
+    const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& values, const Tensor& grad, const Tensor& W) {
+  const int64_t F = W.size(0), D = W.size(1);
+  const Places places(indices, offsets, F);
+  TORCH_CHECK(values.is_contiguous() && grad.is_contiguous() && W.is_contiguous() && grad.size(1) == D);
+  TORCH_CHECK(values.numel() == places.n && grad.size(0) == places.B);
+  const ByLatent by(places, values.const_data_ptr<float>(), F, true);
+  const float *rows = grad.const_data_ptr<float>(), *w = W.const_data_ptr<float>();
+  Tensor of_values = at::empty(indices.sizes(), grad.options()), of_W = at::empty({F, D}, grad.options());
+  float *dots = of_values.mutable_data_ptr<float>(), *to = of_W.mutable_data_ptr<float>();
+  at::parallel_for(0, F, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t f = begin; f < end; f++) {
+      std::memset(to + f * D, 0, sizeof(float) * D);
+      const int64_t last = by.starts[f + 1];
+      for (int64_t p = by.starts[f]; p < last; p += 4) {
+        const float* these[4];
+        float value[4], dot[4];
+        for (int64_t r = 0; r < 4; r++) {
+          const auto& place = by.sorted[std::min(p + r, last - 1)];
+          these[r] = rows + place.token * D, value[r] = p + r < last ? place.value : 0;
+        }
+        four_dots(w + f * D, these, D, dot, to + f * D, value);
+        for (int64_t r = 0; r < 4 && p + r < last; r++) dots[by.sorted[p + r].place] = dot[r];
+      }
+    }
+  });
+  return {of_values, of_W};
 }
 
 // Like indices: left[token] . right[indices[place]]
@@ -964,6 +1015,8 @@ TORCH_LIBRARY(nanosae, m) {
   m.def("packed_above(Tensor x, Tensor W, Tensor b, Tensor rows, Tensor of_rows, Tensor floor) -> (Tensor, Tensor, Tensor)");
   m.def("sum_by_latent(Tensor indices, Tensor? offsets, Tensor values, Tensor x, int n_latents) -> Tensor");
   m.def("bag(Tensor indices, Tensor? offsets, Tensor values, Tensor W, Tensor? bias) -> Tensor");
+  m.def(
+      "bag_backward(Tensor indices, Tensor? offsets, Tensor values, Tensor grad, Tensor W) -> (Tensor, Tensor)");
   m.def("activity(Tensor indices, Tensor? offsets, Tensor values, int n_latents) -> (Tensor, Tensor)");
   m.def("dot_at(Tensor indices, Tensor? offsets, Tensor left, Tensor right) -> Tensor");
   m.def("moments(Tensor x, Tensor y) -> (Tensor, Tensor)");
@@ -985,6 +1038,7 @@ TORCH_LIBRARY_IMPL(nanosae, CPU, m) {
   m.impl("packed_above", packed_above);
   m.impl("sum_by_latent", sum_by_latent);
   m.impl("bag", bag);
+  m.impl("bag_backward", bag_backward);
   m.impl("activity", activity);
   m.impl("dot_at", dot_at);
   m.impl("moments", moments);
