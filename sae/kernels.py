@@ -166,8 +166,7 @@ class Codes(NamedTuple):
 
 def rows_of(indices: Tensor, offsets: Tensor) -> Tensor:
     """(n,) int64: the token that each of the flat places belongs to."""
-    places = torch.arange(len(indices), device=offsets.device)
-    return torch.searchsorted(offsets, places, right=True) - 1
+    return torch.searchsorted(offsets, torch.arange(len(indices), device=offsets.device), right=True) - 1
 
 
 def count(indices: Tensor, n: int, weights: Tensor | None = None) -> Tensor:
@@ -351,8 +350,7 @@ def _bag_backward(
     indices: Tensor, offsets: Tensor | None, values: Tensor, grad: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of a bag's values and of its rows (F, D), of grad (B, D)."""
-    ops = compiled(values, rows, grad)
-    if hasattr(ops, "bag_backward"):
+    if ops := compiled(values, rows, grad):
         return ops.bag_backward(indices.contiguous(), offsets, values.contiguous(), grad, rows.contiguous())
     dots = _dot_at(indices, offsets, grad, rows).to(values.dtype)
     return dots, _sum_by_latent(indices, offsets, values, grad, len(rows))
@@ -458,8 +456,7 @@ def decode_reference(
     indices: Tensor, values: Tensor, W_dec: Tensor, offsets: Tensor | None = None, *, bias: Tensor | None = None
 ) -> Tensor:
     """Twin of decode: a dense (B, F) code times W_dec."""
-    product = Codes(indices, values, offsets).dense(len(W_dec)) @ W_dec
-    return product if bias is None else product + bias
+    return Codes(indices, values, offsets).dense(len(W_dec)) @ W_dec + (0 if bias is None else bias)
 
 
 def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

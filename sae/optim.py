@@ -6,11 +6,12 @@ Letters: D width, F latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam as fused_adam
 
 from sae import kernels
 from sae.base import SAE, SHARED
@@ -18,7 +19,7 @@ from sae.config import PENALISED, SAEConfig, UserError
 from sae.distributed import ALONE, Axis
 from sae.schedules import adam_betas, peak_lr
 
-ROWS = 2**22  # numbers taken in hand at a time
+AT_ONCE = 2**18  # numbers of a tensor that plain torch takes in hand at a time, which caches hold
 
 
 class ScheduleFreeSignum(torch.optim.Optimizer):
@@ -75,7 +76,7 @@ def own_layout(p: nn.Parameter) -> Tensor:
 
 
 class Adam(torch.optim.Adam):
-    """torch's fused Adam, same states and same steps, which on CPUs copies transposed matrices; this does not.
+    """torch's Adam, same states and same steps, which on CPUs copies transposed matrices; this does not.
 
     moments: their dtype. In bfloat16 they are rounded up or down at random, in proportion to what is near, or small
     changes of large moments would be lost every time.
@@ -85,10 +86,11 @@ class Adam(torch.optim.Adam):
         super().__init__(params, **options)
         self.moments = moments
 
-    def compiled(self) -> Any:
-        """The compiled operations if they serve all parameters, else None."""
-        own = getattr(self, "found_inf", None) is None  # set by a gradient scaler
-        return kernels.compiled(*(p for group in self.param_groups for p in group["params"])) if own else None
+    def is_ours(self) -> bool:
+        """Whether `squares` and `adam_` take the step: where they are quicker than torch's, and no scaler is in it."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        quicker = params[0].device.type == "cpu" or kernels.compiled(*params) is not None
+        return quicker and getattr(self, "found_inf", None) is None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -96,13 +98,12 @@ class Adam(torch.optim.Adam):
             for p in group["params"]:
                 if p.grad is not None:
                     own_layout(p)
-        ops = self.compiled() if closure is None else None
-        if ops is None and self.moments is torch.float32:
+        if self.moments is torch.float32 and (closure is not None or not self.is_ours()):
             return super().step(closure)
-        return self.descend(ops)
+        return self.descend()
 
     @torch.no_grad()
-    def descend(self, ops: Any, scale: Tensor | float = 1.0, unit: Tensor | None = None) -> None:
+    def descend(self, scale: Tensor | float = 1.0, unit: Tensor | None = None) -> None:
         """A step on gradients times scale; the parameter `unit` has rows of unit norm, and moves on the sphere."""
         for group in self.param_groups:
             for p in group["params"]:
@@ -114,11 +115,8 @@ class Adam(torch.optim.Adam):
                     state |= {"step": torch.zeros(()), "exp_avg": zeros(), "exp_avg_sq": zeros()}
                 state["step"] = state["step"].cpu() + 1  # torch loads it to the GPU, where reading it would wait
                 moments = state["exp_avg"], state["exp_avg_sq"]
-                settings = int(state["step"]), group["lr"], *group["betas"], group["eps"]
-                if ops is None:
-                    _rounded_adam_(p, *moments, *settings)
-                else:
-                    ops.adam_(p, p.grad, *moments, *settings, scale, p is unit)
+                step, (beta1, beta2) = int(state["step"]), group["betas"]
+                adam_(p, p.grad, *moments, step, group["lr"], beta1, beta2, group["eps"], scale, p is unit)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """torch's gives every state its parameter's dtype."""
@@ -128,21 +126,71 @@ class Adam(torch.optim.Adam):
                 one[name] = one[name].to(self.moments)
 
 
-def _rounded_adam_(
-    p: Tensor, m: Tensor, v: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float
+def squares(grad: Tensor, W: Tensor | None = None) -> Tensor | float:
+    """Sum of squares of grad; with rows W, of what is left of grad's rows (F, D) without their part along W's."""
+    if ops := kernels.compiled(grad):
+        return ops.squares(grad, W)
+    total = torch.zeros((), dtype=torch.float64, device=grad.device)
+    for g, w in _blocks(grad, grad if W is None else W):
+        total += torch.linalg.vector_norm(g if W is None else _across(g, w)).double().square()
+    return total
+
+
+def adam_(
+    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float,
+    scale: Tensor | float = 1.0, unit_rows: bool = False,
 ) -> None:  # fmt: skip
-    """Adam (Kingma & Ba 2015, algorithm 1) with moments in bfloat16, some rows at a time."""
-    assert p.grad is not None
+    """In place, Adam (Kingma & Ba 2015, algorithm 1) with the gradient times scale, all four tensors laid out alike.
+
+    unit_rows: p's rows (F, D) move on the sphere: the gradient's part along a row is dropped first, and the row gets
+    unit norm after.
+    """
+    if ops := kernels.compiled(p, grad):
+        ops.adam_(p, grad, m, v, step, lr, beta1, beta2, eps, scale, unit_rows)
+        return
     generator = torch.Generator(p.device).manual_seed(step)
-    size = max(1, ROWS // max(1, p[0].numel())) if p.ndim else 1
-    for w, g, first, second in zip(*(t.split(size) for t in (p, p.grad, m, v)), strict=True):
-        new_first = first.float().lerp_(g, 1 - beta1)
-        new_second = second.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        root = (new_second / (1 - beta2**step)).sqrt_().add_(eps)
-        w.addcdiv_(new_first, root, value=-lr / (1 - beta1**step))
-        for kept, new in ((first, new_first), (second, new_second)):
-            random = torch.randint(0, 1 << 16, new.shape, generator=generator, device=new.device, dtype=torch.int32)
-            kept.copy_((new.view(torch.int32) + random).bitwise_and_(-1 << 16).view(torch.float32))
+    for w, g, first, second in _blocks(p, grad, m, v):
+        if unit_rows:
+            g = _across(g, w)
+        if p.device.type != "cpu" or scale != 1:
+            g = g * scale
+        if m.dtype is torch.float32:
+            at = torch.tensor(float(step - 1), device=p.device)
+            fused_adam(
+                [w], [g], [first], [second], [], [at], fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr,
+                weight_decay=0.0, eps=eps, maximize=False,
+            )  # fmt: skip
+        else:
+            _rounded_adam_(w, g, first, second, generator, step, lr, beta1, beta2, eps)
+        if unit_rows:
+            kernels.unit_rows_(w)
+
+
+def _rounded_adam_(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, generator: torch.Generator, step: int, lr: float, beta1: float,
+    beta2: float, eps: float,
+) -> None:  # fmt: skip
+    """The same with moments in bfloat16."""
+    new_m = m.float().lerp_(g, 1 - beta1)
+    new_v = v.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    root = (new_v / (1 - beta2**step)).sqrt_().add_(eps)
+    w.addcdiv_(new_m, root, value=-lr / (1 - beta1**step))
+    for kept, new in ((m, new_m), (v, new_v)):
+        random = torch.randint(0, 1 << 16, new.shape, generator=generator, device=new.device, dtype=torch.int32)
+        kept.copy_((new.view(torch.int32) + random).bitwise_and_(-1 << 16).view(torch.float32))
+
+
+def _across(g: Tensor, w: Tensor) -> Tensor:
+    """g (F, D) without the part of each of its rows along the same row of w."""
+    along = (g * w).sum(1, keepdim=True) / torch.linalg.vector_norm(w, dim=1, keepdim=True).square().clamp(min=1e-24)
+    return torch.addcmul(g, along, w, value=-1)
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of each of tensors of one shape and layout at a time; of W_enc (D, F), rows are what lies together."""
+    rows = [t.detach() if t.is_contiguous() else t.detach().t() for t in tensors]
+    size = max(1, AT_ONCE * len(rows[0]) // max(1, rows[0].numel())) if rows[0].ndim else 1
+    yield from zip(*(t.split(size) for t in rows), strict=True)
 
 
 class Optimizer:
@@ -164,8 +212,8 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = lr * group.get("reach", 1.0)
         only = self.parts[0]
-        if scaler is None and isinstance(only, Adam) and (ops := only.compiled()):
-            return self._fused_step(only, ops)
+        if scaler is None and isinstance(only, Adam) and only.is_ours():
+            return self._fused_step(only)
         if scaler is not None:
             for part in self.parts:
                 scaler.unscale_(part)
@@ -183,22 +231,22 @@ class Optimizer:
             self._rescale_rows_(self.sae.W_dec, factors)
         return norm
 
-    def _fused_step(self, adam: Adam, ops: Any) -> Tensor:
+    def _fused_step(self, adam: Adam) -> Tensor:
         """The same in two passes over memory: one for the norm, one for all else."""
         unit = self.sae.W_dec if self.sae.unit_decoder else None
         total: Tensor | float = 0.0
         rest: Tensor | float = 0.0
         for p in self.sae.parameters():
             if p.grad is not None:
-                squares = ops.squares(own_layout(p), unit if p is unit else None)
-                total += squares
-                rest += squares if any(p is one for one in self.shared) else 0.0
+                square = squares(own_layout(p), unit if p is unit else None)
+                total += square
+                rest += square if any(p is one for one in self.shared) else 0.0
         shards = self.sae.world.latents
         if shards.size > 1:
             device = self.sae.W_dec.device
             total = shards.sum_(torch.as_tensor(total - rest, dtype=torch.float64, device=device).clone()) + rest
         norm = torch.as_tensor(total, dtype=torch.float64).sqrt()
-        adam.descend(ops, (self.most / (norm + 1e-6)).clamp(max=1.0), unit)
+        adam.descend((self.most / (norm + 1e-6)).clamp(max=1.0), unit)
         return norm.float()
 
     def zero_grad(self) -> None:

@@ -196,6 +196,14 @@ def sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: Te
     return out.to(x.dtype)
 
 
+def bag_backward(
+    indices: Tensor, offsets: Tensor | None, values: Tensor, grad: Tensor, W: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The two gradients of a bag without its bias, of grad (B, D): that of values, and that of W (F, D)."""
+    dots = dot_at(indices, offsets, grad, W).to(values.dtype)
+    return dots, sum_by_latent(indices, offsets, values, grad, len(W))
+
+
 @triton.jit
 def _activity(indices, offsets, values, l0, fired, n, B, K, RAGGED: tl.constexpr, PLACES: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
