@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae import hooks, kernels, native
+from sae import hooks, kernels, native, optim
 from sae.config import SAEConfig
 from sae.language_model import load_language_model
 from sae.learner import Learner
@@ -198,10 +198,17 @@ def test_sparse_products_equal_their_twins(size, monkeypatch):
     B, D, F, K = size
     x, W, values = randn(B, D), randn(F, D), randn(B, K)
     indices = torch.rand(B, F, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :K]
-    fast = kernels._sum_by_latent(indices, None, values, x, F), kernels._dot_at(indices, None, x, W)
+    values[0, 0] = 0  # its gradient is not
+    first = torch.arange(B).mul_(3).clamp_(max=B * K)  # tokens with places of their own number
+    flat = indices.reshape(-1), first, values.reshape(-1)
+    run = lambda: (
+        kernels._sum_by_latent(indices, None, values, x, F), kernels._dot_at(indices, None, x, W),
+        *kernels._bag_backward(indices, None, values, x, W), *kernels._bag_backward(*flat, x, W),
+    )  # fmt: skip
+    fast = run()
     monkeypatch.setattr(native, "enabled", False)
-    plain = kernels._sum_by_latent(indices, None, values, x, F), kernels._dot_at(indices, None, x, W)
-    for got, want in zip(fast, plain, strict=True):
+    for got, want in zip(fast, run(), strict=True):
+        assert got.shape == want.shape
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
 
 
@@ -239,8 +246,11 @@ def test_rows_are_projected_and_brought_to_unit_norm(enabled, monkeypatch):
     torch.testing.assert_close(rows, W / length)
 
 
-@needs_compiler
-def test_adam_takes_torchs_steps_and_keeps_its_state():
+@pytest.mark.parametrize("enabled", [True, False])
+def test_adam_takes_torchs_steps_and_keeps_its_state(enabled, monkeypatch):
+    monkeypatch.setattr(native, "enabled", enabled)
+    monkeypatch.setattr(optim, "AT_ONCE", 100)  # several blocks
+
     def run(kind, how):
         params = [randn(40, 30).t().requires_grad_(), randn(7).requires_grad_()]
         groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.03}]
@@ -251,7 +261,6 @@ def test_adam_takes_torchs_steps_and_keeps_its_state():
             optimizer.step()
         return params, optimizer.state_dict()
 
-    assert native.enabled
     (params, state), (want, theirs) = run(Adam, {"fused": True}), run(torch.optim.Adam, {"foreach": False})
     for p, q in zip(params, want, strict=True):
         assert p.stride() == q.stride()
@@ -389,14 +398,18 @@ def test_dense_activations_are_left_dense():
     assert sae(randn(50, 16)).codes.indices is None  # half of the latents are active
 
 
+@pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize(
     "how", [{}, {"tied": True}, {"normalize_decoder": False}, {"clip_norm": None}, {"transcode": True}]
 )
-def test_an_update_in_one_pass_is_its_parts_one_by_one(how, monkeypatch):
-    """Projection, clipping, Adam and unit rows, fused, against the plain functions of each."""
+def test_an_update_in_one_pass_is_its_parts_one_by_one(how, enabled, monkeypatch):
+    """Projection, clipping, Adam and unit rows, fused, against the plain functions of each and torch's Adam."""
+    monkeypatch.setattr(optim, "AT_ONCE", 500)  # several blocks
 
-    def run(enabled):
+    def run(enabled, at_once=True):
         monkeypatch.setattr(native, "enabled", enabled)
+        if not at_once:
+            monkeypatch.setattr(Adam, "is_ours", lambda _: False)
         c = SAEConfig(d_in=24, d_sae=96, k=4, **{"clip_norm": 0.05, **how})
         sae = create_sae(c, generator=torch.Generator().manual_seed(0))
         optimizer = Optimizer(sae, c, 100, torch.device("cpu"))
@@ -407,7 +420,7 @@ def test_an_update_in_one_pass_is_its_parts_one_by_one(how, monkeypatch):
             norms.append(optimizer.step(0.01))
         return sae, torch.stack(norms)
 
-    (fused, norms), (plain, want) = run(True), run(False)
+    (fused, norms), (plain, want) = run(enabled), run(False, at_once=False)
     torch.testing.assert_close(norms, want)
     for (name, p), q in zip(fused.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
