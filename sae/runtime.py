@@ -6,7 +6,7 @@
     seen.features().values           # (N, T, 5), of every token the model read
 
 Nothing waits for the device. Outside of every `with` the model is as it was: no hook stays, no weight is touched.
-Within one hookpoint edits come first, so what is tracked is what the model goes on with. A module wrapped by
+Within one hookpoint edits come first, so what is tracked is what the model goes on with. A module compiled by
 torch.compile does not run hooks added later: give the uncompiled one. One thread at a time.
 
 Letters: N sequences, T positions, B = N * T tokens, D width, F latents, K latents kept, W latents watched, E edits.
@@ -15,7 +15,7 @@ Letters: N sequences, T positions, B = N * T tokens, D width, F latents, K laten
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,8 @@ from sae.edits import Coefficients, Condition, Edit, parse_condition, parse_edit
 from sae.formats import load_saes
 from sae.language_model import LanguageModel
 from sae.models import SAE
+
+ID_NAMES = ("input_ids", "idx", "ids", "tokens")  # what models call them; masks and positions are whole numbers too
 
 
 class Features(NamedTuple):
@@ -49,10 +51,10 @@ class Forward:
 
     @classmethod
     def of(cls, args: tuple, kwargs: Mapping[str, Any]) -> Forward:
-        given = (*args, *kwargs.values())
         is_ids = lambda v: isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point() and v.dtype != torch.bool
-        named = [kwargs[name] for name in ("input_ids", "idx") if is_ids(kwargs.get(name))]
-        return cls(next((v for v in (*named, *given) if is_ids(v)), None), next(filter(None, map(_cached, given)), 0))
+        may_be = (*map(kwargs.get, ID_NAMES), *args)
+        past = next(filter(None, map(_cached, (*args, *kwargs.values()))), 0)
+        return cls(next(filter(is_ids, may_be), None), past)
 
 
 def _cached(value: Any) -> int:
@@ -100,7 +102,8 @@ class Track:
         require(bool(parts), f"the model has not run to '{name}' since tracking began; run it inside the `with`")
         if last:
             return tuple(y[..., -1:, :] for y in parts[-1])
-        return tuple(torch.cat(ys, dim=-2) for ys in zip(*parts, strict=True))
+        N = parts[-1][0].shape[:-2]  # one prompt can go on in several ways: its cache is then repeated
+        return tuple(torch.cat([y.expand(*N, -1, -1) for y in ys], dim=-2) for ys in zip(*parts, strict=True))
 
     def features(self, hookpoint: str | None = None, *, last: bool = False) -> Features:
         """The strongest latents of every token, or of the newest only. hookpoint: None where one SAE is tracked."""
@@ -266,24 +269,34 @@ class Steering:
 class InterpretableModel:
     """A model with SAEs that watch and steer it.
 
-    model: any nn.Module, or a LanguageModel. saes: {hookpoint: SAE}, or a folder of them. Two SAEs at one hookpoint go
-    by `hookpoint/name`. special_ids: tokens that edits leave alone (default: the LanguageModel's).
-    max_activations: {hookpoint: (F,)}, for strengths in units of them. Raises UserError for an unknown hookpoint.
+    model: any nn.Module, or a LanguageModel. saes: {hookpoint: SAE}, or a folder of them; they are put in evaluation
+    mode. Two SAEs at one hookpoint go by `hookpoint/name`. special_ids: tokens that edits leave alone (default: the
+    LanguageModel's, or those that a HuggingFace model's config names). max_activations: {hookpoint: (F,)}, for
+    strengths in units of them. Raises UserError for an unknown hookpoint and for a compiled model.
     """
 
     def __init__(
         self, model: nn.Module | LanguageModel, saes: Mapping[str, SAE] | str | Path,
-        *, special_ids: Sequence[int] | None = None, max_activations: Mapping[str, Tensor] | None = None,
+        *, special_ids: Collection[int] | None = None, max_activations: Mapping[str, Tensor] | None = None,
     ):  # fmt: skip
         self.module: nn.Module = model.module if isinstance(model, LanguageModel) else model
-        if special_ids is None and isinstance(model, LanguageModel):
-            special_ids = sorted(model.tokenizer.special_ids)
+        require(not _compiled(self.module), "a compiled model does not run hooks added later; give the uncompiled one")
+        if special_ids is None:
+            special_ids = model.tokenizer.special_ids if isinstance(model, LanguageModel) else _named_ids(model)
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        self.special_ids = torch.tensor(list(special_ids), device=device) if special_ids else None
+        self.special_ids = torch.tensor(sorted(special_ids), device=device) if special_ids else None
         found = load_saes(saes) if isinstance(saes, (str, Path)) else saes
         require(bool(found), "no SAE was given; give {hookpoint: SAE}")
         self.saes = {name: sae.to(device).eval().pack_() for name, sae in found.items()}
         self.max_activations = dict(max_activations or {})
+        for name, largest in self.max_activations.items():
+            wanted = (self.saes[self.name_of(name)].d_sae,)
+            require(
+                largest.shape == wanted, f"max_activations['{name}'] is {tuple(largest.shape)}; {wanted} was wanted"
+            )
+        here = {name for name, _ in self.module.named_modules()}
+        known = lambda at: at if hooks.split(at)[0] in here else hooks.resolve(self.module, hookpoints=[at])[0]
+        self._places = {name: known(name.split("/")[0]) for name in self.saes}
         with hooks.hooked(self.module, {place: lambda _: None for name in self.saes for place in self.places(name)}):
             pass  # every hookpoint is there
         self._blocks: list[Track | Steering] = []
@@ -322,6 +335,9 @@ class InterpretableModel:
     ) -> Track:
         """What `track` makes, in force only within `active`."""
         require(top_k >= 1, f"top_k={top_k}; it must be at least 1")
+        require(
+            latents is None or len(latents) > 0, "no latent was given to track; give some, or none for the strongest"
+        )
         readers = {}
         for name in self.saes if hookpoints is None else hookpoints:
             for latent in latents or (0,):
@@ -398,7 +414,7 @@ class InterpretableModel:
 
     def places(self, name: str) -> tuple[str, str]:
         """Where an SAE reads and where it writes: one place, but for transcoders."""
-        at = name.split("/")[0]
+        at = self._places[name]
         return (f"{at}@in", at) if self.saes[name].config.transcode else (at, at)
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG002
@@ -423,6 +439,21 @@ class InterpretableModel:
             unit = self.saes[name].unit(y)
         deltas = [d for d in (s.delta(name, y, unit) for s in active) if d is not None]
         return functools.reduce(torch.add, deltas, y) if deltas else None
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether any part of it is wrapped by torch.compile, or was compiled in place."""
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in module.modules())
+
+
+def _named_ids(module: nn.Module) -> set[int]:
+    """The special tokens that a HuggingFace model's own settings name."""
+    found: list[Any] = []
+    for config in (getattr(module, "config", None), getattr(module, "generation_config", None)):
+        for kind in ("bos", "eos", "pad", "sep", "cls", "mask"):
+            ids = getattr(config, f"{kind}_token_id", None)
+            found += ids if isinstance(ids, list) else [ids]
+    return {i for i in found if type(i) is int}
 
 
 def _in_turn(sees: Sequence[Callable[[Tensor], Tensor | None]]) -> Callable[[Tensor], Tensor | None]:

@@ -4,11 +4,13 @@ Run: python -m pytest tests/test_runtime.py
 """
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
+from sae import hooks
 from sae.config import SAEConfig, UserError
 from sae.edits import Condition, Edit, parse_condition, parse_edit
 from sae.models import KINDS, create_sae
@@ -418,6 +420,52 @@ def test_huggingface_generate(gpt2):
     assert n_hooks(gpt2) == 0
 
 
+def test_ids_are_not_mistaken(gpt2):
+    """Masks and positions are whole numbers too; a HuggingFace model names its special tokens (here 0)."""
+    live, ids = InterpretableModel(gpt2, {HOOK: an_sae()}), torch.tensor([[0, 5, 6, 0, 7]])
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(5)[None]}
+    moved = lambda **inputs: (held_by(gpt2, live, inputs) != held_by(gpt2, None, inputs)).any(-1)[0].tolist()
+    assert moved(**given, input_ids=ids) == [False, True, True, False, True]
+    assert moved(**given, inputs_embeds=gpt2.transformer.wte(ids)) == [True] * 5  # which are special nobody knows
+    with live.steer("3:+9"), hooks.capture(gpt2, ["transformer.h.2@in"]) as seen:
+        gpt2(ids)
+    clean = held_by(gpt2, None, {"input_ids": ids})
+    assert torch.equal(seen["transformer.h.2@in"][0, [0, 3]], clean[0, [0, 3]])
+
+
+def held_by(model, live, inputs):
+    with hooks.capture(model, ["transformer.h.2@in"]) as seen, live.steer("3:+9") if live else nullcontext():
+        model(**inputs)
+    return seen["transformer.h.2@in"]
+
+
+def test_a_prompt_that_goes_on_in_several_ways(gpt2):
+    """Its cache, filled once, is repeated for all of them (nanochat's engine does so)."""
+    cache = pytest.importorskip("transformers").DynamicCache()
+    ids = torch.randint(1, 100, (3, 9), generator=torch.Generator().manual_seed(1))
+    ids[:, :7] = ids[0, :7]
+    live = InterpretableModel(gpt2, {HOOK: an_sae()})
+    with live.track(top_k=4) as seen:
+        gpt2(ids[:1, :7], past_key_values=cache)
+        cache.batch_repeat_interleave(3)
+        for i in (7, 8):
+            gpt2(ids[:, i : i + 1], past_key_values=cache)
+    with live.track(top_k=4) as whole:
+        gpt2(ids)
+    torch.testing.assert_close(seen.features().values, whole.features().values, rtol=0, atol=1e-5)
+
+
+def test_hookpoints_go_by_every_name(gpt2):
+    """As SAEs of other libraries call them."""
+    ids = torch.tensor([[5, 6, 7]])
+    records = []
+    for name in (HOOK, "h.1", "blocks.1.hook_resid_post"):
+        with InterpretableModel(gpt2, {name: an_sae()}).track() as seen:
+            gpt2(ids)
+        records.append(seen.features(name).values)
+    assert torch.equal(records[0], records[1]) and torch.equal(records[0], records[2])
+
+
 def test_a_plain_module():
     """No ids, no positions, no cache: rows of activations."""
     g = torch.Generator().manual_seed(0)
@@ -481,7 +529,22 @@ def test_what_cannot_be_is_said(lm):
         pass
     with pytest.raises(UserError, match="not known"), live.steer("9:+1max"):
         pass
+    with pytest.raises(UserError, match="no latent was given"), live.track(latents=[]):
+        pass
+    with pytest.raises(UserError, match=r"\(96,\) was wanted"):
+        InterpretableModel(lm, {HOOK: an_sae()}, max_activations={HOOK: torch.ones(3)})
     wide = InterpretableModel(lm, {HOOK: an_sae(d=48)})
     with pytest.raises(UserError, match="48"), wide.track():
         logits(lm, prompt_ids(lm))
     assert n_hooks(lm.module) == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_models_are_refused():
+    """They would go on as if nothing were watched or steered."""
+    plain, inside, at = nn.Sequential(nn.Linear(32, 32)), nn.Sequential(nn.Linear(32, 32)), {"0": an_sae()}
+    InterpretableModel(inside, at)
+    inside[0].compile()
+    for compiled in (torch.compile(plain), nn.Sequential(torch.compile(plain)), inside):
+        with pytest.raises(UserError, match="uncompiled"):
+            InterpretableModel(compiled, at)
