@@ -8,13 +8,15 @@ let about = null; // the model and its SAEs, from the server
 let state = { turns: [], edits: [], settings: null };
 let opened = null; // {sae, latent}: the feature that is shown, and shaded by
 let running = null; // AbortController of the answers being written
-const most = new Map(); // "sae/latent" -> largest activation known
+const most = new Map(); // "sae/latent" -> largest activation seen here
+const most_of = new Map(); // sae -> the same, of any of its latents
 
 function el(tag, props = {}, ...inside) {
   const e = Object.assign(document.createElement(tag), props);
   e.append(...inside);
   return e;
 }
+const EXAMPLES = { pygpt: ["What does os.path.join do?", "What does re.sub do?", "What does json.dumps do?"] };
 const key = (sae, latent) => `${sae}/${latent}`;
 const several = () => about.saes.length > 1;
 const saeOf = (f) => f.hookpoint ?? about.saes[0].name;
@@ -45,8 +47,12 @@ function learn(token) { // how strong a feature can be, from what is seen
   for (const f of token.features) {
     const k = key(saeOf(f), f.latent);
     if (!(most.get(k) >= f.activation)) most.set(k, f.activation);
+    if (!(most_of.get(saeOf(f)) >= f.activation)) most_of.set(saeOf(f), f.activation);
   }
 }
+
+const known = (sae, latent) => about.saes.find((s) => s.name === sae)?.largest?.[latent] || 0; // from text, where sae_viz looked
+const largest = (sae, latent) => known(sae, latent) || most.get(key(sae, latent)) || 10;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // the server: json objects, a line each
@@ -84,9 +90,9 @@ async function only(url, body) { for await (const event of lines(url, body)) ret
 function shareOf(token) {
   if ($("shade").value === "none") return 0;
   if ($("shade").value === "strongest")
-    return Math.max(0, ...token.features.map((f) => f.activation / most.get(key(saeOf(f), f.latent)))) ** 2;
+    return Math.min(1, Math.max(0, ...token.features.map((f) => f.activation / (known(saeOf(f), f.latent) || most_of.get(saeOf(f)))))) ** 2;
   const f = token.features.find((g) => opened && g.latent === opened.latent && saeOf(g) === opened.sae);
-  return f ? f.activation / most.get(key(opened.sae, opened.latent)) : 0;
+  return f ? Math.min(1, f.activation / largest(opened.sae, opened.latent)) : 0;
 }
 
 function shade() {
@@ -160,8 +166,9 @@ document.addEventListener("keydown", (e) => {
     const next = e.key === "ArrowRight" ? span.nextElementSibling : span.previousElementSibling;
     if (next) { span.tabIndex = -1; next.tabIndex = 0; next.focus(); }
     e.preventDefault();
-  } else if (span && (e.key === "Enter" || e.key === " ")) { showToken(span); e.preventDefault(); }
+  } else if (span && (e.key === "Enter" || e.key === " ")) { showToken(span); $("token").querySelector(".rows button")?.focus(); e.preventDefault(); }
   else if (e.key === "Escape" && running) running.abort();
+  else if (e.key === "Escape" && $("side").contains(e.target)) document.querySelector("span.at")?.focus();
   else if (e.key === "/" && !/^(INPUT|TEXTAREA|SELECT)$/.test(e.target.tagName)) { $("message").focus(); e.preventDefault(); }
 });
 
@@ -169,7 +176,7 @@ document.addEventListener("keydown", (e) => {
 // features
 
 function featureButton(sae, latent, label, value = "") {
-  const b = el("button", { type: "button" }, el("b", { textContent: nameOf(sae, latent) }), el("span", { textContent: label }), el("span", { textContent: value }));
+  const b = el("button", { type: "button" }, el("b", { textContent: nameOf(sae, latent) }), el("span", { textContent: label, title: label }), el("span", { textContent: value }));
   b.onclick = () => openFeature(sae, latent);
   return b;
 }
@@ -182,7 +189,6 @@ async function openFeature(sae, latent) {
   let f;
   try { f = await only(`api/feature?sae=${encodeURIComponent(sae)}&latent=${latent}`); }
   catch (e) { tell(e.message, true); return; }
-  if (f.max_activation > 0) most.set(key(sae, latent), f.max_activation);
   shade();
   const list = (title, tokens) => el("div", {}, el("h3", { textContent: title }),
     el("ol", {}, ...tokens.slice(0, 8).map((t) => el("li", { textContent: visible(Array.isArray(t) ? t[0] : t) }))));
@@ -195,10 +201,11 @@ async function openFeature(sae, latent) {
   steer.onclick = () => addEdit(sae, latent, f.label || "");
   const parts = [
     el("h2", { textContent: `feature ${nameOf(sae, latent)}${f.label ? `: ${f.label}` : ""}` }),
+    el("p", { textContent: f.explanation || "", hidden: !f.explanation }),
     el("div", { className: "facts dim" }, ...facts.map((text) => el("span", { textContent: text }))),
     el("div", { className: "bar" }, steer),
   ];
-  if (pages) parts[2].append(el("a", { href: `${pages}#${latent}`, target: "_blank", rel: "noopener", textContent: "its dashboard" }));
+  if (pages) parts.at(-1).append(el("a", { href: `${pages}#${latent}`, target: "_blank", rel: "noopener", textContent: "its dashboard" }));
   const h = f.histogram;
   if (h && h.counts && h.counts.length) {
     const top = Math.max(...h.counts);
@@ -221,6 +228,7 @@ async function openFeature(sae, latent) {
   })));
   $("feature").replaceChildren(...parts);
   $("feature").scrollIntoView({ block: "nearest" });
+  steer.focus({ preventScroll: true });
 }
 
 $("find").addEventListener("submit", (e) => e.preventDefault());
@@ -243,20 +251,29 @@ $("words").addEventListener("input", async () => {
 // ---------------------------------------------------------------------------------------------------------------------
 // steering
 
-const editText = (e) => `${several() ? `${e.sae}/` : ""}${e.latent}:${e.op === "add" && e.value < 0 ? "-" : SIGNS[e.op]}${e.op === "add" ? Math.abs(e.value) : e.value}`;
+const editText = (e) => e.text ?? `${several() ? `${e.sae}/` : ""}${e.latent}:${e.op === "add" && e.value < 0 ? "-" : SIGNS[e.op]}${e.op === "add" ? Math.abs(e.value) : e.value}`;
 
 function addEdit(sae, latent, label) {
   if (!state.edits.some((e) => e.sae === sae && e.latent === latent)) {
-    const strength = most.get(key(sae, latent)) || 10;
-    state.edits.push({ sae, latent, label, op: "add", value: Number(strength.toPrecision(2)) });
+    state.edits.push({ sae, latent, label, op: "add", value: Number(largest(sae, latent).toPrecision(2)) });
   }
   showEdits();
   keep();
+  $("edits").lastChild.querySelector("input[type=range]")?.focus();
+  tell(state.turns.length ? "\u201canswer again\u201d shows what it changes" : "it takes effect with the next message");
+}
+
+function fixedEdit(edit) { // one from the command line that no slider can show
+  const drop = el("button", { type: "button", textContent: "\u00d7", title: `stop ${edit.text}` });
+  drop.setAttribute("aria-label", `stop ${edit.text}`);
+  drop.onclick = () => { state.edits = state.edits.filter((e) => e !== edit); showEdits(); keep(); };
+  return el("div", { className: "edit fixed" }, el("code", { textContent: edit.text }), drop);
 }
 
 function showEdits() {
   $("edits").replaceChildren(...state.edits.map((edit) => {
-    const high = most.get(key(edit.sae, edit.latent)) || 10;
+    if (edit.text) return fixedEdit(edit);
+    const high = largest(edit.sae, edit.latent);
     const [low, top] = { add: [-2 * high, 2 * high], set: [0, 2 * high], scale: [0, 4] }[edit.op];
     const title = `${nameOf(edit.sae, edit.latent)} ${edit.label}`;
     const name = el("button", { type: "button", className: "name", textContent: title, title });
@@ -310,6 +327,7 @@ function showTurn(turn) {
 function showAll() {
   $("talk").replaceChildren();
   state.turns.forEach(showTurn);
+  $("empty").hidden = state.turns.length > 0;
   showEdits();
   $("again").disabled = !state.turns.length;
 }
@@ -406,11 +424,18 @@ async function begin() {
   try { about = await (await fetch("api/about")).json(); }
   catch { tell("the server does not answer; is it still running?", true); return; }
   $("model").textContent = `${about.model}${about.saes.length ? ` \u00b7 ${about.saes.map((s) => `${s.name}, ${s.n_latents.toLocaleString("en")} features`).join(" \u00b7 ")}` : ""}`;
-  $("side").hidden = !about.saes.length;
+  $("side").hidden = $("shading").hidden = $("how").hidden = !about.saes.length;
+  $("welcome").textContent = `Talk to ${about.model}`;
+  $("examples").replaceChildren(...(EXAMPLES[about.model] || []).map((text) => {
+    const b = el("button", { type: "button", textContent: text });
+    b.onclick = () => { if (!running) say(text, state.turns); };
+    return b;
+  }));
   recall();
   for (const text of state.turns.length ? [] : about.settings.steer) {
-    const m = /^(?:(.*)\/)?(\d+):([+\-=*])(-?[\d.]+)$/.exec(text);
-    if (m) state.edits.push({ sae: m[1] ?? about.saes[0].name, latent: Number(m[2]), label: "", op: { "+": "add", "-": "add", "=": "set", "*": "scale" }[m[3]], value: Number(m[4]) * (m[3] === "-" ? -1 : 1) });
+    const m = /^(?:(.*)\/)?(\d+):([+\-=*])(-?[\d.]+(?:e[+-]?\d+)?)$/.exec(text);
+    const op = m && { "+": "add", "-": "add", "=": "set", "*": "scale" }[m[3]];
+    state.edits.push(m ? { sae: m[1] ?? about.saes[0].name, latent: Number(m[2]), label: "", op, value: Number(m[4]) * (m[3] === "-" ? -1 : 1) } : { text });
   }
   settings();
   shades();

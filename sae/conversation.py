@@ -63,8 +63,9 @@ class Notes:
         """Latents whose label has all these words, or that have this number."""
         wanted = words.lower().split()
         found = [i for i, label in self.labels.items() if all(word in label.lower() for word in wanted)]
-        number = [int(words)] if words.strip().isdigit() and int(words) < len(self.largest) else []
-        return list(dict.fromkeys(number + found))[:n]
+        number = words.strip()
+        by_number = [int(number)] if number.isdecimal() and len(number) < 12 else []
+        return list(dict.fromkeys([i for i in by_number if i < len(self.largest)] + found))[:n]
 
     def _parse(self, line: bytes) -> dict[str, Any]:
         try:

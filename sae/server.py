@@ -54,6 +54,7 @@ class Job:
     events: Iterator[dict[str, Any]]
     put: Callable[[dict[str, Any]], object]
     left: bool = False  # nobody waits for it any more
+    brief: bool = False  # a single event: it goes before all answers
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Writer:
         with self.wake:
             if sum(not j.left for j in self.jobs) >= AT_ONCE + self.max_waiting:
                 raise Refused(503, "too many answers are waiting to be written; try again in a moment")
-            self.jobs.append(job)
+            (self.jobs.appendleft if job.brief else self.jobs.append)(job)
             self.wake.notify()
 
     def close(self) -> None:
@@ -91,8 +92,9 @@ class Writer:
                     self.wake.wait()
                 if self.closed:
                     return
-                while self.jobs and len(active) < AT_ONCE:
-                    active.append(self.jobs.popleft())
+                while self.jobs and (self.jobs[0].brief or len(active) < AT_ONCE):
+                    job = self.jobs.popleft()
+                    (active.appendleft if job.brief else active.append)(job)
             job = active.popleft()
             if self._step(job):
                 active.append(job)
@@ -153,6 +155,7 @@ def about(chat: Conversation, folders: Mapping[str, Path], most_tokens: int, sta
     saes = [
         {
             "name": name, "n_latents": len(notes.largest), "labels": bool(notes.labels),
+            "largest": [float(f"{x:.3g}") for x in notes.largest.tolist()] if notes.path.is_file() else None,
             "pages": f"/dashboards/{i}/index.html" if (folders[name] / "index.html").is_file() else None,
         }
         for i, (name, notes) in enumerate(chat.notes.items())
@@ -204,7 +207,7 @@ async def read_json(request: Any) -> Any:
         raise Refused(415, "content-type application/json was wanted")
     too_much = Refused(413, f"a request may have {MAX_BODY:,} bytes")
     length = request.headers.get("content-length", "0")
-    if not length.isdigit() or int(length) > MAX_BODY:
+    if not length.isdecimal() or int(length) > MAX_BODY:
         raise too_much
     try:
         body = await asyncio.wait_for(_body(request, too_much), BODY_SECONDS)
@@ -228,10 +231,10 @@ async def _body(request: Any, too_much: Refused) -> bytes:
 class Events:
     """A response that hands on a job's events, a json object a line, and lets the job go when the client has gone."""
 
-    def __init__(self, writer: Writer, events: Iterator[dict[str, Any]]):
+    def __init__(self, writer: Writer, events: Iterator[dict[str, Any]], *, brief: bool = False):
         self.queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()  # an answer has a largest length, and so has this
         loop = asyncio.get_running_loop()
-        self.job = Job(events, lambda event: loop.call_soon_threadsafe(self.queue.put_nowait, event))
+        self.job = Job(events, lambda event: loop.call_soon_threadsafe(self.queue.put_nowait, event), brief=brief)
         writer.add(self.job)
 
     async def __call__(self, _: Any, receive: Any, send: Any) -> None:
@@ -291,6 +294,7 @@ class App:
 
         self.chat, self.folders, self.start, self.writer = chat, folders, start, writer
         self.hosts, self.most_tokens = hosts, most_tokens
+        self.begins = clean(about(chat, folders, most_tokens, start))
         routes: list[Any] = [Route(path, self.page) for path in PAGES]
         routes += [Route("/api/about", self.about), Route("/api/search", self.search)]
         routes += [Route("/api/feature", self.feature), Route("/api/talk", self.talk, methods=["POST"])]
@@ -321,7 +325,7 @@ class App:
         return FileResponse(Path(__file__).with_name(name), media_type=kind, headers=HEADERS)
 
     async def about(self, _: Any) -> Any:
-        return as_json(about(self.chat, self.folders, self.most_tokens, self.start))
+        return as_json(self.begins)
 
     async def talk(self, request: Any) -> Any:
         ask = self._question(await read_json(request))
@@ -337,14 +341,14 @@ class App:
             raise Refused(400, "a token's id, the answer's ids up to it and its question were wanted")
         n, ask = self.chat.lm.tokenizer.vocab_size, self._question(value.get("ask"))
         require(all(type(i) is int and 0 <= i < n for i in (token, *ids)), f"a token is a number from 0 to {n - 1}")
-        return Events(self.writer, explanation(self.chat, ask, token, ids))
+        return Events(self.writer, explanation(self.chat, ask, token, ids), brief=True)
 
     async def feature(self, request: Any) -> Any:
         name, latent = self._sae(request), request.query_params.get("latent", "")
         n = len(self.chat.notes[name].largest)
         good = latent.isascii() and latent.isdigit() and len(latent) < 12 and int(latent) < n
         require(good, f"latents are numbered 0 to {n - 1}")
-        return Events(self.writer, feature(self.chat, name, int(latent)))
+        return Events(self.writer, feature(self.chat, name, int(latent)), brief=True)
 
     async def search(self, request: Any) -> Any:
         notes = self.chat.notes[self._sae(request)]

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -70,19 +71,19 @@ def question(c: ChatConfig, messages: Iterable[dict[str, str]]) -> Ask:
 def answer_once(c: ChatConfig, chat: Conversation) -> None:
     """--prompt: the answer on stdout, as text or as one json object."""
     ask = question(c, [{"role": "user", "content": c.prompt or ""}])
-    prompt: list[Token] = []
     answer: list[Token] = []
     for token in chat.stream(ask):
-        (prompt if token.prompt else answer).append(token)
-        if not c.json and not token.prompt:
+        if token.prompt:
+            continue
+        answer.append(token)
+        if not c.json:
             print(printable(token.text), end="", flush=True)
     ids = [token.id for token in answer]
     why = None if c.explain is None else chat.explain(ask, c.explain, ids)
     if c.json:
         found = {
             "prompt": c.prompt, "answer": chat.lm.tokenizer.decode(ids), "tokens": [t.to_dict() for t in answer],
-            "steer": list(ask.steer), "prompt_tokens": [t.to_dict() for t in prompt], "seed": ask.seed,
-            "model": chat.lm.name, "saes": list(chat.notes), **({} if why is None else {"explain": why}),
+            "steer": list(ask.steer), **({} if why is None else {"explain": why}),
         }  # fmt: skip
         print(json.dumps(found))
         return
@@ -104,6 +105,12 @@ def explained(why: dict[str, Any], n: int) -> list[str]:
 
 def named(hookpoint: str | None, latent: int, label: str) -> str:
     return printable(f"{hookpoint + '/' if hookpoint else ''}{latent}{' ' + label if label else ''}")
+
+
+def in_short(f: Feature) -> str:
+    """A feature for a line that has others, too."""
+    label = f.label if len(f.label) <= 30 else f.label[:27] + "..."
+    return f"{named(f.hookpoint, f.latent, label)} {f.activation:.2f}"
 
 
 def printable(text: str) -> str:
@@ -185,8 +192,10 @@ class Terminal:
                 continue
             ids.append(token.id)
             if self.table:
-                shown = [f"{named(f.hookpoint, f.latent, f.label)} {f.activation:.2f}" for f in token.features]
-                self.line(f"{self.painted(token, repr(token.text)):24}  {'   '.join(shown[: self.c.top_features])}")
+                shown = "   ".join(map(in_short, token.features[: self.c.top_features]))
+                text = repr(token.text)
+                width = shutil.get_terminal_size((160, 24)).columns - 26
+                self.line(f"{self.painted(token, text)}{' ' * (24 - len(text))}  {shown[: max(20, width)]}")
             else:
                 self.write(self.painted(token, printable(token.text)))
                 sys.stdout.flush()
@@ -245,7 +254,8 @@ class Terminal:
         self.change(())
 
     def seed(self, text: str) -> None:
-        require(text.isdigit(), f"seed '{text}'; a whole number was wanted")
+        good = text.isdecimal() and len(text) < 19
+        require(good, f"seed '{text}'; a whole number of at most 18 digits was wanted")
         self.c = replace(self.c, seed=int(text))
 
     def new(self, _: str) -> None:
@@ -266,7 +276,7 @@ class Terminal:
     def latent(self, text: str) -> tuple[str, int]:
         """`12` or `HOOKPOINT/12` -> the SAE's name and the latent."""
         place, _, number = text.rpartition("/")
-        require(number.isdigit(), f"'{text}' is no feature; write its number")
+        require(number.isdecimal() and len(number) < 12, f"'{text}' is no feature; write its number")
         require(self.chat.live is not None, "there is no SAE, so there are no features")
         assert self.chat.live is not None
         return self.chat.live.name_of(place or None, int(number)), int(number)
@@ -277,6 +287,7 @@ class Terminal:
             self.line(printable(line))
 
     def search(self, text: str) -> None:
+        require(bool(text), "say what to look for: /search docstring")
         several = len(self.chat.notes) > 1
         for name, notes in self.chat.notes.items():
             for latent in notes.search(text):

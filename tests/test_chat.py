@@ -172,6 +172,7 @@ def test_notes(run, tmp_path):
     assert notes.record(7)["label"].startswith("inside a <docstring>")
     assert notes.record(95)["latent"] == 95
     assert notes.search("docstring inside") == [7]
+    assert notes.search("\u00b2") == notes.search("9" * 5000) == []
     assert notes.search("11") == [11]  # its number, and no label has it twice
     assert Notes(tmp_path, 4).record(2) == {}
     bad = tmp_path / "features.jsonl"
@@ -188,6 +189,7 @@ def test_notes(run, tmp_path):
 def test_one_json_object(run, talk, capsys):
     flags = ("--json", "--seed", "1", "--top_features", "5", "--steer", "12:+8", "--steer", "45:=4", "6:*0")
     found = json.loads(batch(capsys, run, *flags))
+    assert list(found) == ["prompt", "answer", "tokens", "steer"]
     assert found["prompt"] == QUESTION
     assert found["steer"] == ["12:+8", "45:=4", "6:*0"]
     assert found["answer"] == talk.lm.tokenizer.decode([t["id"] for t in found["tokens"]])
@@ -287,7 +289,10 @@ def test_looking(terminal):
     table = terminal.does("alpha beta").splitlines()
     assert len(table) == 8
     assert "word" in "".join(table)
+    assert all(len(line) < 200 for line in table)
     assert "at token" in terminal.does("/explain sigma")
+    for bad in ("/color \u00b2", "/feature 9999999999999", "/seed \u00b2", "/seed 9999999999999999999", "/search"):
+        pytest.raises(UserError, terminal.does, bad)
     found = terminal.does("/feature 7")
     assert "inside a <docstring>\\x1b[31m" in found and "promotes" in found and "[ beta\\x1b]" in found
     assert "\x1b" not in found

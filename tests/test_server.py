@@ -15,6 +15,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -211,22 +212,46 @@ def test_by_keyboard_in_the_dark_on_a_narrow_screen(open_page, pygpt):
     page.keyboard.type("What does json.dumps do?")
     page.keyboard.press("Enter")
     written(page)
-    page.locator("#talk .tokens span").first.focus()
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowLeft")
-    assert page.evaluate("document.activeElement.at") == 1
+    focused = lambda what: page.evaluate(f"document.activeElement.{what}")
+    page.keyboard.press("Shift+Tab")  # from the message to the answer
+    for key in ("ArrowRight", "ArrowRight", "ArrowLeft"):
+        page.keyboard.press(key)
+    assert focused("at") == 1
     page.keyboard.press("Enter")
     expect(page.locator("#token h2")).to_contain_text("token")
-    page.locator("#token .rows button").first.focus()
+    latent = focused("firstChild.textContent")
+    page.keyboard.press("Escape")
+    assert focused("at") == 1
     page.keyboard.press("Enter")
-    expect(page.locator("#feature h2")).to_contain_text("feature")
+    page.keyboard.press("Enter")
+    expect(page.locator("#feature h2")).to_contain_text(f"feature {latent}")
+    expect(page.get_by_role("button", name="steer it")).to_be_focused()
+    page.keyboard.press("Enter")
+    before = focused("value")
+    page.keyboard.press("ArrowRight")
+    assert float(focused("value")) > float(before)
+    for _ in range(3):
+        page.keyboard.press("Tab")  # number, drop, message
+    assert focused("id") == "message"
+    page.keyboard.type("And re.sub?")
+    page.keyboard.press("Enter")
+    written(page)
+    assert page.locator(".answer").count() == 3
+    page.locator("h1").click()
     page.keyboard.press("/")
-    assert page.evaluate("document.activeElement.id") == "message"
+    assert focused("id") == "message"
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    for part in (".edit button.name", ".edit input[type=range]", ".edit input[type=number]"):
+        assert page.locator(part).bounding_box()["width"] > 60, "squeezed"
     page.screenshot(path=OUTPUT / "chat_narrow_dark.png", full_page=True)
     wide = open_page(pygpt[0], "dark")
-    say(wide, "What does re.sub do?")
+    wide.get_by_role("button", name="What does re.sub do?").click()  # an example
+    written(wide)
+    assert not wide.locator("#empty").is_visible()
+    shades = [
+        float(s.evaluate("e => e.style.getPropertyValue('--a')")) for s in wide.locator("#talk .tokens span").all()
+    ]
+    assert len(set(shades)) > 2, "a token's shade says how strong its feature is, compared with text"
     wide.locator("#talk .tokens span").nth(2).click()
     wide.screenshot(path=OUTPUT / "chat_dark.png")
 
@@ -246,11 +271,18 @@ def hostile_run(tmp_path_factory):
 
 
 def test_markup_is_text(open_page, hostile_run):
-    with server("--sae_path", str(hostile_run), "--max_new_tokens", "40") as (port, _):
+    steer = ("--steer", "5:|0", "7:+1.5@generated", "8:-2")
+    with server("--sae_path", str(hostile_run), "--max_new_tokens", "40", *steer) as (port, _):
         page = open_page(port)
+        edits = page.locator(".edit")  # those that no slider can show are there, too
+        assert edits.locator("code").all_inner_texts() == ["5:|0", "7:+1.5@generated"]
+        assert edits.last.locator("input[type=number]").input_value() == "-2"
         say(page, "<script>alert(3)</script><img src=x onerror=alert(4)>")
         assert page.locator(".said").inner_text() == "<script>alert(3)</script><img src=x onerror=alert(4)>"
-        text = page.locator(".answer .tokens").inner_text()
+        expect(page.locator(".answer.steered")).to_contain_text("steered: 5:|0 7:+1.5@generated 8:-2")
+        edits.get_by_role("button", name="stop 5:|0").click()
+        assert edits.count() == 2
+        text = page.locator(".answer .tokens").first.inner_text()
         assert "<script>alert(1)</script>" in text
         assert "onerror=alert(2)" in text
         hot = page.locator("#talk .tokens span", has_text="<script>").first
@@ -333,6 +365,11 @@ def test_refusals_are_words(pygpt, status, says, request_):
 
 def test_what_is_good_is_served(pygpt):
     port = pygpt[0]
+    find = lambda words: send(port, "GET", f"/api/search?sae=transformer.h.10&words={quote(words)}")
+    assert find("767") == (200, [{"latent": 767, "label": "label 767"}])
+    assert find("768") == find("\u00b2") == find("9" * 150) == (200, [])
+    (sae,) = send(port, "GET", "/api/about")[1]["saes"]
+    assert sae["largest"] == [10.0] * 768
     assert ask(port, GOOD)["end"] in ("length", "done")
     assert send(port, body=GOOD, host=f"localhost:{port}", origin=f"http://localhost:{port}")[0] == 200
     connection = http.client.HTTPConnection("127.0.0.1", port)
@@ -426,6 +463,27 @@ def test_the_writer_takes_turns_and_drops_what_was_left():
     assert [name for name, _ in log[:6]] == list("abcabc")
     assert len(got["a"]) == len(got["c"]) == 51
     assert len(got["b"]) <= 5
+
+
+def test_a_look_at_a_feature_waits_for_no_answer():
+    log, got, done = [], [], threading.Event()
+    writer = Writer(50)
+    look = Job(iter([{"end": "done"}]), lambda _: got.append(len(log)), brief=True)
+
+    def put(event):
+        if event.get("token") == 20 and len(log) > 20 * page_server.AT_ONCE:
+            writer.add(look)
+        if "end" in event:
+            done.set()
+
+    writer.add(Job(numbers(0, 40, log), put))
+    for i in range(1, page_server.AT_ONCE + 5):
+        writer.add(Job(numbers(i, 40, log), lambda _: None))
+    thread = writer.start()
+    assert done.wait(10)
+    writer.close()
+    thread.join(10)
+    assert got == [20 * page_server.AT_ONCE + 1]
 
 
 def test_the_writer_is_bounded_and_outlives_errors():
