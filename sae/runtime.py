@@ -134,10 +134,11 @@ def _strongest(sae: SAE, top_k: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
 def _chosen(sae: SAE, latents: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """x (B, D) -> what `encode` gives for these latents, (B, W); at their cost alone where they are independent."""
     part = sae.part(latents) if sae.independent else None
+    own, place = latents.unique(return_inverse=True)
 
     @torch.no_grad()
     def read(x: Tensor) -> tuple[Tensor, ...]:
-        return (sae.encode_codes(x).at(latents, sae.d_sae) if part is None else part.encode(x),)
+        return (sae.encode_codes(x).at(own, sae.d_sae)[:, place] if part is None else part.encode(x),)
 
     return read
 

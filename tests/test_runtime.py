@@ -77,7 +77,7 @@ def n_hooks(model):
 def test_tracking_is_encode_and_changes_no_bit(lm, kind):
     sae, ids = an_sae(kind), prompt_ids(lm, PROMPT, "zeta eta theta iota kappa mu nu")
     clean, want = logits(lm, ids), sae.encode(held(lm, ids))
-    chosen = [5, 0, 95, 17]
+    chosen = [5, 0, 95, 17, int(want[0, 0].argmax()), int(want[0, 0].argmax())]
     live = InterpretableModel(lm, {HOOK: sae})
     with live.track(top_k=6) as seen, live.track(latents=chosen) as some:
         assert torch.equal(logits(lm, ids), clean)
