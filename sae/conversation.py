@@ -104,6 +104,8 @@ class Ask:
         require(self.top_k is None or self.top_k >= 1, f"top_k={self.top_k}; at least 1 was wanted")
         require(1 <= self.top_features <= 100, f"top_features={self.top_features}; 1 to 100 was wanted")
         require(0 <= self.seed < 2**63, f"seed={self.seed}; a whole number from 0 was wanted")
+        n = len(self.steer) + len(self.stop)
+        require(n <= 256, f"{n} edits and conditions were given; at most 256 are taken")
         require(
             self.sae or not (self.steer or self.stop), "the plain model cannot be steered; drop no_sae or the edits"
         )

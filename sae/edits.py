@@ -31,7 +31,7 @@ from sae.config import UserError, require
 Op = Literal["add", "set", "scale", "orthogonal", "cap"]
 SIGNS: dict[str, Op] = {"+": "add", "-": "add", "=": "set", "*": "scale", "|": "orthogonal", "<": "cap"}
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-LATENT = r"(?:(?P<{0}place>[^\s:?>]+)/)?(?P<{0}latent>\d+)"
+LATENT = r"(?:(?P<{0}place>[^\s:?>]+)/)?(?P<{0}latent>\d{{1,12}})"
 CONDITION = rf"{LATENT.format('when_')}\s*>\s*(?P<above>{NUMBER})"
 EDIT = re.compile(
     rf"{LATENT.format('')}:(?P<sign>[-+=*|<])(?P<value>{NUMBER})(?P<unit>max)?(?:@(?P<at>\w+))?(?:\?{CONDITION})?"

@@ -23,7 +23,7 @@ from sae.config import UserError, build, require
 from sae.conversation import Ask, Conversation
 
 MAX_BODY = 256 * 1024  # bytes of a request
-BODY_SECONDS = 10  # that a request may take to arrive
+BODY_SECONDS = 10  # that a request may take to arrive, its head and then its body
 AT_ONCE = 8  # answers that are being written, a token of each in turn; the others wait
 PAGES = {
     "/": ("chat.html", "text/html"), "/chat.css": ("chat.css", "text/css"), "/chat.js": ("chat.js", "text/javascript"),
@@ -377,6 +377,25 @@ def refusal(status: int, why: str) -> Any:
     return as_json({"error": why}, status, **({"Retry-After": "2"} if status == 503 else {}))
 
 
+def patient_for_a_while() -> type:
+    """uvicorn's protocol, which would wait for the rest of a request's head for ever, with an end to that."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Protocol(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.loop.call_later(BODY_SECONDS, self._look, None)
+
+        def _look(self, last: Any) -> None:
+            """Close where no request has come since the last look, at which `last` was the newest."""
+            if self.cycle is last and (last is None or last.response_complete):
+                self.transport.close()
+            elif not self.transport.is_closing():
+                self.loop.call_later(BODY_SECONDS, self._look, self.cycle)
+
+    return Protocol
+
+
 def serve(
     chat: Conversation, folders: Mapping[str, Path], start: Ask, *, host: str, port: int, max_waiting: int,
     say: Callable[[str], object], most_tokens: int = 1024,
@@ -398,7 +417,7 @@ def serve(
     app = App(chat, folders, start, writer, hosts_of(host, port), most_tokens)
     config = uvicorn.Config(
         app, log_level="error", access_log=False, server_header=False, timeout_keep_alive=5, limit_concurrency=512,
-        timeout_graceful_shutdown=2, lifespan="off",
+        timeout_graceful_shutdown=2, lifespan="off", http=patient_for_a_while(), ws="none",
     )  # fmt: skip
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     say(f"open http://{shown}:{port}  (Ctrl-C ends)")

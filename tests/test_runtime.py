@@ -512,7 +512,20 @@ def test_edits_as_text():
         assert str(edit) == text
         assert parse_edit(str(edit)) == edit
     assert parse_condition("7 > 1.5") == Condition(7, 1.5)
-    for bad in ("", "7", "7:8", "x:+8", "7:+", "7:+8@never", "7:+8?9", "7:*2max", "-7:+8", "7:+1e99", "7:+8 9:+8"):
+    for bad in (
+        "",
+        "7",
+        "7:8",
+        "x:+8",
+        "7:+",
+        "7:+8@never",
+        "7:+8?9",
+        "7:*2max",
+        "-7:+8",
+        "7:+1e99",
+        "7:+8 9:+8",
+        f"{'9' * 5000}:+8",
+    ):
         with pytest.raises(UserError):
             parse_edit(bad)
     with pytest.raises(UserError):

@@ -67,6 +67,18 @@ def pygpt(run):
 
 
 @pytest.fixture(scope="module")
+def half_requests(pygpt):
+    """Connections of clients that never finish the head of their first, or second, request."""
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_connection(("127.0.0.1", pygpt[0]), 60)) for _ in range(3)]
+        opened[1].sendall(b"GET / HTT")
+        opened[2].sendall(f"GET /api/none HTTP/1.1\r\nHost: 127.0.0.1:{pygpt[0]}\r\n\r\n".encode())
+        assert opened[2].recv(1 << 16).startswith(b"HTTP/1.1 404")
+        opened[2].sendall(b"GET / HTT")
+        yield opened
+
+
+@pytest.fixture(scope="module")
 def browser():
     """Debian's Chromium."""
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -345,6 +357,8 @@ GOOD = question(3, 4)
         (400, "unknown setting 'colour'", {"body": {**GOOD, "colour": 3}}),
         (400, "is no edit", {"body": {**GOOD, "steer": ["<script>"]}}),
         (400, "0 to 767", {"body": {**GOOD, "steer": ["768:+1"]}}),
+        (400, "is no edit", {"body": {**GOOD, "steer": ["9" * 5000 + ":+1"]}}),
+        (400, "at most 256", {"body": {**GOOD, "steer": ["7:+1"] * 257}}),
         (400, "temperature", {"body": {**GOOD, "temperature": "hot"}}),
         (405, "", {"method": "GET"}),
         (404, "", {"method": "GET", "path": "/nothing"}),
@@ -382,7 +396,7 @@ def test_what_is_good_is_served(pygpt):
     connection.close()
 
 
-def test_garbage_on_the_wire_harms_nobody(pygpt):
+def test_garbage_on_the_wire_harms_nobody(pygpt, half_requests):
     port = pygpt[0]
     for garbage in (
         b"\x00\xff" * 500,
@@ -435,6 +449,11 @@ def test_fifty_clients(pygpt):
     before, after = found["memory_mb"]["before"], found["memory_mb"]["after"]
     assert after - before < 150 or before != before
     assert memory_mb(pid) < 2000 or before != before
+
+
+def test_half_a_request_is_not_waited_for(half_requests):
+    """Or some hundreds of them would keep out everybody else."""
+    assert [s.recv(100) for s in half_requests] == [b""] * 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
