@@ -303,12 +303,14 @@ def runtime_short() -> str:
     """The lines of that table that most people ask for, on the model of GPT-2 small's size."""
     rows = {r["way"]: r["ratio"] for r in load("bench_runtime")["rows"] if r["model"] == "gpt2-small"}
     ways = {
-        "all latents of a hookpoint, 8 times the width": "all latents, expansion 8", "32 times": "all latents, expansion 32",
-        "of all 12 layers": "all latents of all 12 layers, expansion 8", "64 chosen latents": "64 watched latents (topk)",
+        "all latents of a hookpoint, 8 times the width": "all latents, expansion 8",
+        "32 times": "all latents, expansion 32",
+        "of all 12 layers": "all latents of all 12 layers, expansion 8",
+        "64 chosen latents": "64 watched latents (topk)",
         "4 features steered": "4 features steered: add, set, scale (topk)",
     }  # fmt: skip
     shown = "; ".join(f"{words} {rows[way]:.3f}" for words, way in ways.items())
-    return f"Time per token over the plain model's, at GPT-2 small's size: {shown} (SAE_README.md has the whole table)."
+    return f"What it costs, by `python -m benchmarks.bench_runtime`: time per token over the plain model's, at GPT-2 small's size: {shown} (SAE_README.md has the whole table)."
 
 
 def steering() -> str:
