@@ -310,7 +310,10 @@ def runtime_short() -> str:
         "4 features steered": "4 features steered: add, set, scale (topk)",
     }  # fmt: skip
     shown = "; ".join(f"{words} {rows[way]:.3f}" for words, way in ways.items())
-    return f"What it costs, by `python -m benchmarks.bench_runtime`: time per token over the plain model's, at GPT-2 small's size: {shown} (SAE_README.md has the whole table)."
+    return (
+        f"What it costs, by `python -m benchmarks.bench_runtime`: time per token over the plain model's, at GPT-2 small's "
+        f"size: {shown} (SAE_README.md has the whole table)."
+    )
 
 
 def steering() -> str:
