@@ -311,8 +311,8 @@ def runtime_short() -> str:
     }  # fmt: skip
     shown = "; ".join(f"{words} {rows[way]:.3f}" for words, way in ways.items())
     return (
-        f"What it costs, by `python -m benchmarks.bench_runtime`: time per token over the plain model's, at GPT-2 small's "
-        f"size: {shown} (SAE_README.md has the whole table)."
+        "What it costs, by `python -m benchmarks.bench_runtime`: time per token over the plain model's, at GPT-2 "
+        f"small's size: {shown} (SAE_README.md has the whole table)."
     )
 
 
