@@ -1,11 +1,12 @@
 """A short label for every feature without any other model: a rule over its own statistics, with measured quality.
 
-A rule is a set of values of one property of tokens (what they are, how they end, what stands before them, where they
-are, what they are in Python's syntax), or of two properties at once. Half of the sampled text decides which property
-and which values; precision and recall are measured on the other half. A token counts as the feature's own if the
-feature is active on it at all, however weakly.
+A rule names tokens, each as such or only where something holds: after some other, in a comment, in a list, in a line
+that begins with `return`. Or it is a set of values of one property of tokens: how they begin or end, the word they are
+part of, where they are. One half of the sampled text decides which; precision and recall are measured on the other. A
+token counts as the feature's own if the feature is active on it at all, however weakly.
 
-Letters: S tokens of the sample, E activations, F rows (latents asked for), G values of a property, C choices.
+Letters: S tokens of the sample, E activations, F rows (latents asked for), G values of a property, C pairs of a row and
+a value.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from sae.syntax import KINDS, PLACES, STATEMENTS, TOP, annotate
 
 N_NAMED = 4  # values that a short label names
 LEAST = 2  # activations on a value, for it to be chosen
+# Weight of recall over precision in the score: on other text it is recall that falls, by all that was not met before.
+BETA2 = 2.0
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,10 @@ class Label:
 
 class Property(NamedTuple):
     """A property that each token has one value of: values (S,) int64 in 0..G-1, what value i is called, and how a set
-    of names is put. A name may have a second part, such as where a token stands, said once for all that share it."""
+    of names is put. A name is the token or thing, and where it stands: (`x`, " after ", `y`), (`x`, "", "")."""
 
     values: np.ndarray
-    name: Callable[[int], tuple[str, str]]
+    name: Callable[[int], tuple[str, str, str]]
     form: str = "{}"
 
 
@@ -64,8 +67,11 @@ def quoted(text: str) -> str:
 # properties
 
 
-def properties(events: Events, token_str: Callable[[int], str], special_ids: Collection[int]) -> dict[str, Property]:
-    """All that labels speak of, for the tokens of a sample."""
+def properties(
+    events: Events, token_str: Callable[[int], str], special_ids: Collection[int]
+) -> tuple[dict[str, Property], dict[str, Property]]:
+    """All that labels speak of, for the tokens of a sample: properties that stand alone, and where a token stands, each
+    combined with the token."""
     ids = events.ids.astype(np.int64)
     texts = np.array([token_str(i) for i in range(int(ids.max(initial=0)) + 1)], dtype=object)
     before = _shifted(ids, events, 1)
@@ -73,66 +79,72 @@ def properties(events: Events, token_str: Callable[[int], str], special_ids: Col
     lowered = np.array([t.lower() for t in stripped], dtype=object)
     end = np.array([t[-3:] if len(t) > 3 else "" for t in stripped], dtype=object)
     start = np.array([t[:3] if len(t) > 3 else "" for t in stripped], dtype=object)
-    layout = _layout(events, texts, special_ids)
-    kind, place, statement, word, part, head, column = layout
-    token = lambda i: quoted(str(texts[i])) if i >= 0 else "the beginning"
-    found: dict[str, Property] = {}
-
-    def add(
-        key: str, columns: Sequence[np.ndarray], first: Callable, second: Callable | None = None, form: str = "{}"
-    ) -> None:
-        """A property of one column; or of two, whose names have two parts."""
-        code, values = number(*columns)
-        more = second or (lambda *_: "")
-        found[key] = Property(code, lambda i: (first(values[0][i]), more(values[-1][i])), form)
-
+    kind, place, statement, word, part, head = _layout(events, texts, special_ids)
     said = lambda t: quoted(str(t))
-    by_text = lambda table, i: table[np.maximum(i, 0)].astype(str)
-    add("token", [ids], token)
-    add("word", [by_text(lowered, ids)], said, form="{} (any case)")
-    add("end", [by_text(end, ids)], lambda t: f"-{t}" if t else "(short ones)", form="tokens ending in {}")
-    add("start", [by_text(start, ids)], lambda t: f"{t}-" if t else "(short ones)", form="tokens beginning with {}")
-    add("before", [before], token, form="after {}")
-    add("next", [_shifted(ids, events, -1)], token, form="before {}")
-    add("whole word", [word], lambda w: quoted(str(w)) if w else "no word", form="within the word {}")
+    token = lambda i: said(texts[i]) if i >= 0 else "the beginning"
+    by_text = lambda table: table[ids].astype(str)
+
+    def alone(column: np.ndarray, name: Callable, form: str = "{}") -> Property:
+        code, (values,) = number(column)
+        return Property(code, lambda i: (name(values[i]), "", ""), form)
+
+    def where(column: np.ndarray, form: str, name: Callable, otherwise: str = "") -> Property:
+        """A token, and where it stands. `otherwise`: what is said where there is no name, which is ""."""
+        code, (tokens, values) = number(ids, column)
+
+        def named(i: int) -> tuple[str, str, str]:
+            what = name(values[i])
+            return (token(tokens[i]), form, what) if what else (token(tokens[i]), " ", otherwise)
+
+        return Property(code, named)
+
     part_of_sequence = np.searchsorted(np.array(POSITIONS), events.position, side="right") - 1
-    add("position", [part_of_sequence], lambda p: str(POSITIONS[p]), form="in parts of a sequence from token {} on")
-    add("line", [head], lambda h: quoted(str(h)) if h else "(nothing yet)", form="in lines that begin with {}")
-    add("syntax", number(kind, place, statement)[:1], *_syntax_names(kind, place, statement))
-    add("token before", [ids, before], token, lambda b: f" after {token(b)}")
-    add(
-        "word before",
-        [by_text(lowered, ids), by_text(lowered, before)],
-        quoted,
-        lambda b: f" after {quoted(str(b))} (any case)",
-    )
-    add("token kind", [ids, kind], token, lambda k: f" as {KINDS[k]}" if k else " outside of code")
-    add("token place", [ids, place], token, lambda p: f" {PLACES[p]}" if p else " outside of code")
-    add("token statement", [ids, statement], token, lambda s: f" in {_statement(s)}" if s else " outside of statements")
-    add("token part", [ids, part], token, lambda p: f" {PARTS[p]}")
-    return found
+    syntax = number(kind, place, statement)
+    single = {
+        "token": alone(ids, token),
+        "word": alone(by_text(lowered), said, "{} (any case)"),
+        "end": alone(by_text(end), lambda t: f"-{t}" if t else "(short ones)", "tokens ending in {}"),
+        "start": alone(by_text(start), lambda t: f"{t}-" if t else "(short ones)", "tokens beginning with {}"),
+        "before": alone(before, token, "after {}"),
+        "next": alone(_shifted(ids, events, -1), token, "before {}"),
+        "whole word": alone(word, lambda w: said(w) if w else "no word", "within the word {}"),
+        "position": alone(part_of_sequence, lambda p: str(POSITIONS[p]), "in parts of a sequence from token {} on"),
+        "line": alone(head, lambda h: said(h) if h else "(nothing yet)", "in lines that begin with {}"),
+        "syntax": Property(syntax[0], _syntax_names(syntax[1])),
+    }
+    within = {
+        "before": where(before, " after ", token),
+        "two before": where(_shifted(ids, events, 2), " two after ", token),
+        "line": where(head, " in lines that begin with ", lambda h: said(h) if h else "", "at the beginning of lines"),
+        "kind": where(kind, " ", lambda k: _kind(KINDS[k]), "outside of code"),
+        "place": where(place, " ", lambda p: PLACES[p], "outside of code"),
+        "statement": where(statement, " in ", lambda s: _statement(s) if s else "", "outside of statements"),
+        "part": where(part, " ", lambda p: PARTS[p]),
+    }
+    return single, within
 
 
 PARTS = ("outside of words", "as a whole word", "beginning a word", "within a word", "ending a word")
+
+
+def _kind(name: str) -> str:
+    return name and f"{'in' if name in ('a comment', 'a docstring', 'a string') else 'as'} {name}"
 
 
 def _statement(s: int) -> str:
     return STATEMENTS[s] if " " in STATEMENTS[s] else f"'{STATEMENTS[s]}'"
 
 
-def _syntax_names(kind: np.ndarray, place: np.ndarray, statement: np.ndarray) -> tuple[Callable, Callable]:
-    """The two parts of what combinations, numbered as `number` does, are called."""
-    parts = number(kind, place, statement)[1]
+def _syntax_names(parts: Sequence[np.ndarray]) -> Callable[[int], tuple[str, str, str]]:
+    """What combinations of kind, place and statement, numbered as `number` does, are called."""
 
-    def first(i: int) -> str:
-        k, p, _ = (int(x[i]) for x in parts)
-        return KINDS[k] + (f" {PLACES[p]}" if p and PLACES[p] not in ("", TOP) else "") if k else "what is no code"
+    def name(i: int) -> tuple[str, str, str]:
+        k, p, s = (int(x[i]) for x in parts)
+        first = KINDS[k] + (f" {PLACES[p]}" if p and PLACES[p] != TOP else "") if k else "what is no code"
+        inside = s and KINDS[k] not in ("", "a comment", "a docstring")
+        return (first, " in ", _statement(s)) if inside else (first, "", "")
 
-    def second(i: int) -> str:
-        k, _, s = (int(x[i]) for x in parts)
-        return f" in {_statement(s)}" if s and KINDS[k] not in ("", "a comment", "a docstring") else ""
-
-    return first, second
+    return name
 
 
 def _shifted(x: np.ndarray, events: Events, by: int) -> np.ndarray:
@@ -150,7 +162,7 @@ def _layout(events: Events, texts: np.ndarray, special_ids: Collection[int]) -> 
     """Of each token, read as part of its document: kind, place and statement in Python's syntax, the word it is part
     of, which part (PARTS), the first token of its line, and whether that stands before it."""
     S = len(events.ids)
-    kind, place, statement, part, column = (np.zeros(S, dtype=np.int64) for _ in range(5))
+    kind, place, statement, part = (np.zeros(S, dtype=np.int64) for _ in range(4))
     word, head = (np.full(S, "", dtype=object) for _ in range(2))
     special = np.isin(events.ids, list(special_ids))
     apart = np.diff(events.sequence, prepend=-9) > 1
@@ -175,65 +187,99 @@ def _layout(events: Events, texts: np.ndarray, special_ids: Collection[int]) -> 
                 part[a + i] = 1
         first = ""
         for n, piece in enumerate(pieces, int(a)):
-            head[n], column[n] = first, first != ""
+            head[n] = first
             first = "" if "\n" in piece else first or piece.strip()
-    return [kind, place, statement, word.astype(str), part, head.astype(str), column]
+    return [kind, place, statement, word.astype(str), part, head.astype(str)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # rules
 
 
-class Rules(NamedTuple):
-    """Of every row, the values chosen: row, value, hits (C,), by row and, within one, the surest first; score (F,)."""
+class Counted(NamedTuple):
+    """How often each row is active on each value of a property: row, value, hits (C,), by row and value, where it is at
+    all; totals (G,): tokens with each value."""
 
     row: np.ndarray
+    value: np.ndarray
+    hits: np.ndarray
+    totals: np.ndarray
+
+    @property
+    def keys(self) -> np.ndarray:
+        return self.row * len(self.totals) + self.value
+
+
+class Rules(NamedTuple):
+    """Of every row what was chosen: row (C,), family (0 for a value as such, i for one of the ith refinement), value,
+    hits; score (F,)."""
+
+    row: np.ndarray
+    family: np.ndarray
     value: np.ndarray
     hits: np.ndarray
     score: np.ndarray
 
 
-def choose(row: np.ndarray, value: np.ndarray, totals: np.ndarray, n_active: np.ndarray) -> Rules:
-    """For each row the set of values with the best score on the text at hand.
+def count(row: np.ndarray, value: np.ndarray, totals: np.ndarray) -> Counted:
+    """row, value (E,): activations, and the value that the token of each has."""
+    keys, hits = np.unique(row.astype(np.int64) * len(totals) + value, return_counts=True)
+    return Counted(*np.divmod(keys, len(totals)), hits, totals)
 
-    row, value (E,): activations and the value their token has; totals (G,): tokens with each value; n_active (F,):
-    activations of each row. Adding values from the surest on raises recall and lowers precision: the best point is
-    found exactly. Each value costs one hit, as if what was seen once were left out, which keeps rules from learning the
-    text by heart. Score: F1 with that cost.
+
+def choose(root: Counted, finer: Sequence[tuple[Counted, np.ndarray]], n_active: np.ndarray) -> Rules:
+    """For each row the rule with the best score on the text at hand.
+
+    finer: refinements of root, with the value of root that each value of theirs lies in. Of each value of root a rule
+    takes all, or some values of one refinement, or nothing. Each value taken costs one hit, as if what was seen once
+    were left out, which keeps rules from learning the text by heart. Score: F-beta with that cost; n_active (F,):
+    activations of each row. A value is worth taking if its hits exceed its tokens times score / (1 + BETA2): from 0 on
+    the score grows until that is so of all that is taken, and then no rule has a better one (Dinkelbach's method).
     """
-    G, F = len(totals), len(n_active)
-    key, hits = np.unique(row.astype(np.int64) * G + value, return_counts=True)
-    row, value = key // G, key % G
-    enough = hits >= LEAST
-    row, value, hits = row[enough], value[enough], hits[enough]
-    sure = (hits - 1) / (totals[value] + 0.5)
-    order = np.lexsort((-sure, row))
-    row, value, hits = row[order], value[order], hits[order]
-    starts = np.searchsorted(row, np.arange(F))
-    stops = np.searchsorted(row, np.arange(F), side="right")
+    F, keys = len(n_active), root.keys
+    inside = [np.searchsorted(keys, c.row * len(root.totals) + parent[c.value]) for c, parent in finer]
+    parts = [
+        (Counted(c.row[often], c.value[often], c.hits[often], c.totals), cell[often])
+        for c, cell in zip((root, *(c for c, _ in finer)), (np.arange(len(keys)), *inside), strict=True)
+        for often in [c.hits >= LEAST]
+    ]
+    score = np.zeros(F)
+    while True:
+        best, hits, named = np.zeros((3, len(keys)))  # of each value of root: what the best way to take it brings
+        family = np.full(len(keys), -1)
+        taken = []
+        for i, (c, cell) in enumerate(parts):
+            n = c.totals[c.value]
+            gain = c.hits - 1 - score[c.row] / (1 + BETA2) * n
+            taken.append(gain > 0)
+            sums = [np.bincount(cell[gain > 0], x[gain > 0], len(keys)) for x in (gain, c.hits - 1, n)]
+            better = sums[0] > best
+            best[better], hits[better], named[better] = (x[better] for x in sums)
+            family[better] = i
+        total = [np.bincount(root.row, x, F) for x in (hits, named)]
+        new = (1 + BETA2) * total[0] / np.maximum(total[1] + BETA2 * n_active, 1)
+        if (new <= score * (1 + 1e-9)).all():
+            break
+        score = np.maximum(new, score)
+    chosen = [good & (family[cell] == i) for i, (good, (_, cell)) in enumerate(zip(taken, parts, strict=True))]
+    joined = lambda get: np.concatenate([get(c)[here] for (c, _), here in zip(parts, chosen, strict=True)])
+    return Rules(
+        joined(lambda c: c.row), np.repeat(np.arange(len(parts)), [here.sum() for here in chosen]),
+        joined(lambda c: c.value), joined(lambda c: c.hits), score,
+    )  # fmt: skip
 
-    def running(x: np.ndarray) -> np.ndarray:
-        total = np.concatenate(([0], x.cumsum()))
-        return total[1:] - total[starts[row]]
 
-    score = 2 * running(hits - 1) / (running(totals[value]) + n_active[row])
-    best, taken = np.zeros(F), np.zeros(len(row), dtype=bool)
-    for f in np.flatnonzero(stops > starts):
-        part = score[starts[f] : stops[f]]
-        n = int(part.argmax())
-        best[f] = part[n]
-        taken[starts[f] : starts[f] + n + 1] = True
-    return Rules(row[taken], value[taken], hits[taken], best)
-
-
-def measure(rules: Rules, row: np.ndarray, value: np.ndarray, totals: np.ndarray, n_active: np.ndarray) -> np.ndarray:
-    """(2, F): precision and recall of rules on the text that row, value, totals and n_active are of."""
-    G, F = len(totals), len(n_active)
-    found = np.sort(row.astype(np.int64) * G + value)
-    chosen = rules.row.astype(np.int64) * G + rules.value
-    each = np.searchsorted(found, chosen, side="right") - np.searchsorted(found, chosen)
-    hits = np.bincount(rules.row, weights=each, minlength=F)
-    named = np.bincount(rules.row, weights=totals[rules.value], minlength=F)
+def measure(rules: Rules, families: Sequence[Counted], n_active: np.ndarray) -> np.ndarray:
+    """(2, F): precision and recall of rules on the text that families (root and refinements) and n_active are of."""
+    F = len(n_active)
+    hits, named = np.zeros(F), np.zeros(F)
+    for i, c in enumerate(families):
+        row, value = rules.row[rules.family == i], rules.value[rules.family == i]
+        keys, wanted = c.keys, row * len(c.totals) + value
+        at = np.searchsorted(keys, wanted)
+        found = np.append(keys, -1)[at] == wanted
+        hits += np.bincount(row, np.append(c.hits, 0)[at] * found, minlength=F)
+        named += np.bincount(row, c.totals[value], minlength=F)
     return np.stack((hits / np.maximum(named, 1), hits / np.maximum(n_active, 1)))
 
 
@@ -241,48 +287,64 @@ def make_labels(
     events: Events, row_of: np.ndarray, token_str: Callable[[int], str], special_ids: Collection[int]
 ) -> list[Label | None]:
     """A label for each row, row_of (d_sae,) saying which row a latent has, -1 for none; None for a row that is silent
-    in the half that rules are made from."""
+    in the half that rules are made from.
+
+    The halves are one behind the other: were they interleaved, each would have parts of the other's documents.
+    """
     on = events.keep[events.token] & (row_of[events.latent] >= 0)
-    row, token = row_of[events.latent[on]], events.token[on]
+    row, token = row_of[events.latent[on]].astype(np.int64), events.token[on]
     n_rows = int(row_of.max()) + 1
-    _, block = np.unique(events.block, return_inverse=True)
-    half = block % 2  # of the text: 0 to make rules, 1 to measure them
-    found = properties(events, token_str, special_ids)
-    n_active = [np.bincount(row[half[token] == h], minlength=n_rows) for h in (0, 1)]
+    half = (events.sequence > events.sequence[(len(events.sequence) - 1) // 2]).astype(np.int64)  # 1: to measure
+    mine = [half[token] == h for h in (0, 1)]
+    rows, tokens = ([x[here] for here in mine] for x in (row, token))
+    n_active = [np.bincount(r, minlength=n_rows) for r in rows]
+
+    def counted(property: Property) -> list[Counted]:
+        """In either half."""
+        v, G = property.values, int(property.values.max(initial=0)) + 1
+        return [count(rows[h], v[tokens[h]], np.bincount(v[events.keep & (half == h)], minlength=G)) for h in (0, 1)]
+
+    single, within = properties(events, token_str, special_ids)
     best = np.zeros(n_rows)
     labels: list[Label | None] = [None] * n_rows
-    for property in found.values():
-        G = int(property.values.max(initial=0)) + 1
-        totals = [np.bincount(property.values[events.keep & (half == h)], minlength=G) for h in (0, 1)]
-        parts = [
-            (row[half[token] == h], property.values[token[half[token] == h]], totals[h], n_active[h]) for h in (0, 1)
-        ]
-        rules = choose(*parts[0])
-        precision, recall = measure(rules, *parts[1])
-        starts = np.searchsorted(rules.row, np.arange(n_rows + 1))
+    for name, property in single.items():
+        families = [property, *(within.values() if name == "token" else ())]
+        counts = [counted(family) for family in families]
+        parents = [_parents(family.values, property.values) for family in families[1:]]
+        rules = choose(counts[0][0], [(c[0], p) for c, p in zip(counts[1:], parents, strict=True)], n_active[0])
+        precision, recall = measure(rules, [c[1] for c in counts], n_active[1])
+        order = np.lexsort((-rules.hits, rules.row))
+        starts = np.searchsorted(rules.row[order], np.arange(n_rows + 1))
         for f in np.flatnonzero(rules.score > best):
-            mine = slice(starts[f], starts[f + 1])
-            short, whole = in_words(property, rules.value[mine], rules.hits[mine])
-            labels[f] = Label(short, whole, float(precision[f]), float(recall[f]))
+            taken = order[starts[f] : starts[f + 1]]  # the most frequent first
+            names = [families[i].name(int(v)) for i, v in zip(rules.family[taken], rules.value[taken], strict=True)]
+            labels[f] = Label(*in_words(names, property.form), float(precision[f]), float(recall[f]))
         best = np.maximum(best, rules.score)
     return labels
 
 
-def in_words(property: Property, values: np.ndarray, hits: np.ndarray) -> tuple[str, str]:
-    """A set of values, the most frequent first: in short, and in full."""
-    names = [property.name(int(v)) for v in values[np.argsort(-hits, kind="stable")]]
-    short = property.form.format(_listed(names[:N_NAMED]))
-    return short + (f" or {len(names) - N_NAMED} more" if len(names) > N_NAMED else ""), property.form.format(
-        _listed(names)
-    )
+def _parents(finer: np.ndarray, root: np.ndarray) -> np.ndarray:
+    """(G,): the value of root that tokens with each value of finer have."""
+    found = np.zeros(int(finer.max(initial=0)) + 1, dtype=np.int64)
+    found[finer] = root
+    return found
 
 
-def _listed(names: Sequence[tuple[str, str]]) -> str:
-    """'a', 'b' in strings; 'c' in comments."""
-    groups: dict[str, list[str]] = {}
-    for first, second in names:
-        groups.setdefault(second, []).append(first)
-    return "; ".join(f"{', '.join(dict.fromkeys(firsts))}{second}" for second, firsts in groups.items())
+def in_words(names: Sequence[tuple[str, str, str]], form: str = "{}") -> tuple[str, str]:
+    """A set of names in short, and in full."""
+    more = f" or {len(names) - N_NAMED} more" if len(names) > N_NAMED else ""
+    return form.format(_listed(names[:N_NAMED])) + more, form.format(_listed(names))
+
+
+def _listed(names: Sequence[tuple[str, str, str]]) -> str:
+    """`a`, `b` in a comment; `c` after `d`, `e`: what two names share is said once."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for what, form, where in dict.fromkeys(names):
+        places.setdefault((what, form), []).append(where)
+    things: dict[str, list[str]] = {}
+    for (what, form), wheres in places.items():
+        things.setdefault(form + ", ".join(wheres), []).append(what)
+    return "; ".join(", ".join(whats) + where for where, whats in things.items())
 
 
 def distribution(labels: Sequence[Label | None]) -> list[str]:

@@ -3,11 +3,13 @@
 Run: python -m pytest tests/test_labels.py
 """
 
+import itertools
+
 import numpy as np
 import pytest
 
 from sae.feature_tables import Events
-from sae.labels import Label, choose, distribution, make_labels, measure, properties, quoted
+from sae.labels import BETA2, Label, choose, count, distribution, in_words, make_labels, measure, properties, quoted
 
 WORDS = ["alpha", " beta", " walking", " talking", "self", "(", ")", "\n    ", "return", " x", "<|bos|>"]
 BOS = len(WORDS) - 1
@@ -50,6 +52,7 @@ def before(ids, i):
         (lambda ids: np.isin(ids, (2, 3)), {"tokens ending in -ing"}),
         (lambda ids: before(ids, 4), {"after `self`"}),
         (lambda ids: (ids == 9) & before(ids, 8), {"` x` after `return`"}),
+        (lambda ids: (ids == 0) | (ids == 9) & before(ids, 8), {"`alpha`", "` x` after `return`"}),
         (lambda ids: np.arange(64)[None] + 0 * ids >= 32, {"from token 32 on"}),
         (lambda ids: np.concatenate((ids[:, 1:] == 6, np.zeros((len(ids), 1), bool)), 1), {"before `)`"}),
     ],
@@ -69,7 +72,7 @@ def test_noise_gets_a_label_that_says_it_is_weak():
 def test_quality_is_that_of_the_other_half():
     """A latent that changes what it does between the halves: perfect where the rule is made, useless where measured."""
     ids, blocks = text()
-    half = (blocks % 2)[:, None]
+    half = (blocks >= 10)[:, None]
     fires = np.where(half == 0, ids == 0, ids == 1)[:, :, None]
     (found,) = make_labels(events(ids, blocks, fires), np.zeros(1, dtype=np.int64), WORDS.__getitem__, {BOS})
     assert found == Label("`alpha`", "`alpha`", 0.0, 0.0)
@@ -86,28 +89,37 @@ def test_rows_are_those_asked_for_and_silent_ones_have_none():
 
 
 def test_choose_and_measure_against_brute_force():
+    """Of all rules that take each value whole, or some of its four finer values, or not at all, the best is found."""
     rng = np.random.default_rng(0)
-    for _ in range(50):
-        G, F, n = 6, 3, 60
-        values = rng.integers(0, G, n)
-        fires = rng.random((n, F)) < rng.random((G, F))[values]
+    for _ in range(20):
+        G, F, n = 3, 2, 80
+        fine = rng.integers(0, 4 * G, n)
+        fires = rng.random((n, F)) < rng.random((4 * G, F))[fine] ** 2
         token, row = np.nonzero(fires)
-        totals, n_active = np.bincount(values, minlength=G), fires.sum(0)
-        rules = choose(row, values[token], totals, n_active)
-        precision, recall = measure(rules, row, values[token], totals, n_active)
+        n_active = fires.sum(0)
+        counted = [count(row, v[token], np.bincount(v, minlength=m)) for v, m in ((fine // 4, G), (fine, 4 * G))]
+        rules = choose(counted[0], [(counted[1], np.arange(4 * G) // 4)], n_active)
+        precision, recall = measure(rules, counted, n_active)
         for f in range(F):
-            mine = rules.value[rules.row == f]
-            named = np.isin(values, mine)
+            mine = rules.row == f
+            named = np.isin(fine // 4, rules.value[mine & (rules.family == 0)])
+            named |= np.isin(fine, rules.value[mine & (rules.family == 1)])
             assert precision[f] == pytest.approx((named & fires[:, f]).sum() / max(1, named.sum()))
             assert recall[f] == pytest.approx((named & fires[:, f]).sum() / max(1, n_active[f]))
-            # the best of all sets that take values from the surest on
-            hits = np.array([(fires[:, f] & (values == g)).sum() for g in range(G)])
-            order = [g for g in np.argsort(-(hits - 1) / (totals + 0.5), kind="stable") if hits[g] >= 2]
-            scores = [
-                2 * (hits[order[:k]] - 1).sum() / (totals[order[:k]].sum() + n_active[f])
-                for k in range(1, len(order) + 1)
-            ]
-            assert rules.score[f] == pytest.approx(max(scores, default=0))
+            ways = []  # of each value: the hits and tokens that each way of taking it brings
+            for g in range(G):
+                finest = [[fine == 4 * g + i for i in range(4) if some >> i & 1] for some in range(16)]
+                masks = [*finest, [fine // 4 == g]]
+                hits = [[(m & fires[:, f]).sum() for m in way] for way in masks]
+                ways.append([
+                    (sum(h) - len(h), sum(m.sum() for m in way))
+                    for way, h in zip(masks, hits, strict=True) if all(x >= 2 for x in h)
+                ])  # fmt: skip
+            best = max(
+                (1 + BETA2) * sum(h for h, _ in rule) / (sum(n for _, n in rule) + BETA2 * n_active[f])
+                for rule in itertools.product(*ways)
+            )
+            assert rules.score[f] == pytest.approx(best)
 
 
 def test_syntax_and_words_of_a_text():
@@ -115,7 +127,8 @@ def test_syntax_and_words_of_a_text():
     ids = np.tile(np.arange(len(pieces)), (4, 1))
     e = events(ids, np.arange(4), np.zeros((*ids.shape, 1), bool))
     e = e._replace(keep=np.ones_like(e.keep))
-    found = properties(e, pieces.__getitem__, ())
+    single, within = properties(e, pieces.__getitem__, ())
+    found = {**{f"token {key}": p for key, p in within.items()}, **single}
     says = lambda key, i: "".join(found[key].name(int(found[key].values[i])))
     assert says("syntax", 2) == "a function's name in its def in 'def'"
     assert says("syntax", 4) == "a parameter in a parameter list in 'def'"
@@ -125,6 +138,23 @@ def test_syntax_and_words_of_a_text():
     assert says("line", 9) == "`return`"
     assert says("next", 10) == "`x`"
     assert says("token before", 0) == "`def` after the beginning"
+    assert says("token two before", 3) == "`(` two after ` run`"
+    assert says("token line", 9) == "` self` in lines that begin with `return`"
+    assert says("token kind", 8) == "`return` as a keyword"
+    assert says("token place", 4) == "`self` in a parameter list"
+    assert says("token statement", 4) == "`self` in 'def'"
+
+
+def test_what_names_share_is_said_once():
+    names = [
+        ("`a`", "", ""),
+        ("`c`", " after ", "`x`"),
+        ("`b`", "", ""),
+        ("`c`", " after ", "`y`"),
+        ("`d`", " ", "in a list"),
+    ]
+    assert in_words(names) == ("`a`, `b`; `c` after `x`, `y` or 1 more", "`a`, `b`; `c` after `x`, `y`; `d` in a list")
+    assert in_words(names[:2], "<{}>")[0] == "<`a`; `c` after `x`>"
 
 
 def test_tokens_in_labels_are_spelled_so_that_they_show():
