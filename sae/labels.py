@@ -12,7 +12,7 @@ a value.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -221,10 +221,11 @@ class Rules(NamedTuple):
     score: np.ndarray
 
 
-def count(row: np.ndarray, value: np.ndarray, totals: np.ndarray) -> Counted:
-    """row, value (E,): activations, and the value that the token of each has."""
+def count(row: np.ndarray, value: np.ndarray, totals: np.ndarray, *, least: int = 1) -> Counted:
+    """row, value (E,): activations, and the value that the token of each has. Pairs with less than `least` are left out."""
     keys, hits = np.unique(row.astype(np.int64) * len(totals) + value, return_counts=True)
-    return Counted(*np.divmod(keys, len(totals)), hits, totals)
+    often = hits >= least
+    return Counted(*np.divmod(keys[often], len(totals)), hits[often], totals)
 
 
 def choose(root: Counted, finer: Sequence[tuple[Counted, np.ndarray]], n_active: np.ndarray) -> Rules:
@@ -235,14 +236,11 @@ def choose(root: Counted, finer: Sequence[tuple[Counted, np.ndarray]], n_active:
     were left out, which keeps rules from learning the text by heart. Score: F-beta with that cost; n_active (F,):
     activations of each row. A value is worth taking if its hits exceed its tokens times score / (1 + BETA2): from 0 on
     the score grows until that is so of all that is taken, and then no rule has a better one (Dinkelbach's method).
+    Pairs with fewer hits than LEAST are left out by who counts.
     """
     F, keys = len(n_active), root.keys
     inside = [np.searchsorted(keys, c.row * len(root.totals) + parent[c.value]) for c, parent in finer]
-    parts = [
-        (Counted(c.row[often], c.value[often], c.hits[often], c.totals), cell[often])
-        for c, cell in zip((root, *(c for c, _ in finer)), (np.arange(len(keys)), *inside), strict=True)
-        for often in [c.hits >= LEAST]
-    ]
+    parts = list(zip((root, *(c for c, _ in finer)), (np.arange(len(keys)), *inside), strict=True))
     score = np.zeros(F)
     while True:
         best, hits, named = np.zeros((3, len(keys)))  # of each value of root: what the best way to take it brings
@@ -269,7 +267,7 @@ def choose(root: Counted, finer: Sequence[tuple[Counted, np.ndarray]], n_active:
     )  # fmt: skip
 
 
-def measure(rules: Rules, families: Sequence[Counted], n_active: np.ndarray) -> np.ndarray:
+def measure(rules: Rules, families: Iterable[Counted], n_active: np.ndarray) -> np.ndarray:
     """(2, F): precision and recall of rules on the text that families (root and refinements) and n_active are of."""
     F = len(n_active)
     hits, named = np.zeros(F), np.zeros(F)
@@ -299,20 +297,19 @@ def make_labels(
     rows, tokens = ([x[here] for here in mine] for x in (row, token))
     n_active = [np.bincount(r, minlength=n_rows) for r in rows]
 
-    def counted(property: Property) -> list[Counted]:
-        """In either half."""
+    def counted(property: Property, h: int) -> Counted:
         v, G = property.values, int(property.values.max(initial=0)) + 1
-        return [count(rows[h], v[tokens[h]], np.bincount(v[events.keep & (half == h)], minlength=G)) for h in (0, 1)]
+        totals = np.bincount(v[events.keep & (half == h)], minlength=G)
+        return count(rows[h], v[tokens[h]], totals, least=1 if h else LEAST)
 
     single, within = properties(events, token_str, special_ids)
     best = np.zeros(n_rows)
     labels: list[Label | None] = [None] * n_rows
     for name, property in single.items():
         families = [property, *(within.values() if name == "token" else ())]
-        counts = [counted(family) for family in families]
-        parents = [_parents(family.values, property.values) for family in families[1:]]
-        rules = choose(counts[0][0], [(c[0], p) for c, p in zip(counts[1:], parents, strict=True)], n_active[0])
-        precision, recall = measure(rules, [c[1] for c in counts], n_active[1])
+        finer = [(counted(family, 0), _parents(family.values, property.values)) for family in families[1:]]
+        rules = choose(counted(property, 0), finer, n_active[0])
+        precision, recall = measure(rules, (counted(family, 1) for family in families), n_active[1])
         order = np.lexsort((-rules.hits, rules.row))
         starts = np.searchsorted(rules.row[order], np.arange(n_rows + 1))
         for f in np.flatnonzero(rules.score > best):

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 
 from sae.feature_tables import Events
-from sae.labels import BETA2, Label, choose, count, distribution, in_words, make_labels, measure, properties, quoted
+from sae.labels import (
+    BETA2,
+    LEAST,
+    Label,
+    choose,
+    count,
+    distribution,
+    in_words,
+    make_labels,
+    measure,
+    properties,
+    quoted,
+)
 
 WORDS = ["alpha", " beta", " walking", " talking", "self", "(", ")", "\n    ", "return", " x", "<|bos|>"]
 BOS = len(WORDS) - 1
@@ -97,9 +109,10 @@ def test_choose_and_measure_against_brute_force():
         fires = rng.random((n, F)) < rng.random((4 * G, F))[fine] ** 2
         token, row = np.nonzero(fires)
         n_active = fires.sum(0)
-        counted = [count(row, v[token], np.bincount(v, minlength=m)) for v, m in ((fine // 4, G), (fine, 4 * G))]
-        rules = choose(counted[0], [(counted[1], np.arange(4 * G) // 4)], n_active)
-        precision, recall = measure(rules, counted, n_active)
+        both = [(row, v[token], np.bincount(v, minlength=m)) for v, m in ((fine // 4, G), (fine, 4 * G))]
+        often = [count(*x, least=LEAST) for x in both]
+        rules = choose(often[0], [(often[1], np.arange(4 * G) // 4)], n_active)
+        precision, recall = measure(rules, [count(*x) for x in both], n_active)
         for f in range(F):
             mine = rules.row == f
             named = np.isin(fine // 4, rules.value[mine & (rules.family == 0)])
@@ -113,7 +126,7 @@ def test_choose_and_measure_against_brute_force():
                 hits = [[(m & fires[:, f]).sum() for m in way] for way in masks]
                 ways.append([
                     (sum(h) - len(h), sum(m.sum() for m in way))
-                    for way, h in zip(masks, hits, strict=True) if all(x >= 2 for x in h)
+                    for way, h in zip(masks, hits, strict=True) if all(x >= LEAST for x in h)
                 ])  # fmt: skip
             best = max(
                 (1 + BETA2) * sum(h for h, _ in rule) / (sum(n for _, n in rule) + BETA2 * n_active[f])
