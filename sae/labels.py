@@ -222,7 +222,7 @@ class Rules(NamedTuple):
 
 
 def count(row: np.ndarray, value: np.ndarray, totals: np.ndarray, *, least: int = 1) -> Counted:
-    """row, value (E,): activations, and the value that the token of each has. Pairs with less than `least` are left out."""
+    """row, value (E,): activations, and the value that the token of each has. Rarer pairs than `least` are left out."""
     keys, hits = np.unique(row.astype(np.int64) * len(totals) + value, return_counts=True)
     often = hits >= least
     return Counted(*np.divmod(keys[often], len(totals)), hits[often], totals)
