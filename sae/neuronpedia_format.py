@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -23,6 +23,7 @@ import numpy as np
 
 from sae.config import UserError, require
 from sae.formats import write_atomic
+from sae.records import read_values
 
 MAX_FEATURES = 128  # in one request
 MAX_BYTES = 4 << 20  # of one request: hosts of such sites refuse bodies of 4.5 MB and more
@@ -110,23 +111,6 @@ def clean(text: str) -> str:
 # records of features.jsonl -> features as the upload takes them
 
 
-def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a features.jsonl. Raises UserError for a missing file and for the first line that is no object."""
-    try:
-        with Path(path).open(encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as e:
-                    raise UserError(f"'{path}', line {number} is not json ({e}); write it anew with sae_viz") from e
-                require(isinstance(record, dict), f"'{path}', line {number} is {line[:40]!r}; an object was wanted")
-                yield record
-    except OSError as e:
-        raise UserError(f"cannot read '{path}' ({e.strerror}); run sae_viz first, or give --features") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"'{path}' is not utf-8 text ({e.reason}); write it anew with sae_viz") from e
-
-
 def to_feature(record: Mapping[str, Any]) -> dict[str, Any]:
     """A feature as feature/upload-batch takes it, but that without activations, having never fired, it does not.
 
@@ -203,13 +187,16 @@ class Survey:
     sha256: str = ""
 
 
-def survey(path: str | Path, batch_size: int = MAX_FEATURES) -> Survey:
-    """Check every record of a features.jsonl. Reads it once; holds one batch."""
+def survey(
+    path: str | Path, batch_size: int = MAX_FEATURES, *, checked: Callable[[int], Any] = lambda _: None
+) -> Survey:
+    """Check every record of a features.jsonl. Reads it once; holds one batch. checked(1) is called after each."""
     found, digest, seen = Survey(), hashlib.sha256(), set[int]()
 
     def good() -> Iterator[dict[str, Any]]:
-        for record in read_records(path):
+        for record in read_values(path):
             found.records += 1
+            checked(1)
             try:
                 feature = to_feature(record)
                 index = record["latent"]
@@ -238,7 +225,7 @@ def survey(path: str | Path, batch_size: int = MAX_FEATURES) -> Survey:
 
 def features_of(path: str | Path) -> Iterator[dict[str, Any]]:
     """The features of a features.jsonl that can be uploaded, one at a time."""
-    return (f for f in map(to_feature, read_records(path)) if f["activations"])
+    return (f for f in map(to_feature, read_values(path)) if f["activations"])
 
 
 def as_json(value: Any) -> bytes:
@@ -295,7 +282,7 @@ def write_export(path: str | Path, folder: str | Path, about: Export) -> Path:
     now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
     for name, row in _origins(about, now).items():
         _write_lines([row], root / f"{name}.jsonl")
-    records = read_records(path)
+    records = read_values(path)
     number = 0
     while part := list(islice(records, ROWS_PER_FILE)):
         rows: dict[str, list[dict[str, Any]]] = {"features": [], "activations": [], "explanations": []}

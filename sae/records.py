@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae.config import UserError
+from sae.config import UserError, require
 from sae.formats import write_atomic
 
 FEATURES = "features.jsonl"
@@ -122,23 +122,42 @@ def write_features(records: Iterable[FeatureRecord], path: Path) -> None:
     write_atomic(path, write)
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(latent, its line) of a features.jsonl, one at a time; a line that is no record is found when it is parsed."""
+def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of a text, one at a time."""
     try:
         with Path(path).open(encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                found = re.match(r'\{"latent": ?(\d+),', line)
-                if found is None:
-                    raise UserError(f"'{path}', line {number} is no feature's record; write the file with sae_viz")
-                yield int(found[1]), line.rstrip("\n")
+            yield from enumerate(f, 1)
     except OSError as e:
         raise UserError(f"'{path}' cannot be read ({e.strerror}); run sae_viz first, or give its features.jsonl") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"'{path}' is not utf-8 text ({e.reason}); write it anew with sae_viz") from e
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(latent, its line) of a features.jsonl, one at a time; a line that is no record is found when it is parsed."""
+    for number, line in _lines(path):
+        found = re.match(r'\{"latent": ?(\d+),', line)
+        if found is None:
+            raise UserError(f"'{path}', line {number} is no feature's record; write the file anew with sae_viz")
+        yield int(found[1]), line.rstrip("\n")
+
+
+def read_values(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The lines of a features.jsonl as json objects, whatever is in them. Raises UserError that names the line that is
+    none."""
+    for number, line in _lines(path):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"'{path}', line {number} is not json ({e}); write it anew with sae_viz") from e
+        require(isinstance(value, dict), f"'{path}', line {number} is {line[:40]!r}; an object was wanted")
+        yield value
 
 
 def read_features(path: str | Path) -> Iterator[FeatureRecord]:
     """The records of a features.jsonl, one at a time. Raises UserError that names the line that is none."""
-    for number, (_, line) in enumerate(read_lines(path), 1):
+    for number, value in enumerate(read_values(path), 1):
         try:
-            yield FeatureRecord.from_dict(json.loads(line))
-        except ValueError as e:
+            yield FeatureRecord.from_dict(value)
+        except UserError as e:
             raise UserError(f"'{path}', line {number}: {e}") from e

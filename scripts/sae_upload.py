@@ -129,7 +129,8 @@ def main(argv: list[str]) -> None:
     c = from_cli(UploadConfig, argv, prog="python -m scripts.sae_upload", description=__doc__ or "")
     target = choose(c)
     log.say(f"checking {target.features}")
-    found = form.survey(target.features, c.batch_size)
+    with log.progress(None, "checking", unit="feature") as bar:
+        found = form.survey(target.features, c.batch_size, checked=bar.update)
     show(found, target, c.api_base)
     if c.export:
         export(c, target)

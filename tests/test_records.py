@@ -8,7 +8,7 @@ import json
 import pytest
 
 from sae.config import UserError
-from sae.records import Context, FeatureRecord, Histogram, read_features, read_lines, write_features
+from sae.records import Context, FeatureRecord, Histogram, read_features, read_lines, read_values, write_features
 
 KEYS = {
     "latent", "density", "max_activation", "mean_active", "label", "label_precision", "label_recall", "promoted",
@@ -47,6 +47,14 @@ def test_a_broken_line_is_named(tmp_path, line):
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(UserError, match="line 2"):
         list(read_features(path))
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    path = tmp_path / "features.jsonl"
+    path.write_bytes(b'{"latent":3,\xff}\n')
+    for read in (read_features, read_lines, read_values):
+        with pytest.raises(UserError, match="is not utf-8 text"):
+            list(read(path))
 
 
 def test_a_missing_file_says_what_to_do(tmp_path):
