@@ -270,11 +270,11 @@ def viz() -> str:
     if "peers" in r:
         p = r["peers"]
         parts.append(
-            f"On {p['tokens']:,} tokens and {p['features']} features {p['peer']} takes {p['ratio_cpu']:.1f} times the "
-            f"processor time, and finds the same logit lists ({p['same_logits']:.1%}) and strongest contexts "
-            f"({p['same_contexts']:.1%})."
+            f"On {p['tokens']:,} tokens and {p['features']} features {p['peer']} takes {p['ratio_cpu']:.1f} times our "
+            f"processor time ({p['ratio_wall']:.1f} times the wall time), and finds the same logit lists "
+            f"({p['same_logits']:.1%}) and strongest contexts ({p['same_contexts']:.1%})."
         )
-    parts.append(f"({about['threads']} thread, {about['machine']}, {about['date']})")
+    parts.append(f"({about['threads']} threads, {about['machine']}, {about['date']})")
     return " ".join(parts)
 
 
