@@ -23,7 +23,7 @@ from string import Template
 from typing import Any
 
 from sae.config import UserError, read_json, require
-from sae.records import FEATURES, FeatureRecord, line_of, read_lines
+from sae.records import FEATURES, FeatureRecord, line_of, read_lines, record_of
 
 PER_CHUNK = 32  # features a file: a third of a megabyte
 N_SHOWN = (8, 10)  # tokens before and from the peak on, in the list
@@ -124,7 +124,7 @@ def save_pages(folder: Path, records: Iterable[FeatureRecord], listing: Listing,
                 last = latent
                 f.write(line + "\n")
                 chunk.append(line)
-                listing.add(record or FeatureRecord.from_dict(json.loads(line)))
+                listing.add(record or record_of(line))
         if chunk:
             _write_chunk(new, last // PER_CHUNK, chunk)
         data = json.dumps(listing.to_dict(PER_CHUNK), separators=(",", ":"))

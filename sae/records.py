@@ -112,6 +112,16 @@ def line_of(record: FeatureRecord) -> str:
     return json.dumps(record.to_dict(), allow_nan=False, separators=(",", ":"))
 
 
+def record_of(line: str) -> FeatureRecord:
+    """What line_of gave; raises UserError for a line that is none."""
+    try:
+        return FeatureRecord.from_dict(json.loads(line))
+    except (ValueError, RecursionError) as e:
+        raise UserError(
+            f"'{line[:40]}...' in a {FEATURES} is no feature's record ({e}); write it anew with sae_viz"
+        ) from e
+
+
 def write_features(records: Iterable[FeatureRecord], path: Path) -> None:
     """A features.jsonl of these records."""
 

@@ -14,6 +14,7 @@ from html import escape
 import pytest
 from playwright.sync_api import sync_playwright
 
+from sae.config import UserError
 from sae.dashboard import Listing, save_pages, whole_page
 from sae.records import Context, FeatureRecord, Histogram
 from tests.conftest import ROOT
@@ -266,6 +267,18 @@ def test_even_a_script_that_got_in_would_not_run(browser, hostile, tmp_path):
     tab.locator("th button").nth(2).click()
     assert tab.locator("th[aria-sort]").count() == 1
     assert not [text for text in tab.wrong if text in ("2", "3")]
+
+
+def test_pages_are_not_added_to_broken_ones(tmp_path):
+    found = records(4, WORDS)
+    folder = write(tmp_path / "features", found[:3]).parent
+    whole = (folder / "features.jsonl").read_text()
+    (folder / "features.jsonl").write_text(whole[:-200])  # half a line
+    before = sorted(p.name for p in folder.rglob("*"))
+    with pytest.raises(UserError, match="is no feature's record"):
+        write(folder, found[3:])
+    assert sorted(p.name for p in folder.rglob("*")) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["features"]
 
 
 def test_files_hold_only_ascii_json(hostile):
