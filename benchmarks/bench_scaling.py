@@ -53,8 +53,8 @@ class Case:
             mask = torch.arange(F) < dead * F
             with torch.no_grad():
                 self.learner.sae.b_enc[mask] -= 100.0
-            self.learner.n_dead = int(mask.sum())
             self.learner.is_dead = lambda: mask  # type: ignore[method-assign]
+            self.learner.list_dead()
 
     def take_step(self) -> None:
         start = time.perf_counter()

@@ -98,7 +98,7 @@ def joined(parts: Sequence[dict[str, Any]], name: str, own: range) -> dict[str, 
 
     first = found[0][1]
     state = {**first, "totals": {**first["totals"], "fired": join("", "totals", "fired")}}
-    for counts in ("tokens_since_fired", "feature_counts", "rate"):
+    for counts in ("tokens_since_fired", "feature_counts", "rate", "listed"):
         state[counts] = join("", counts)
     for group in ("sae_state_dict", "average"):
         state[group] = {tensor: join(tensor, group, tensor) for tensor in first[group]}

@@ -154,7 +154,7 @@ class Axis:
             return (values if len(values) <= n else values.topk(n, sorted=False).values).min()
         bits = values.view(torch.int32).long()
         keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) + 2**31  # in the order of the values, 0 .. 2^32 - 1
-        left = self.sum_(torch.tensor(len(keys), device=values.device)).clamp(max=n)
+        left = self.sum_(torch.full((), len(keys), device=values.device)).clamp(max=n)
         prefix, shift = torch.zeros_like(left), 32
         for width in DIGIT_BITS:
             same = (keys >> shift) == prefix

@@ -88,7 +88,8 @@ class Learner:
         self.drift = torch.zeros((), device=device)  # of thresholds in a step of full size, against what learning does
         self.average = {n: torch.zeros_like(p) for n, p in sae.named_parameters()} if config.ema else {}
         self.n_updates = 0
-        self.n_dead = 0  # as last read by the log: AuxK is computed only where something was dead
+        self.n_dead = self.n_listed = 0  # of all processes, and here, as last listed: AuxK is computed only for these
+        self.listed = torch.zeros(F, dtype=torch.bool, device=device)
         self.best_val_loss = math.inf
         self.pending: tuple[Output, Tensor | None] | None = None
         self.spare: Spare | None = None  # what AuxK learns in this step
@@ -116,6 +117,12 @@ class Learner:
         """(F,) bool."""
         least = sched.dead_below(self.config)
         return self.tokens_since_fired > self.dead_after if least is None else self.rate < least
+
+    def list_dead(self) -> None:
+        """Note which latents are dead now (reads the device): those that AuxK serves until the next time."""
+        self.listed = self.is_dead()
+        self.n_listed = int(self.listed.sum())
+        self.n_dead = sum(self.world.latents.objects(self.n_listed))
 
     def new_window(self) -> None:
         """Start the sums that the next line of the log averages over."""
@@ -200,21 +207,20 @@ class Learner:
         ramp = sched.sparsity_at(step, c, self.n_steps) if sched.target_l0(c) is None else 1.0
         sparsity = ramp * self.log_weight.exp()
         own_variance = c.loss_fn == "fvu"
-        dead = self.is_dead() if self.n_dead and self.sae.uses_auxk and c.auxk_alpha > 0 else None
-        self.spare = self._copies(dead) if dead is not None else None
+        dead = self.listed & self.is_dead() if self.n_dead and self.sae.uses_auxk and c.auxk_alpha > 0 else None
+        self.spare = self._copies() if dead is not None else None
         return Terms(
             k=k, p=sched.p_at(step, c, self.n_steps), sparsity=sparsity,
-            variance=self._batch_variance(target) if own_variance else torch.tensor(self.variance, device=self.device),
+            variance=self._batch_variance(target) if own_variance else torch.full((), self.variance, device=self.device),
             dead=dead, spare=self.spare,
             residual=torch.where(self.residual > 0, self.residual, 1.0) if self.n_updates else None,
             whole=self.sae.survey(parts, k, n_tokens) if len(parts) > 1 or self.world.team.size > 1 else None,
         )  # fmt: skip
 
     @torch.no_grad()
-    def _copies(self, dead: Tensor) -> Spare:
-        """Of the weights of dead latents, with gradients of their own."""
-        here = self.n_dead if self.world.latents.size == 1 else max(1, int(dead.sum()))
-        spare = self.sae.weights_of(dead, here, self.n_dead)
+    def _copies(self) -> Spare:
+        """Of the weights of the latents listed as dead, with gradients of their own."""
+        spare = self.sae.weights_of(self.listed, max(1, self.n_listed), self.n_dead)
         for weights in (spare.encoder, spare.bias, spare.decoder):
             weights.requires_grad_()
         return spare
@@ -290,8 +296,10 @@ class Learner:
         if self.world.team.size == 1:
             return
         sae, counts = self.sae, self.counts
-        if not self.config.transcode and sae.b_dec.grad is not None:
-            self.world.latents.sum_(sae.b_dec.grad)  # encoders read x - b_dec, each with its own latents
+        if (
+            sae.b_dec.grad is not None
+        ):  # each has its share of the decoder's, and what its own latents read of x - b_dec
+            self.world.latents.sum_(sae.b_dec.grad)
         if self.world.data.size == 1:
             return
         grads = [own_layout(p) for p in sae.parameters()]
@@ -408,7 +416,7 @@ class Learner:
                 "the loss became NaN or infinite; the activations may hold NaN, or --learning_rate is too high "
                 f"(it was {sched.peak_lr(self.config):g})"
             )
-        self.n_dead = sum(self.world.latents.objects(int(self.is_dead().sum())))
+        self.list_dead()
         window = self.totals.reduced().metrics()
         metrics |= {name: window[name] for name in ("fvu", "explained_variance", "l0", "cosine")}
         metrics["mse"] = window["mse"] / self.scale_out**2
@@ -468,7 +476,7 @@ class Learner:
 
     STATE = (
         "tokens_since_fired", "feature_counts", "rate", "residual", "log_weight", "drift", "average", "n_updates",
-        "scale", "scale_out", "variance", "n_dead", "best_val_loss", "n_sums",
+        "scale", "scale_out", "variance", "listed", "n_dead", "best_val_loss", "n_sums",
     )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
@@ -491,6 +499,7 @@ class Learner:
         for name in self.STATE:
             value = state[name]
             setattr(self, name, {k: to(v) for k, v in value.items()} if isinstance(value, dict) else to(value))
+        self.n_listed = int(self.listed.sum())
         self.new_window()
         self.sums, self.n_sums = {name: to(v) for name, v in state["sums"].items()}, state["n_sums"]
         if self.world.data.rank == 0:

@@ -97,7 +97,11 @@ class BatchTopK(TopK):
         if self.training and whole is None:
             return kernels.choose_batch_top_k(x, self.W_enc, self.b_enc, k * len(x))
         # a part of a batch may hold any number of those that the whole keeps, the least one included
-        least = self.threshold if whole is None else whole.nextafter(whole.new_tensor(-torch.inf)).repeat(len(self.own))
+        least = (
+            self.threshold
+            if whole is None
+            else whole.nextafter(torch.full_like(whole, -torch.inf)).repeat(len(self.own))
+        )
         return kernels.choose_above(x, self.W_enc, self.b_enc, least, packed=self.packed)
 
     @torch.no_grad()
@@ -120,8 +124,7 @@ class BatchTopK(TopK):
 
     @torch.no_grad()
     def observe_(self, out: Output, step: int, whole: Tensor | None = None) -> None:
-        values = out.codes.values
-        least = torch.where(values > 0, values, torch.inf).min() if whole is None else whole
+        least = out.codes.values.min() if whole is None else whole
         weight = max(1 / (step + 1), 0.05)
         self.threshold.copy_(torch.where(least.isfinite(), torch.lerp(self.threshold, least, weight), self.threshold))
 
@@ -149,6 +152,10 @@ class Matryoshka(BatchTopK):
 
     def survey(self, parts: list[Tensor], k: int | None = None, n_tokens: int | None = None) -> Tensor | None:
         return None if self.config.matryoshka_base == "topk" else super().survey(parts, k, n_tokens)
+
+    def observe_(self, out: Output, step: int, whole: Tensor | None = None) -> None:
+        if self.config.matryoshka_base != "topk":
+            super().observe_(out, step, whole)
 
     def partial(self, codes: Codes, n: int) -> Tensor:
         """(B, D_out): what the first n latents reconstruct alone."""

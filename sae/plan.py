@@ -53,8 +53,7 @@ def wire(c: SAEConfig, replicas: int = 1, shards: int = 1, *, any_dead: bool = F
         room = min(k, -(-CAPACITY * k // shards))
         further = len(c.matryoshka_prefixes) if matryoshka else int(kind == "gated" or c.multi_topk)
         penalties = int(kind in ("relu", "gated", "jumprelu"))
-        found["latents"] = 4 * b * D * (1 + further) + 8 * b + 8 + 4 * penalties
-        found["latents"] += 0 if c.transcode else 4 * D
+        found["latents"] = 4 * b * D * (1 + further) + 8 * b + 4 * D + 8 + 4 * penalties
         found["latents"] += 4 * b * room if selects else 0
         found["latents"] += 4 * b * min(4 * k, -(-CAPACITY * 4 * k // shards)) if c.multi_topk else 0
         if any_dead and c.auxk_alpha > 0 and kind not in ("relu", "gated"):

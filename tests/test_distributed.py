@@ -6,7 +6,6 @@ Run: python -m pytest tests/test_distributed.py
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -25,22 +24,11 @@ from tests.conftest import ROOT
 LIMIT_S = 600  # of a machine that does much else
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, gpt_path, text_file):
     """The folder in which four processes left all cases."""
     folder = tmp_path_factory.mktemp("world")
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "FIRST_PORT": str(min(free_port(), 60_000)),
-    }
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.world_runner", str(folder), gpt_path, str(text_file)]
     children = []
     for rank in range(4):

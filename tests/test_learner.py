@@ -308,7 +308,7 @@ def test_dead_jumprelu_latents_fire_again():
     for step in range(400):
         learner.learn({"": x[step % 4 :: 4]}, step)
         learner.update(step)
-        learner.n_dead = 1  # what the log reads now and then
+        learner.list_dead()  # as the log does now and then
     assert learner.totals.fired[:32].count_nonzero() >= 30
     before = learner.sae.threshold.clone()
     learner.sae.revive_(torch.arange(64) < 10)
@@ -327,7 +327,7 @@ def test_auxk_through_copies_of_the_dead_gives_the_gradient_of_the_whole(how):
     learner.tokens_since_fired[:20] = learner.dead_after + 1
     dead = learner.is_dead()
     assert int(dead.sum()) == 20
-    learner.n_dead = 20
+    learner.list_dead()
 
     x_in, y = learner.normalise(acts[learner.reads], acts[""])
     losses = learner.forward(x_in, y, learner.terms(0, x_in if y is None else y, [x_in])._replace(spare=None))[1]

@@ -1,6 +1,6 @@
 """What test_distributed.py runs in four processes that serve all its cases, since starting them takes seconds.
 
-    RANK=0..3 FIRST_PORT=... python -m tests.world_runner FOLDER GPT TEXT
+    RANK=0..3 python -m tests.world_runner FOLDER GPT TEXT
 
 Each case has some of the processes meet at a place of their own. Runs go to FOLDER/{architecture}_{layout}/, what else
 was found to FOLDER/{case}.json.
@@ -10,15 +10,15 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from sae import base, checkpoint, distributed, trainer
+from sae import base, checkpoint, distributed, formats, trainer
 from sae.activations import ModelSource, Stream, TensorSource, gather
 from sae.config import SAEConfig, UserError
 from sae.datasets import open_dataset
@@ -38,6 +38,7 @@ LAYOUTS = {
 }  # fmt: skip
 RANK = int(os.environ.get("RANK", "0"))
 MEETINGS: Counter = Counter()
+STORES = []  # of the meetings that began here; an open one is found again by its port
 
 
 class Blocks(TensorSource):
@@ -53,13 +54,19 @@ class Blocks(TensorSource):
 
 
 def meet(ranks):
-    """A group of some of the processes, in this order; None in the others."""
+    """A group of some of the processes, in this order; None in the others. The first opens a port and writes it down."""
     distributed.leave()
     if RANK not in ranks:
         return None
-    place = int(os.environ["FIRST_PORT"]) + 100 * MEETINGS[tuple(ranks)] + sum(1 << r for r in ranks)
+    place = Path(sys.argv[1]) / f"port_{'_'.join(map(str, ranks))}_{MEETINGS[tuple(ranks)]}"
     MEETINGS[tuple(ranks)] += 1
-    os.environ |= {"WORLD_SIZE": str(len(ranks)), "RANK": str(ranks.index(RANK)), "MASTER_PORT": str(place)}
+    if RANK == ranks[0]:
+        STORES.append(dist.TCPStore("127.0.0.1", 0, is_master=True, multi_tenant=True, wait_for_workers=False))
+        formats.write_json(STORES[-1].port, place)
+    while not place.exists():
+        time.sleep(0.01)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": place.read_text().strip()}
+    os.environ |= {"WORLD_SIZE": str(len(ranks)), "RANK": str(ranks.index(RANK))}
     return distributed.join(torch.device("cpu"))
 
 
@@ -81,17 +88,7 @@ def make(c, everyone, n_hookpoints, shards, modules, folder=None, n_rows=BATCH *
     configs = {name: replace(c, d_in=WIDTHS[name], d_out=WIDTHS[name]) for name in acts}
     saes = {n: create_sae(configs[n], world=world) if owner[n] == world.group else None for n in acts}
     val = gather(TensorSource({n: x[:201] for n, x in acts.items()}), 201, "val", world=world, wanted=wanted)
-    t = SAETrainer(saes, c, stream, val, save_dir=folder, configs=configs, world=world)
-    step = t._step
-
-    def step_and_look(batch):
-        """AuxK goes by the dead latents of the last line of the log; here as if there were one after every step."""
-        step(batch)
-        for one in t.learners.values():
-            one.n_dead = sum(world.latents.objects(int(one.is_dead().sum())))
-
-    t._step = step_and_look
-    return t
+    return SAETrainer(saes, c, stream, val, save_dir=folder, configs=configs, world=world)
 
 
 def write(folder, name, value):
@@ -177,7 +174,7 @@ def count_bytes(folder):
         t = make(config(kind, auxk_alpha=0.0), everyone, 1, 2, False)
         t._begin_run()
         t._step(next(t.stream))
-        t.step, t._step = 1, partial(SAETrainer._step, t)
+        t.step = 1
         for name in originals:
             setattr(dist, name, counting(name))
         found.clear(), sizes.clear()
