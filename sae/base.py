@@ -7,6 +7,7 @@ Letters: B tokens in a batch, D width, F latents, K kept latents.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import fields, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,9 +49,11 @@ class Losses(NamedTuple):
 
 class Spare(NamedTuple):
     """Copies of the weights of some latents ids (n,), leaves of the graph of AuxK, so that its gradients cost n rows
-    and not F: of the encoder (n, D) with biases (n,), and of the decoder (n, D_out)."""
+    and not F: of the encoder (n, D) with biases (n,), and of the decoder (n, D_out). asked (n,) bool: the rest
+    fill up."""
 
     ids: Tensor
+    asked: Tensor
     encoder: Tensor
     bias: Tensor
     decoder: Tensor
@@ -263,10 +266,10 @@ class SAE(nn.Module):
         k, shards = min(self.config.k, self.d_sae), self.world.latents
         if spare is None:
             spare = self.weights_of(dead, max(1, int(dead.sum())), int(shards.sum_(dead.sum())))
-        ids, encoder, bias, decoder, n_all = spare
+        ids, asked, encoder, bias, decoder, n_all = spare
         centred = self._held_centre(x)
         some = max(1, min(k, n_all // 4))  # of few, a token takes fewer: all of them would learn the same
-        indices, values, offsets = self._largest(centred, encoder.t(), bias, some, dead[ids])
+        indices, values, offsets = self._largest(centred, encoder.t(), bias, some, asked)
         pre = kernels.gather_pre(centred, encoder.t(), bias, values, indices, offsets)
         values = (pre if self.signed else pre.relu()) * dead[ids][indices]
         left = ((x if y is None else y) - out.x_hat).detach()
@@ -280,7 +283,8 @@ class SAE(nn.Module):
         """Those of the latents marked (F,) bool; of n, whether or not that is how many are marked. n_all: in all
         processes."""
         ids = latents.to(torch.uint8).topk(min(n, len(latents))).indices
-        return Spare(ids, self.W_enc.t()[ids], self._encoder_bias()[ids], self.W_dec[ids], min(n_all, self.d_sae))
+        rows = self.W_enc.t()[ids], self._encoder_bias()[ids], self.W_dec[ids]
+        return Spare(ids, latents[ids], *rows, min(n_all, self.d_sae))
 
     @torch.no_grad()
     def add_gradients_(self, spare: Spare) -> None:
@@ -377,8 +381,7 @@ class SAE(nn.Module):
         """A copy for raw activations of an SAE trained on scale * x (and, a transcoder, scale_out * y): same latents
         times 1/scale, same predictions times 1/scale_out."""
         scale_out = scale if scale_out is None else scale_out
-        copy = type(self)(self.config, world=self.world)
-        copy.load_state_dict(self.state_dict())
+        copy = deepcopy(self)
         copy.b_dec.div_(scale_out)
         if self.config.transcode:
             copy.W_dec.mul_(scale / scale_out)
@@ -386,8 +389,7 @@ class SAE(nn.Module):
                 copy.W_skip.mul_(scale / scale_out)
         for name in self._scaled_biases():
             getattr(copy, name).div_(scale)
-        copy.layer_norm = self.layer_norm
-        return copy.to(self.W_dec.device).train(self.training)
+        return copy.train(self.training)
 
     @torch.no_grad()
     def part(self: Kind, latents: Tensor) -> Kind:

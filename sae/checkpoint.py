@@ -49,7 +49,7 @@ def write(path: Path, state: dict[str, Any], part: dict[str, Any], everyone: Axi
 
 def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What all know, and the parts. Raises UserError if the file or one of them is missing, damaged or foreign."""
-    state = formats.read_torch(path)
+    state = formats.read_torch(path, mmap=True)
     if not isinstance(state, dict) or not {"step", "stream", "config", "names"} <= state.keys():
         raise UserError(f"'{path}' is no training checkpoint; give a checkpoint_step*.pt")
     if "parts" not in state:
@@ -59,7 +59,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         part = Path(path).with_name(Path(name).name)
         if not part.is_file() or part.stat().st_size != size:
             raise UserError(f"'{part}' is missing or cut short; use an older checkpoint")
-        parts.append(formats.read_torch(part, mmap=True))
+        parts.append(formats.read_torch(part, mmap=True))  # a process needs little of it
     return state, parts
 
 

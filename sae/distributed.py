@@ -20,15 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sae.config import UserError, require
+from sae.flags import Lost
 
 T = TypeVar("T")
 TIMEOUT_S = 600  # a process that says nothing for so long is given up; one that ends is noticed at once
 DIGIT_BITS = (11, 11, 10)  # how kth_largest cuts a float's 32 bits
 HASH_BY = 0x9E3779B1
-
-
-class Lost(UserError):
-    """Another process of the run has ended, or no longer answers."""
 
 
 def _together(collective: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -302,6 +299,11 @@ def arrange(n: int, *, n_saes: int, shard_latents: int = 1, distribute_modules: 
     )
     rest = n // shard_latents
     groups = max(g for g in range(1, min(rest, n_saes) + 1) if rest % g == 0) if distribute_modules else 1
+    require(
+        not distribute_modules or groups > 1 or rest == 1,
+        f"{n_saes} SAEs do not go to {rest} processes or to equal groups of them; start {n_saes} or a multiple, or "
+        "leave out --distribute_modules",
+    )
     return groups, rest // groups, shard_latents
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from sae import hooks
 from sae.activations import Acts, ModelSource, gather
 from sae.config import UserError
+from sae.distributed import ALONE, World
 from sae.language_model import LanguageModel
-from sae.learner import Learner
+from sae.learner import Learner, Terms
 
 
 class Rows(NamedTuple):
@@ -33,16 +34,23 @@ class Rows(NamedTuple):
 class RowStream:
     """Batches of whole sequences with about batch_size kept tokens each: n_batches of them, from any place on.
 
-    Has the face of activations.Stream. A dataset that ends is read again; n_passes counts.
+    Has the face of activations.Stream. A dataset that ends is read again; n_passes counts. Of several processes all get
+    the same sequences.
     """
 
-    def __init__(self, source: ModelSource, *, n_tokens: int, batch_size: int):
-        self.source, self.rows = source, source.rows
+    def __init__(self, source: ModelSource, *, n_tokens: int, batch_size: int, world: World = ALONE):
+        self.source, self.rows, self.world = source, source.rows, world
+        self.n_sample: int | None = None  # tokens in `sample`, of all processes
         self.n_rows = max(1, round(batch_size / self.rows.ctx_len))
         self.batch_size = self.n_rows * self.rows.ctx_len
         self.n_batches = n_tokens // self.batch_size
         if self.n_batches < 1:
             raise UserError(f"{n_tokens} tokens do not fill one batch of {self.batch_size}; lower --batch_size")
+        if self.n_rows < world.data.size:
+            raise UserError(
+                f"a batch of {self.n_rows} sequences leaves some of {world.data.size} replicas without; raise "
+                "--batch_size"
+            )
         self.n_tokens = self.n_batches * self.batch_size
         self.n_given = self.n_passes = 0
 
@@ -52,13 +60,12 @@ class RowStream:
     def __iter__(self) -> RowStream:
         return self
 
-    n_sample = None  # no process has more of it than another
-
     def sample(self) -> Acts:
-        """Activations of some of the first rows, which are not used up."""
+        """Activations of some of the first rows, which are not used up; of n processes each gets every n-th token."""
         place = self.rows.state_dict()
-        acts = gather(self.source, 4 * self.batch_size, "the start")
+        acts = gather(self.source, 4 * self.batch_size, "the start", world=self.world)
         self.rows.load_state_dict(place)
+        self.n_sample = sum(self.world.data.objects(len(next(iter(acts.values())))))
         return acts
 
     def __next__(self) -> Rows:
@@ -86,14 +93,18 @@ class RowStream:
 
 
 class EndToEnd:
-    """The objective `ce` or `kl`, for SAEs at one or several hookpoints of a model."""
+    """The objective `ce` or `kl`, for SAEs at one or several hookpoints of a model.
+
+    Of several processes each has its part of a batch's sequences.
+    """
 
     def __init__(
-        self, lm: LanguageModel, kind: Literal["ce", "kl"], val: list[Rows], *, model_batch_size: int = 16
+        self, lm: LanguageModel, kind: Literal["ce", "kl"], val: list[Rows], *, model_batch_size: int = 16,
+        world: World = ALONE,
     ):  # fmt: skip
         if not lm.has_head:
             raise UserError(f"'{lm.name}' has no next-token head, so there is no {kind} to train on; use --loss_fn fvu")
-        self.lm, self.kind, self.val, self.model_batch_size = lm, kind, val, model_batch_size
+        self.lm, self.kind, self.val, self.model_batch_size, self.data = lm, kind, val, model_batch_size, world.data
 
     def learn(self, batch: Rows, learners: Mapping[str, Learner], step: int) -> None:
         """Add the gradients of a batch of sequences, model_batch_size of them at a time.
@@ -102,7 +113,9 @@ class EndToEnd:
         """
         n_kept, n_counted = int(batch.keep.sum()), int(_counted(batch).sum())
         device = self.lm.device
-        for part in zip(*(t.split(self.model_batch_size) for t in batch), strict=True):
+        terms: dict[Learner, Terms] = {}  # of the whole step
+        own = (t[self.data.rank :: self.data.size] for t in batch)
+        for part in zip(*(t.split(self.model_batch_size) for t in own), strict=True):
             rows = Rows(*part)
             share = int(rows.keep.sum()) / max(1, n_kept)
             if not share:
@@ -112,7 +125,9 @@ class EndToEnd:
 
             def stand_in(learner: Learner, x: Tensor, y: Tensor, sides: list = sides, at: Tensor = at) -> Tensor:
                 inputs, targets = x.flatten(0, 1)[at].float(), y.flatten(0, 1)[at].float()
-                x_hat, target, out, losses = learner.stand_in(inputs, targets, learner.terms(step, inputs, [inputs]))
+                if learner not in terms:
+                    terms[learner] = learner.terms(step, inputs, [inputs])
+                x_hat, target, out, losses = learner.stand_in(inputs, targets, terms[learner])
                 sides.append((learner, target, out, losses))
                 return y.flatten(0, 1).index_copy(0, at, x_hat.to(y.dtype)).view_as(y)
 
@@ -123,13 +138,15 @@ class EndToEnd:
                 whole = losses._replace(total=losses.total + objective.detach() / share)
                 learner.account(target, out, whole, share, objective=objective.detach() / share)
                 learner.pending = (out, None)
+        for learner in learners.values():
+            learner.counts.n_tokens = n_kept
 
     @torch.no_grad()
     def validate(self, learners: Mapping[str, Learner]) -> float:
         """The objective on the held-out rows, mean per token, with the SAEs as they would be saved."""
         saes = {name: learner.finished() for name, learner in learners.items()}
         total, n = 0.0, 0
-        for rows in self.val:
+        for rows in self.val[self.data.rank :: self.data.size]:
             at = rows.keep.flatten().nonzero()[:, 0].to(self.lm.device)
 
             def stand_in(learner: Learner, x: Tensor, y: Tensor, at: Tensor = at) -> Tensor:
@@ -139,7 +156,7 @@ class EndToEnd:
 
             total += float(self._loss(rows, self._edits(learners, stand_in)))
             n += int(_counted(rows).sum())
-        return total / max(1, n)
+        return sum(self.data.objects(total)) / max(1, sum(self.data.objects(n)))
 
     def _edits(
         self, learners: Mapping[str, Learner], stand_in: Callable[[Learner, Tensor, Tensor], Tensor]

@@ -22,6 +22,10 @@ class UserError(ValueError):
     """Bad input, told in one sentence: what was got, what was wanted, what to do. Scripts exit with 2."""
 
 
+class Lost(UserError):
+    """Another process of the run has ended, or no longer answers."""
+
+
 def knob(default: Any, help: str, *, alias: tuple[str, ...] = (), sweep: bool = False) -> Any:
     """A config field: its default, one line of help (with the unit), and other names its flag goes by.
 

@@ -209,9 +209,9 @@ class Learner:
         own_variance = c.loss_fn == "fvu"
         dead = self.listed & self.is_dead() if self.n_dead and self.sae.uses_auxk and c.auxk_alpha > 0 else None
         self.spare = self._copies() if dead is not None else None
+        variance = self._batch_variance(target) if own_variance else torch.full((), self.variance, device=self.device)
         return Terms(
-            k=k, p=sched.p_at(step, c, self.n_steps), sparsity=sparsity,
-            variance=self._batch_variance(target) if own_variance else torch.full((), self.variance, device=self.device),
+            k=k, p=sched.p_at(step, c, self.n_steps), sparsity=sparsity, variance=variance,
             dead=dead, spare=self.spare,
             residual=torch.where(self.residual > 0, self.residual, 1.0) if self.n_updates else None,
             whole=self.sae.survey(parts, k, n_tokens) if len(parts) > 1 or self.world.team.size > 1 else None,
@@ -296,9 +296,7 @@ class Learner:
         if self.world.team.size == 1:
             return
         sae, counts = self.sae, self.counts
-        if (
-            sae.b_dec.grad is not None
-        ):  # each has its share of the decoder's, and what its own latents read of x - b_dec
+        if sae.b_dec.grad is not None:  # each has its share of the decoder's, and its own latents' of x - b_dec
             self.world.latents.sum_(sae.b_dec.grad)
         if self.world.data.size == 1:
             return

@@ -1,6 +1,6 @@
 """What a person or a file is told: text, the progress bar, metrics.jsonl, wandb. The only file in sae/ that prints.
 
-Computes nothing. On several processes only rank 0 speaks.
+Computes nothing. On several processes only rank 0 speaks, but of errors that are another's.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 from tqdm import tqdm
 
 from sae.config import UserError
+from sae.flags import Lost
 
+PATIENCE_S = 2.0  # until a process says what the first one should have said; torchrun stops it long before
 _said: set[str] = set()
 
 
@@ -137,10 +140,15 @@ def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None)
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank > int(isinstance(e, Lost)):  # what all have to say the first says, or the second if the first is lost
+            time.sleep(PATIENCE_S)
+        who = "error" if rank == 0 else f"error (process {rank})"
+        print(f"{who}: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        if speaks():
+            print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output left: not our error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

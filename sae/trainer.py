@@ -267,7 +267,8 @@ class SAETrainer:
         found: dict[str, dict[str, float]] = {}
         objective = self.objective.validate(self.learners) if self.objective is not None else 0.0
         for name, learner in self.learners.items():
-            metrics = found[name] = learner.validate(self.val)
+            # the first one's figures, for all to agree on what is best
+            metrics = found[name] = self.world.team.objects(learner.validate(self.val))[0]
             if self.objective is not None:
                 metrics["total_loss"] = objective
             if metrics["total_loss"] < learner.best_val_loss:
@@ -396,6 +397,11 @@ class SAETrainer:
             learner.load_state_dict(copy.deepcopy(checkpoint.joined(parts, name, learner.sae.own)))
         self.stream.load_state_dict(state["stream"], [part["held"] for part in parts])
         self.step = state["step"]
+        steps = self.world.everyone.objects(self.step)
+        if len(set(steps)) > 1:
+            raise UserError(
+                f"the processes found checkpoints of steps {steps}; give them the same folder, then --resume"
+            )
 
 
 RUN_FILES = (

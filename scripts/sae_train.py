@@ -226,14 +226,14 @@ def pretrained_saes(c: TrainConfig, saes: dict[str, SAE | None]) -> dict[str, SA
     return found
 
 
-def end_to_end(c: TrainConfig, lm: LanguageModel, data: Data) -> tuple[RowStream, EndToEnd]:
+def end_to_end(c: TrainConfig, lm: LanguageModel, data: Data, world: World) -> tuple[RowStream, EndToEnd]:
     """The stream of sequences and the objective of --loss_fn ce or kl."""
     assert isinstance(data.source, ModelSource) and c.loss_fn in ("ce", "kl")
     assert isinstance(data.held_out, ModelSource)
     data.held_out.rewind()
     val = held_out(data.held_out, min(c.val_tokens, 8192))
-    stream = RowStream(data.source, n_tokens=data.n_tokens * data.uses, batch_size=tokens_per_step(c))
-    return stream, EndToEnd(lm, c.loss_fn, val, model_batch_size=c.model_batch_size)
+    stream = RowStream(data.source, n_tokens=data.n_tokens * data.uses, batch_size=tokens_per_step(c), world=world)
+    return stream, EndToEnd(lm, c.loss_fn, val, model_batch_size=c.model_batch_size, world=world)
 
 
 def choose(c: TrainConfig, lm: LanguageModel) -> list[str]:
@@ -303,7 +303,14 @@ def say_plan(c: TrainConfig) -> None:
 def check_processes(c: TrainConfig) -> None:
     """Raise UserError for what the number of processes does not allow."""
     if distributed.started() and c.loss_fn in ("ce", "kl"):
-        raise UserError(f"--loss_fn {c.loss_fn} trains through the model, in one process; run it without torchrun")
+        by_batch = {"batchtopk": True, "matryoshka": c.matryoshka_base == "batchtopk"}
+        by_batch["jumprelu"] = c.jumprelu_penalty == "quadratic"
+        if c.shard_latents > 1 or c.distribute_modules or by_batch.get(c.activation):
+            raise UserError(
+                f"--loss_fn {c.loss_fn} trains through the model: several processes can be replicas and no more, with "
+                "latents chosen token by token (topk, abstopk, groupmax, relu, gated, jumprelu); leave out "
+                "--shard_latents, --distribute_modules and other kinds, or run it without torchrun"
+            )
     if not distributed.started() and c.shard_latents > 1:
         raise UserError(f"--shard_latents {c.shard_latents} wants as many processes; start them with torchrun")
 
@@ -333,7 +340,7 @@ def main(argv: list[str]) -> None:
     stream: Stream | RowStream
     if c.loss_fn in ("ce", "kl"):
         assert lm is not None
-        stream, objective = end_to_end(c, lm, data)
+        stream, objective = end_to_end(c, lm, data, world)
     else:
         stream = Stream(
             data.source, n_tokens=data.n_tokens, uses=data.uses, batch_size=tokens_per_step(c),

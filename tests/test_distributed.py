@@ -104,22 +104,33 @@ def test_resume_on_other_numbers_of_processes(done):
 # ------------------------------------------------------------------------------------- single facts
 
 
-def test_resampling_and_other_options_on_a_mesh(done):
-    apart, n_alive = json.loads((done / "options.json").read_text())
-    assert max(apart.values()) < 1e-4, apart
-    assert n_alive > 40
+@pytest.mark.parametrize("name", world_runner.OPTIONS)
+def test_options_on_a_mesh(done, name):
+    apart = json.loads((done / "options.json").read_text())[name]
+    assert max(apart.values()) < 2e-4, apart
 
 
-def test_bytes_on_the_wire_are_those_of_the_formula(done):
+@pytest.mark.parametrize("case", [*KINDS, "transcoder"])
+def test_bytes_on_the_wire_are_those_of_the_formula(done, case):
+    got = json.loads((done / "bytes.json").read_text())[case]
+    kind = "topk" if case == "transcoder" else case
+    c = world_runner.config(kind, d_in=16, auxk_alpha=0.0, transcode=case == "transcoder")
+    want = plan.wire(c, 2, 2)
+    assert (got["data"], got["latents"]) == (want["data"], want["latents"])
+    delivered = plan.delivery(world_runner.BATCH, [16, 16] if c.transcode else [16], 2)
+    assert sum(got["everyone"]) == delivered + 4 * want["team"]  # here the team is everyone
+    assert got["largest"] < 96 * 16 // 2, "a matrix of latents crossed"
+
+
+def test_gradients_cross_once_however_many_parts_a_step_has(done):
     counted = json.loads((done / "bytes.json").read_text())
-    for kind in KINDS:
-        c = world_runner.config(kind, d_in=16, auxk_alpha=0.0)
-        want = plan.wire(c, 2, 2)
-        got = counted[kind]
-        assert (got["data"], got["latents"]) == (want["data"], want["latents"]), kind
-        delivered = plan.delivery(world_runner.BATCH, [16], 2)
-        assert sum(got["everyone"]) == delivered + 4 * want["team"], kind  # here the team is everyone
-        assert got["largest"] < 96 * 16 // 2, "a matrix of latents crossed"
+    assert counted["in parts"]["data"] == counted["topk"]["data"]
+
+
+def test_activations_go_to_their_owner_and_to_nobody_else(done):
+    """Two groups of two replicas: each activation crosses once, not to all."""
+    counted = json.loads((done / "bytes.json").read_text())["plan"]
+    assert sum(counted["everyone"]) == plan.delivery(world_runner.BATCH, [16, 24], 1)
 
 
 def test_a_replica_that_differs_is_found(done):
@@ -135,6 +146,13 @@ def test_a_live_model_and_evaluation(done):
         assert reports[n].keys() == reports["1"].keys()
         for key, value in reports["1"].items():
             assert reports[n][key] == (pytest.approx(value, rel=1e-6) if isinstance(value, (float, dict)) else value)
+
+
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+def test_end_to_end_training_on_replicas(done, activation):
+    apart, aux = json.loads((done / "end_to_end.json").read_text())[activation]
+    assert max(apart.values()) < 1e-4, apart
+    assert aux > 0
 
 
 def test_selection_over_shards_is_exact(done):

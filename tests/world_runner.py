@@ -23,6 +23,7 @@ from sae.activations import ModelSource, Stream, TensorSource, gather
 from sae.config import SAEConfig, UserError
 from sae.datasets import open_dataset
 from sae.distributed import ALONE, World, arrange, balance
+from sae.end_to_end import EndToEnd, RowStream, held_out
 from sae.evaluator import evaluate
 from sae.language_model import load_language_model
 from sae.models import KINDS, create_sae
@@ -54,13 +55,13 @@ class Blocks(TensorSource):
 
 
 def meet(ranks):
-    """A group of some of the processes, in this order; None in the others. The first opens a port and writes it down."""
+    """A group of some of the processes, in this order; None in the others. The first opens a port and says which."""
     distributed.leave()
     if RANK not in ranks:
         return None
     place = Path(sys.argv[1]) / f"port_{'_'.join(map(str, ranks))}_{MEETINGS[tuple(ranks)]}"
     MEETINGS[tuple(ranks)] += 1
-    if RANK == ranks[0]:
+    if ranks[0] == RANK:
         STORES.append(dist.TCPStore("127.0.0.1", 0, is_master=True, multi_tenant=True, wait_for_workers=False))
         formats.write_json(STORES[-1].port, place)
     while not place.exists():
@@ -77,16 +78,21 @@ def config(kind, **fields):
     })  # fmt: skip
 
 
-def make(c, everyone, n_hookpoints, shards, modules, folder=None, n_rows=BATCH * STEPS, source=TensorSource):
+def make(
+    c, everyone, n_hookpoints, shards, modules, folder=None, n_rows=BATCH * STEPS, source=TensorSource, steps=STEPS
+):
     """A trainer as scripts/sae_train.py makes it."""
-    acts = {n: 3 * planted(n_rows, d, 32, 3, seed=ord(n))[0] + 1 for n, d in list(WIDTHS.items())[:n_hookpoints]}
-    world = World(everyone, arrange(everyone.size, n_saes=len(acts), shard_latents=shards, distribute_modules=modules))
-    owner = balance({name: WIDTHS[name] for name in acts}, world.n_groups)
-    wanted = [[name for name in acts if owner[name] == g] for g in range(world.n_groups)]
-    stream = Stream(source(acts), n_tokens=BATCH * STEPS, batch_size=c.batch_size, buffer_tokens=512, world=world,
+    names = list(WIDTHS)[:n_hookpoints]
+    acts = {n: 3 * planted(n_rows, WIDTHS[n], 32, 3, seed=ord(n))[0] + 1 for n in names}
+    world = World(everyone, arrange(everyone.size, n_saes=len(names), shard_latents=shards, distribute_modules=modules))
+    owner = balance({name: WIDTHS[name] for name in names}, world.n_groups)
+    if c.transcode:
+        acts |= {f"{name}@in": acts[name].roll(1, 1).tanh() + 0.5 for name in names}
+    wanted = [[name for name in acts if owner[name.split("@")[0]] == g] for g in range(world.n_groups)]
+    stream = Stream(source(acts), n_tokens=BATCH * steps, batch_size=c.batch_size, buffer_tokens=512, world=world,
                     wanted=wanted, uses=c.num_epochs)  # fmt: skip
-    configs = {name: replace(c, d_in=WIDTHS[name], d_out=WIDTHS[name]) for name in acts}
-    saes = {n: create_sae(configs[n], world=world) if owner[n] == world.group else None for n in acts}
+    configs = {name: replace(c, d_in=WIDTHS[name], d_out=WIDTHS[name]) for name in names}
+    saes = {n: create_sae(configs[n], world=world) if owner[n] == world.group else None for n in names}
     val = gather(TensorSource({n: x[:201] for n, x in acts.items()}), 201, "val", world=world, wanted=wanted)
     return SAETrainer(saes, c, stream, val, save_dir=folder, configs=configs, world=world)
 
@@ -138,19 +144,45 @@ def resume(folder):
         make(c, ALONE.everyone, 2, 1, False, folder / "uninterrupted", n_rows=1010, source=Blocks).train(verbose=False)
 
 
+# Plain descent where Adam, which takes no notice of a gradient's size, would hide a wrong one.
+PLAIN = {"optimizer": "sgd", "learning_rate": 0.01}
+OPTIONS = {
+    "resampling": ("topk", {"resample_every": 8, "micro_acc_steps": 2, "b_dec_init": "geometric_median",
+                            "scale_encoder": True, "optimizer": "signum"}),
+    "transcoder": ("topk", {"transcode": True, **PLAIN}),
+    "skip transcoder": ("relu", {"transcode": True, "skip_connection": True, **PLAIN}),
+    "nested transcoder": ("matryoshka", {"transcode": True, "resample_every": 4, **PLAIN}),
+    "quadratic penalty": ("jumprelu", {"jumprelu_penalty": "quadratic", "tied": True, "micro_acc_steps": 3}),
+    "prefixes of topk": ("matryoshka", {"matryoshka_base": "topk"}),
+    "multi": ("topk", {"multi_topk": True, "k_decay_steps": 5}),
+    "more than are positive": ("batchtopk", {"k": 60}),
+    "layer norm": ("gated", {"normalize_activations": "layer_norm", "resample_every": 4}),
+    "dead by rate": ("abstopk", {"dead_feature_threshold": None, "dead_percentage_threshold": 0.3}),
+    "mean of errors": ("groupmax", {"loss_fn": "mse", "ema": 0.9, **PLAIN}),
+}  # fmt: skip
+
+
 def options(folder):
-    """Resampling, micro-batches, the median and another optimiser, on a mesh and alone."""
-    c = config("topk", resample_every=8, micro_acc_steps=2, b_dec_init="geometric_median", scale_encoder=True,
-               optimizer="signum")  # fmt: skip
-    t = make(c, meet([0, 1, 2, 3]), 1, 2, False)
-    t.train(verbose=False)
-    if RANK == 0:
-        alone = make(c, ALONE.everyone, 1, 1, False)
+    """Settings beside the architecture, on a mesh and alone: how far weights and losses are apart."""
+    everyone = meet([0, 1, 2, 3])
+    found = {}
+    for name, (kind, fields) in OPTIONS.items():
+        c = config(kind, **fields)
+        t = make(c, everyone, 1, 2, False, steps=15)
+        t.train(verbose=False)
+        if RANK > 0:
+            continue
+        alone = make(c, ALONE.everyone, 1, 1, False, steps=15)
         alone.train(verbose=False)
         ours, whole = t.learners["a"].sae, alone.learners["a"].sae
-        wanted = ours.part_of(whole.state_dict())
-        apart = {n: float((x - wanted[n]).norm() / wanted[n].norm()) for n, x in ours.state_dict().items()}
-        write(folder, "options", [apart, int((t.learners["a"].feature_counts > 0).sum())])
+        wanted, got = ours.part_of(whole.state_dict()), ours.state_dict()
+        apart = {n: float((got[n] - x).norm() / x.norm().clamp(min=1e-6)) for n, x in wanted.items()}
+        for key in ("loss", "aux", "grad_norm"):
+            pairs = zip(t.train_losses, alone.train_losses, strict=True)
+            apart[key] = max(abs(a[key] - b[key]) / max(abs(b[key]), 1e-3) for a, b in pairs)
+        found[name] = apart
+    if RANK == 0:
+        write(folder, "options", found)
 
 
 def count_bytes(folder):
@@ -170,20 +202,24 @@ def count_bytes(folder):
         return call
 
     result = {}
-    for kind in KINDS:
-        t = make(config(kind, auxk_alpha=0.0), everyone, 1, 2, False)
+    cases = {kind: (config(kind, auxk_alpha=0.0), 1, 2, False) for kind in KINDS}
+    cases["transcoder"] = (config("topk", auxk_alpha=0.0, transcode=True), 1, 2, False)
+    cases["in parts"] = (config("topk", auxk_alpha=0.0, micro_acc_steps=2), 1, 2, False)
+    cases["plan"] = (config("topk", auxk_alpha=0.0), 2, 1, True)
+    for name, case in cases.items():
+        t = make(case[0], everyone, *case[1:])
         t._begin_run()
         t._step(next(t.stream))
         t.step = 1
-        for name in originals:
-            setattr(dist, name, counting(name))
+        for call in originals:
+            setattr(dist, call, counting(call))
         found.clear(), sizes.clear()
         t._step(next(t.stream))
-        for name, original in originals.items():
-            setattr(dist, name, original)
-        of = {name: found.get(id(getattr(t.world, name).group), 0) for name in ("data", "latents")}
+        for call, original in originals.items():
+            setattr(dist, call, original)
+        of = {axis: found.get(id(getattr(t.world, axis).group), 0) for axis in ("data", "latents")}
         everywhere = everyone.objects(found.get(id(everyone.group), 0))
-        result[kind] = {**of, "everyone": everywhere, "largest": sizes.get(id(t.world.latents.group), 0)}
+        result[name] = {**of, "everyone": everywhere, "largest": sizes.get(id(t.world.latents.group), 0)}
     if RANK == 0:
         write(folder, "bytes", result)
 
@@ -269,6 +305,39 @@ def text(folder, gpt, corpus):
         write(folder, "text", [max(difference), {"1": measure(ALONE), **reports}])
 
 
+def end_to_end(folder, gpt, corpus):
+    """The model's own loss, on two replicas and alone, in parts; more than a part of the latents dead."""
+    everyone = meet([0, 1])
+    if everyone is None:
+        return
+    lm, dataset = load_language_model(gpt, device="cpu"), open_dataset(corpus)
+    names = ["transformer.h.0", "transformer.h.1"]
+    source = lambda split: ModelSource(lm, TokenRows(lm, dataset, split, 32), names, model_batch_size=3)
+
+    def run(world, kind, activation):
+        c = config(activation, d_in=32, batch_size=160, loss_fn=kind, fvu_coefficient=0.3, **PLAIN)
+        stream = RowStream(source("train"), n_tokens=160 * 12, batch_size=160, world=world)
+        goal = EndToEnd(lm, kind, held_out(source("val"), 300), model_batch_size=2, world=world)
+        val = gather(source("val"), 201, "val", world=world)
+        t = SAETrainer({n: create_sae(c) for n in names}, c, stream, val, objective=goal, world=world)
+        t.train(verbose=False)
+        return [one.sae.state_dict() for one in t.learners.values()], t.train_losses + t.val_losses
+
+    found = {}
+    for kind, activation in (("kl", "topk"), ("ce", "jumprelu")):
+        (ours, lines), (alone, want) = run(World(everyone), kind, activation), run(ALONE, kind, activation)
+        apart = {
+            f"{i} {name}": float((a[name] - b[name]).norm() / b[name].norm())
+            for i, (a, b) in enumerate(zip(ours, alone, strict=True)) for name in b
+        }  # fmt: skip
+        for name in ("loss", "aux", "l0", "grad_norm", "total_loss"):
+            pairs = [(a[name], b[name]) for a, b in zip(lines, want, strict=True) if name in b]
+            apart[name] = max(abs(a - b) / max(abs(b), 1e-3) for a, b in pairs)
+        found[activation] = [apart, max(line.get("aux", 0.0) for line in want)]
+    if RANK == 0:
+        write(folder, "end_to_end", found)
+
+
 def main(folder, gpt, corpus):
     distributed.TIMEOUT_S = 300
     checkpoint.KEPT, trainer.CHECK_EVERY = 10, 5
@@ -281,6 +350,7 @@ def main(folder, gpt, corpus):
     count_bytes(folder)
     differing(folder)
     text(folder, gpt, corpus)
+    end_to_end(folder, gpt, corpus)
     crowded(folder)
     resume(folder)
     distributed.leave()
