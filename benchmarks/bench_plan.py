@@ -1,4 +1,4 @@
-"""What `sae_train --plan` foretells beside what the run then takes, peak resident memory:
+"""What `sae_train --plan` foretells beside what the run then takes, peak resident memory of its largest process:
 
     python -m benchmarks.bench_plan
 
@@ -8,6 +8,7 @@ Writes benchmarks/results/plan.json.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -20,10 +21,14 @@ from sae.trainer import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "plan.json"
-RUNS = (
-    "--layer 10 --max_tokens 66000 --val_tokens 8000",
-    "--layer 10 --max_tokens 20000 --expansion_factor 64 --buffer_tokens 8192 --val_tokens 4000",
-    "--layers 2 6 10 --max_tokens 20000 --expansion_factor 16 --buffer_tokens 16384 --val_tokens 4000",
+RUNS = (  # processes, flags
+    (1, "--layer 10 --max_tokens 66000 --val_tokens 8000"),
+    (1, "--layer 10 --max_tokens 20000 --expansion_factor 64 --buffer_tokens 8192 --val_tokens 4000"),
+    (1, "--layers 2 6 10 --max_tokens 20000 --expansion_factor 16 --buffer_tokens 16384 --val_tokens 4000"),
+    (1, "--layer 2 --max_tokens 8192 --expansion_factor 256 --buffer_tokens 4096 --val_tokens 1000"),
+    (2, "--layer 2 --max_tokens 20000 --expansion_factor 64 --buffer_tokens 16384 --val_tokens 4000"),
+    (2, "--layer 2 --max_tokens 8192 --expansion_factor 256 --buffer_tokens 4096 --val_tokens 1000 --shard_latents 2"),
+    (2, "--layers 0 1 2 --max_tokens 16384 --expansion_factor 64 --buffer_tokens 8192 --distribute_modules"),
 )
 PEAK = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
 PEAK += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"  # KiB on Linux
@@ -31,17 +36,23 @@ PEAK += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"  
 
 def main() -> None:
     rows = []
-    for flags in RUNS:
+    for n, flags in RUNS:
         with tempfile.TemporaryDirectory() as tmp:
-            command = [sys.executable, "-m", "scripts.sae_train", *flags.split(), "--save_dir", tmp]
-            said = subprocess.run([*command, "--plan"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+            start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)] if n > 1 else []
+            script = ["-m", "scripts.sae_train", *flags.split(), "--save_dir", tmp]
+            env = {**os.environ, "WORLD_SIZE": str(n)}
+            said = subprocess.run(
+                [sys.executable, *script, "--plan"], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+            ).stdout
             found = re.search(r"peak per process\s+([\d,]+)", said)
             assert found is not None
             predicted = float(found[1].replace(",", ""))
             ran = subprocess.run(
-                [sys.executable, "-c", PEAK, *command], cwd=ROOT, capture_output=True, text=True, check=True
+                [sys.executable, "-c", PEAK, sys.executable, *start, *script], cwd=ROOT, capture_output=True, text=True,
+                check=True,
             )
-            row = {"flags": flags, "predicted_mib": predicted, "measured_mib": float(ran.stdout.split()[-1])}
+            measured = float(ran.stdout.split()[-1])  # of the largest process
+            row = {"processes": n, "flags": flags, "predicted_mib": predicted, "measured_mib": measured}
         rows.append(row)
         print(row, flush=True)
     about = {"commit": git_commit(), "machine": platform.machine(), "date": time.strftime("%Y-%m-%d")}

@@ -234,12 +234,15 @@ def meshes() -> str:
 def plans() -> str:
     """What --plan foretold and what the runs took."""
     r = load("plan")
-    lines = ["| flags | predicted peak | measured | error |", "|---|---|---|---|"]
+    lines = ["| processes | flags | predicted peak | measured | error |", "|---|---|---|---|---|"]
     for row in r["rows"]:
         error = row["predicted_mib"] / row["measured_mib"] - 1
-        lines.append(f"| `{row['flags']}` | {row['predicted_mib']:.0f} MiB | {row['measured_mib']:.0f} MiB | "
+        lines.append(f"| {row.get('processes', 1)} | `{row['flags']}` | {row['predicted_mib']:.0f} MiB | "
+                     f"{row['measured_mib']:.0f} MiB | "
                      f"{100 * error:+.1f}% |")  # fmt: skip
-    return "\n".join([*lines, "", f"(peak resident memory, {r['about']['machine']}, {r['about']['date']})"])
+    about = r["about"]
+    last = f"(peak resident memory of the largest process, {about['machine']}, {about['date']})"
+    return "\n".join([*lines, "", last])
 
 
 def faults() -> str:

@@ -87,22 +87,24 @@ def memory(
     n_processes = shape[0] * shape[1] * shape[2]
     b, n_slots = tokens_per_step(c) // shape[1], min(c.buffer_tokens, c.max_tokens * c.num_epochs)
     numbers = [parameters(one, shape[2]) for one in saes]
-    size, all_widths = sum(numbers), sum(widths.values())
-    rows = max(n_slots // n_processes, 1) * all_widths
+    size = sum(numbers)
+    learnt = {one.hook_point: (one.d_out or 0) + (one.d_in or 0) * one.transcode for one in saes}
+    own_widths = sum(learnt.values())
+    rows = max(n_slots // n_processes, 1) * sum(widths.values())
     latents = [n_latents(one) // shape[2] for one in saes]
     product = max(min(PRODUCT, max(256, b) * F) for F in latents) if device == "cpu" else max(b * F for F in latents)
     wide = max((one.d_in or 0) + (one.d_out or 0) for one in saes)
     sample = n_slots // shape[1]
     # the largest of three: looking at a first sample in float64, a step, a checkpoint with copies for raw activations
-    starting = 4 * sample * all_widths + 4 * sample * wide + 24 * sample * wide // 2
+    starting = 4 * sample * own_widths + 4 * sample * wide + 24 * sample * wide // 2
     moments = OPTIMISER_BYTES[c.optimizer] * (1 if c.optimizer_dtype == "float32" else 0.5) * size
     stepping = 4 * size + moments
-    batch = 4 * product + 16 * b * wide + 8 * b * all_widths
+    batch = 4 * product + 16 * b * wide + 8 * b * own_widths
     saving = 8 * max(numbers) + 4 * rows
     parts = {
         "process": _own_size() if device == "cpu" else 0, "language model": model_bytes, "weights": 4 * size,
         "gradients": 4 * size, "optimiser": moments + (4 * size if c.ema else 0),
-        "counts": 48 * sum(latents), "buffer": 4 * rows, "held out": 4 * c.val_tokens * all_widths // shape[1],
+        "counts": 48 * sum(latents), "buffer": 4 * rows, "held out": 4 * c.val_tokens * own_widths // shape[1],
         "activations": max(batch, saving, starting - stepping),
     }  # fmt: skip
     return {name: float(value) for name, value in parts.items()}

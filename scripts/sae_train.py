@@ -286,8 +286,9 @@ def say_plan(c: TrainConfig) -> None:
     )
     costs = {name: float(n_latents(one) * (one.d_in or 0)) for name, one in configs.items()}
     owner = distributed.balance(costs, shape[0])
-    mine = [configs[name] for name in configs if owner[name] == 0]  # the dearest is there
-    parts = plan.memory(c, mine, widths, 4 * model_numbers + forward, shape, device.type)
+    groups = [[one for name, one in configs.items() if owner[name] == group] for group in range(shape[0])]
+    each = [plan.memory(c, saes, widths, 4 * model_numbers + forward, shape, device.type) for saes in groups]
+    parts = max(each, key=lambda parts: sum(parts.values()))
     room = plan.machine_memory(device) / (n if device.type == "cpu" else 1)
     rate = plan.tokens_per_second(c, list(configs.values()), model_numbers, shape, plan.flops_here(device))
     total = sum(plan.parameters(one) for one in configs.values())

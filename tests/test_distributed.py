@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_distributed.py
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -13,10 +14,11 @@ import time
 import pytest
 import torch
 
-from sae import formats, plan
+from sae import distributed, formats, log, plan
 from sae.checkpoint import checkpoints
 from sae.config import UserError
 from sae.distributed import Axis, arrange, balance
+from sae.flags import Lost
 from sae.models import KINDS
 from tests import world_runner
 from tests.conftest import ROOT
@@ -156,10 +158,11 @@ def test_end_to_end_training_on_replicas(done, activation):
 
 
 def test_selection_over_shards_is_exact(done):
-    """Also where all of the largest lie on one shard, which offered too few at first."""
-    differences, least = json.loads((done / "crowded.json").read_text())
+    """Also where all of the largest lie on one shard, which offered too few at first, and where all are equal."""
+    differences, least, n_kept = json.loads((done / "crowded.json").read_text())
     assert differences == pytest.approx([0, 0, 0], abs=1e-5)
     assert least == pytest.approx([1.0, -4.0, 0.1, 0.0])
+    assert n_kept == [8, 8]
 
 
 def test_the_mesh():
@@ -169,6 +172,8 @@ def test_the_mesh():
     assert arrange(6, n_saes=4, shard_latents=2) == (1, 3, 2)
     with pytest.raises(UserError, match="multiple of 4"):
         arrange(6, n_saes=1, shard_latents=4)
+    with pytest.raises(UserError, match="3 SAEs do not go to 5 processes"):
+        arrange(5, n_saes=3, distribute_modules=True)
     assert balance({"a": 1, "b": 9, "c": 4, "d": 5}, 2) == {"a": 0, "b": 0, "c": 1, "d": 1}
     assert [list(Axis(range(3), r).range(7)) for r in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]
 
@@ -223,3 +228,71 @@ def test_what_several_processes_cannot_do_is_said(gpt_path, text_file, tmp_path)
                                capture_output=True, text=True, check=False)  # fmt: skip
         assert ended.returncode == 2
         assert "start them with torchrun" in ended.stderr
+
+
+def test_nodes_count_their_processes_apart(tmp_path):
+    """Two torchruns of one process each, as on two machines: both have LOCAL_RANK 0, and they are two of one world."""
+    code = (
+        "import os, sys, torch; from sae import distributed; from sae.distributed import World; "
+        "w = World(distributed.join(torch.device('cpu')), (1, 1, 2)); "
+        "open(sys.argv[1] + f'/{w.everyone.rank}', 'w').write("
+        "f\"{os.environ['LOCAL_RANK']} {w.shard} {w.latents.sum_(torch.ones(1)).item()}\"); distributed.leave()"
+    )
+    (tmp_path / "one.py").write_text(code)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank",
+             str(i), "--master_addr", "127.0.0.1", "--master_port", str(port), str(tmp_path / "one.py"), str(tmp_path)],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    assert [node.wait(timeout=LIMIT_S) for node in nodes] == [0, 0]
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["0 0 2.0", "0 1 2.0"]
+
+
+def test_a_process_takes_the_gpu_of_its_own_number(monkeypatch):
+    for name, value in {"WORLD_SIZE": "16", "RANK": "13", "LOCAL_RANK": "5"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert distributed.local_device(None) == distributed.local_device("cuda") == "cuda:5"
+    assert distributed.local_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the launcher showed each process its own alone
+    assert distributed.local_device(None) == "cuda:0"
+
+
+def test_one_process_never_enters_a_collective(monkeypatch, tmp_path):
+    """Nor under torchrun: what it would call is gone, and it trains, saves and resumes."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    for name in ("init_process_group", "all_reduce", "all_gather", "all_gather_object", "all_to_all_single",
+                 "broadcast", "barrier", "new_subgroups_by_enumeration"):  # fmt: skip
+        monkeypatch.delattr(torch.distributed, name)
+    everyone = distributed.join(torch.device("cpu"))
+    assert everyone.size == 1
+    for kind in KINDS:
+        c = world_runner.config(kind, save_every=10, resample_every=5)
+        t = world_runner.make(c, everyone, 1, 1, False, tmp_path / kind, steps=10)
+        t.train(verbose=False)
+        world_runner.make(c, everyone, 1, 1, False, tmp_path / kind, steps=10).load_checkpoint()
+
+
+def test_of_an_error_that_all_have_one_speaks(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(log.time, "sleep", waited.append)
+
+    def fail(argv):
+        raise (UserError, Lost)[len(argv)]("this is wrong")
+
+    for rank, lost, patient in (("0", [], 0), ("1", [], 1), ("0", ["-"], 0), ("1", ["-"], 0), ("2", ["-"], 1)):
+        monkeypatch.setenv("RANK", rank)
+        waited.clear()
+        with pytest.raises(SystemExit) as e:
+            log.run_script(fail, lost)
+        assert e.value.code == 2
+        assert len(waited) == patient, (rank, lost)
+        assert capsys.readouterr().err.startswith("error: this" if rank == "0" else f"error (process {rank}): this")

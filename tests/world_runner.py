@@ -253,6 +253,12 @@ def crowded(folder):
     everyone = meet([0, 1, 2, 3])
     base.CAPACITY = 1
     x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    level = create_sae(SAEConfig(d_in=16, d_sae=64, k=8, kernels="plain"), world=World(everyone, (1, 1, 4)))
+    with torch.no_grad():
+        level.W_enc.zero_()  # all pre-activations are equal
+        level.b_enc.fill_(1.0)
+    kept = level.codes(x)[0].activity(16)[0]
+    n_kept = level.world.latents.sum_(kept.clone())
     result = []
     for kind in ("topk", "abstopk", "batchtopk"):
         world = World(everyone, (1, 1, 4))
@@ -272,7 +278,7 @@ def crowded(folder):
                      ([[0.1, 0.2]] * 4, 5), ([[-0.0], [0.0], [1e-30], [-1e30]], 2))
     ]  # fmt: skip
     if RANK == 0:
-        write(folder, "crowded", [result, least])
+        write(folder, "crowded", [result, least, [int(n_kept.min()), int(n_kept.max())]])
 
 
 def text(folder, gpt, corpus):
