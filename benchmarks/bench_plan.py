@@ -48,7 +48,10 @@ def main() -> None:
             assert found is not None
             predicted = float(found[1].replace(",", ""))
             ran = subprocess.run(
-                [sys.executable, "-c", PEAK, sys.executable, *start, *script], cwd=ROOT, capture_output=True, text=True,
+                [sys.executable, "-c", PEAK, sys.executable, *start, *script],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
                 check=True,
             )
             measured = float(ran.stdout.split()[-1])  # of the largest process

@@ -245,6 +245,19 @@ def plans() -> str:
     return "\n".join([*lines, "", last])
 
 
+def world() -> str:
+    """The layer for several processes in a run of one."""
+    r = load("bench_world")
+    lines = ["| device | a step with the layer | without | ratio |", "|---|---|---|---|"]
+    for row in r["rows"]:
+        lines.append(
+            f"| {row['device']} | {1e3 * row['with']:.2f} ms | {1e3 * row['without']:.2f} ms | {row['ratio']:.3f} |"
+        )
+    if all(row["device"].startswith("CPU") for row in r["rows"]):
+        lines.append("| one GPU | | | |")
+    return "\n".join(lines)
+
+
 def faults() -> str:
     """Killed processes."""
     r = load("fault")
@@ -369,6 +382,7 @@ TABLES = {
     "meshes": meshes,
     "plans": plans,
     "faults": faults,
+    "world": world,
     "runtime": runtime,
     "runtime_short": runtime_short,
     "steering": steering,

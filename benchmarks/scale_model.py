@@ -91,8 +91,9 @@ def best_mesh(cluster: Cluster, c: SAEConfig, n: int) -> dict[str, Any] | None:
 
 def trainer(c: SAEConfig, world: World) -> SAETrainer:
     x = torch.randn(c.batch_size * (N_STEPS + 4), c.d_in or 0, generator=torch.Generator().manual_seed(0))
-    stream = Stream(TensorSource({"": x}), n_tokens=len(x), batch_size=c.batch_size, buffer_tokens=len(x), world=world)
-    return SAETrainer({"": create_sae(c, world=world)}, c, stream, world=world)
+    stream = Stream(TensorSource({"": x}), n_tokens=len(x), batch_size=c.batch_size, buffer_tokens=len(x), world=world,
+                    device=world.device)  # fmt: skip
+    return SAETrainer({"": create_sae(c, world=world)}, c, stream, device=world.device, world=world)
 
 
 def seconds_of_steps(t: SAETrainer, everyone: Axis) -> float:
