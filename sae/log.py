@@ -20,7 +20,7 @@ from tqdm import tqdm
 from sae.config import UserError
 from sae.flags import Lost
 
-PATIENCE_S = 2.0  # until a process says what the first one should have said; torchrun stops it long before
+PATIENCE_S = 10.0  # until a process says what the first one should have said; torchrun stops it long before
 _said: set[str] = set()
 
 
