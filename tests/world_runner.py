@@ -325,7 +325,8 @@ def end_to_end(folder, gpt, corpus):
         stream = RowStream(source("train"), n_tokens=160 * 12, batch_size=160, world=world)
         goal = EndToEnd(lm, kind, held_out(source("val"), 300), model_batch_size=2, world=world)
         val = gather(source("val"), 201, "val", world=world)
-        t = SAETrainer({n: create_sae(c) for n in names}, c, stream, val, objective=goal, world=world)
+        saes = {n: create_sae(c, world=world) for n in names}
+        t = SAETrainer(saes, c, stream, val, objective=goal, world=world)
         t.train(verbose=False)
         return [one.sae.state_dict() for one in t.learners.values()], t.train_losses + t.val_losses
 
