@@ -108,6 +108,7 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(lm, text_file, activat
         one.sae.b_dec.data += 0.1
         one.tokens_since_fired[:20] = one.dead_after + 1
         one.list_dead()
+        one.n_updates, one.residual = 1, torch.tensor(2.0)  # before the first update each part has its own
         EndToEnd(lm, "kl", [], model_batch_size=size).learn(batch(lm, text_file), {HOOK: one}, 0)
         if one.spare is not None:  # what AuxK learned, of all parts
             one.sae.add_gradients_(one.spare)
