@@ -110,19 +110,21 @@ def seconds_of_steps(t: SAETrainer, everyone: Axis) -> float:
 
 
 def link(axis: Axis) -> tuple[float, float]:
-    """Seconds that a sum over an axis takes however small it is, and per byte."""
+    """Seconds that a sum over an axis takes however small it is, and per byte; of processes that come to it from work,
+    as in a step, and wait for the last of them."""
     if axis.size == 1:
         return 0.0, 0.0
-    taken = []
-    for n in (16, 1 << 20):
-        x = torch.zeros(n)
-        for _ in range(3):
-            axis.sum_(x)
-        start = time.perf_counter()
-        for _ in range(10):
-            axis.sum_(x)
-        taken.append((time.perf_counter() - start) / 10)
-    return taken[0], max(0.0, taken[1] - taken[0]) / (4 << 20)
+    matrix, taken = torch.randn(512, 512), []
+    for n in (0, 16, 1 << 20):
+        x, seconds = torch.zeros(n), []
+        for _ in range(30):
+            start = time.perf_counter()
+            _ = matrix @ matrix
+            if n:
+                axis.sum_(x)
+            seconds.append(time.perf_counter() - start)
+        taken.append(statistics.median(seconds[5:]))
+    return max(0.0, taken[1] - taken[0]), max(0.0, taken[2] - taken[1]) / (4 << 20)
 
 
 def work(replicas: int, shards: int) -> None:
@@ -166,6 +168,7 @@ def draw(rows: list[dict[str, Any]], c: SAEConfig) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     gpus = [r["gpus"] for r in rows]
     left.loglog(gpus, [r["tokens_per_s"] for r in rows], marker="o", base=2)
+    left.margins(0.15)  # room for labels
     for r in rows:
         left.annotate(f"{r['replicas']}x{r['shards']}", (r["gpus"], r["tokens_per_s"]), textcoords="offset points",
                       xytext=(4, -12), fontsize=7)  # fmt: skip
