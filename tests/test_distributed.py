@@ -16,7 +16,7 @@ import torch
 
 from sae import distributed, formats, log, plan
 from sae.checkpoint import checkpoints
-from sae.config import UserError
+from sae.config import PENALISED, UserError
 from sae.distributed import Axis, arrange, balance
 from sae.flags import Lost
 from sae.models import KINDS
@@ -78,7 +78,8 @@ def test_weights_equal_those_of_one_process(done, kind, layout):
         assert len(metrics(ours, hookpoint, "loss")) == 10
         for what in ("loss", "explained_variance", "l0", "dead_fraction", "grad_norm", "val_total_loss", "val_l0"):
             want = metrics(one, hookpoint, what)
-            assert metrics(ours, hookpoint, what) == pytest.approx(want, rel=1e-4, abs=1e-5), what
+            closer = what == "explained_variance" and kind not in PENALISED
+            assert metrics(ours, hookpoint, what) == pytest.approx(want, rel=0 if closer else 1e-4, abs=1e-5), what
     best = [formats.read_torch(f / "best_model.pt") for f in (one / "a", ours / "a" if layout == "plan" else ours)]
     torch.testing.assert_close(best[1]["sae_state_dict"], best[0]["sae_state_dict"], rtol=1e-3, atol=1e-5)
     assert torch.equal(best[1]["feature_counts"], best[0]["feature_counts"])
