@@ -20,6 +20,7 @@ from sae.config import UserError
 from sae.distributed import Axis
 
 KEPT = 2
+FORMAT = 2  # goes up when what a run must know to go on changes
 
 
 def checkpoints(save_dir: Path) -> list[Path]:
@@ -30,6 +31,7 @@ def checkpoints(save_dir: Path) -> list[Path]:
 
 def write(path: Path, state: dict[str, Any], part: dict[str, Any], everyone: Axis) -> None:
     """Write what all know and what each process holds, then drop all but the newest checkpoints."""
+    state = {**state, "format": FORMAT}
     if everyone.size == 1:
         formats.write_torch({**state, **part}, path)
     else:
@@ -52,6 +54,10 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     state = formats.read_torch(path, mmap=True)
     if not isinstance(state, dict) or not {"step", "stream", "config", "names"} <= state.keys():
         raise UserError(f"'{path}' is no training checkpoint; give a checkpoint_step*.pt")
+    if state.get("format") != FORMAT:
+        raise UserError(
+            f"'{path}' was written by another version of nanoSAE; go on with that, or start without --resume"
+        )
     if "parts" not in state:
         return state, [state]
     parts = []

@@ -207,6 +207,9 @@ def test_checkpoints_of_other_settings_and_broken_ones_are_refused(tmp_path):
     assert older.step == 15
     with pytest.raises(UserError, match="is no training checkpoint"):
         trainer(config()).load_checkpoint(tmp_path / "run" / "best_model.pt")
+    formats.write_torch({**formats.read_torch(checkpoints(tmp_path / "run")[0]), "format": 1}, newest)
+    with pytest.raises(UserError, match="another version"):
+        trainer(config(), tmp_path / "run").load_checkpoint(newest)
 
 
 def test_a_run_is_not_overwritten(tmp_path):
