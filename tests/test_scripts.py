@@ -227,7 +227,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(here, base, gpt_path, caps
 
 def test_what_several_processes_cannot_do_is_refused(here, base, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert call(sae_train, *base, *SMALL, "--loss_fn", "kl") == 2
+    assert call(sae_train, *base, *SMALL, "--loss_fn", "kl", "--shard_latents", 2) == 2
     assert "run it without torchrun" in capsys.readouterr().err
     assert call(sae_train, *base, *SMALL) == 2
     assert "start them with torchrun" in capsys.readouterr().err  # which also says who is who
