@@ -149,8 +149,9 @@ def test_top_k_with_ties_negatives_and_all():
 
 
 @pytest.mark.parametrize("how", ["plain", "ties", "all negative", "not finite"])
-def test_top_k_by_groups_finds_what_sorting_finds(how):
-    pre = torch.randn(20, 1024, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("n_latents", [1024, 4096])  # groups of 4, of 4; groups of 8, of 4, of 4
+def test_top_k_by_groups_finds_what_sorting_finds(how, n_latents):
+    pre = torch.randn(20, n_latents, generator=torch.Generator().manual_seed(0))
     if how == "ties":
         pre = pre.round()
     if how == "all negative":
@@ -161,6 +162,18 @@ def test_top_k_by_groups_finds_what_sorting_finds(how):
     assert all(len(set(row)) == 16 for row in picked.tolist())
     want = pre.sort(1, descending=True).values[:, :16]
     assert torch.equal(pre.gather(1, picked).sort(1, descending=True).values, want)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_pre_activations_in_blocks_are_those_of_one_product(onednn, transposed, monkeypatch):
+    x, W, b, *_ = problem(600, 40, 9000, 8, dtype=torch.float32)
+    W = W.t().contiguous().t() if transposed else W.contiguous()
+    if not onednn:
+        monkeypatch.setattr(kernels, "_onednn_linear", lambda: None)
+    blocks = list(kernels._blocks(x, W, b))
+    assert [len(block) for block in blocks] == [256, 256, 88]
+    torch.testing.assert_close(torch.cat(blocks), torch.addmm(b, x, W))
 
 
 def test_codes_count_only_what_is_active():
