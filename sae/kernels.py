@@ -172,16 +172,17 @@ def count(indices: Tensor, n: int, weights: Tensor | None = None) -> Tensor:
     return torch.zeros(n, dtype=torch.int64, device=flat.device).index_add_(0, flat, ones)
 
 
-def top_k(pre: Tensor, k: int) -> Tensor:
-    """(B, K) indices of the k largest of each row of pre (B, F), in no particular order."""
+def top_k(pre: Tensor, k: int) -> Pair:
+    """The k largest of each row of pre (B, F), in no particular order: values and indices (B, K), as torch gives them."""
     group = 8 if pre.shape[1] >= 128 * k else 4
     n_groups = pre.shape[1] // group
     if pre.device.type != "cpu" or pre.shape[1] % group or n_groups < 4 * k:
-        return pre.topk(k, dim=-1, sorted=False).indices
+        return pre.topk(k, dim=-1, sorted=False)
     # the k groups with the largest maxima hold the k largest, and maxima are quicker to take than to sort
-    best = top_k(pre.view(-1, group, n_groups).amax(1), k)
+    _, best = top_k(pre.view(-1, group, n_groups).amax(1), k)
     among = (best[:, None] + torch.arange(0, pre.shape[1], n_groups)[:, None]).flatten(1)
-    return among.gather(1, pre.gather(1, among).topk(k, dim=-1, sorted=False).indices)
+    values, places = pre.gather(1, among).topk(k, dim=-1, sorted=False)
+    return values, among.gather(1, places)
 
 
 def tokens_at_once(n_latents: int, device: str) -> int:
@@ -220,8 +221,8 @@ def choose_top_k(
             return ops.encode_top_k(x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), k, absolute)[:2]
         found = []
         for pre in _blocks(x, W_enc, b_enc):
-            indices = top_k(pre.abs() if absolute else pre, k)
-            found.append((indices, pre.gather(1, indices)))
+            values, indices = top_k(pre.abs() if absolute else pre, k)
+            found.append((indices, pre.gather(1, indices) if absolute else values))
         every = [torch.cat(parts) for parts in zip(*found, strict=True)]
         return every[0], every[1]
 
