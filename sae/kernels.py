@@ -173,7 +173,7 @@ def count(indices: Tensor, n: int, weights: Tensor | None = None) -> Tensor:
 
 
 def top_k(pre: Tensor, k: int) -> Pair:
-    """The k largest of each row of pre (B, F), in no particular order: values and indices (B, K), as torch gives them."""
+    """The k largest of each row of pre (B, F), in no order: values and indices (B, K), as torch gives them."""
     group = 8 if pre.shape[1] >= 128 * k else 4
     n_groups = pre.shape[1] // group
     if pre.device.type != "cpu" or pre.shape[1] % group or n_groups < 4 * k:
