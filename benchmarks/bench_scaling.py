@@ -98,7 +98,7 @@ def memory(shape: str, path: str) -> dict[str, float]:
         learner.learn({"": x}, step)
         learner.update(step)
     weights = sum(p.numel() for p in learner.sae.parameters())
-    need = 4 * (4 * weights + B * D + min(B * F, kernels.PRODUCT)) / 2**20
+    need = 4 * (4 * weights + B * D + min(B, kernels.tokens_at_once(F, "cpu")) * F) / 2**20
     return {"peak_mib": resident()[1] - before, "needed_mib": need}
 
 

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from sae import native
 
-GROUP = 8  # latents whose maximum stands for them when the largest are looked for
-PRODUCT, CACHED = 2**25, 2**21  # pre-activations of one matrix product, and those taken in hand at a time on CPUs
+Pair = tuple[Tensor, Tensor]
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels then serve CPUs too, slowly
 
 
@@ -65,12 +64,10 @@ def second_looks(device: torch.device) -> float:
 
 def status(device: torch.device) -> str:
     """What runs on this device, in words."""
-    if device.type == "cpu" and not interpreted:
-        return native.status()
+    if device.type != "cuda" and not interpreted:
+        return native.status() if device.type == "cpu" else "plain torch"
     if not native.enabled:
         return "plain torch, as asked"
-    if device.type != "cuda" and not interpreted:
-        return "plain torch"
     if _triton() is None:
         return "plain torch, several times slower than Triton's, which are missing: pip install triton"
     return f"Triton {_triton().triton.__version__}"
@@ -98,7 +95,7 @@ class Codes(NamedTuple):
         zeros = self.values.new_zeros(len(self.offsets), n_latents)
         return zeros.index_put((rows_of(self.indices, self.offsets), self.indices), self.values, accumulate=True)
 
-    def activity(self, n_latents: int) -> tuple[Tensor, Tensor]:
+    def activity(self, n_latents: int) -> Pair:
         """Active latents of each token (B,), counted after the selection and the ReLU, and on how many tokens each
         latent is active (F,); int64."""
         if self.indices is not None and (ops := compiled(self.values)):
@@ -127,9 +124,8 @@ class Codes(NamedTuple):
             return self.values[:, latents]
         if self.offsets is not None:
             return self.dense(n_latents)[:, latents]
-        column = latents.new_full((n_latents,), len(latents)).scatter(
-            0, latents, torch.arange(len(latents), device=latents.device)
-        )
+        places = torch.arange(len(latents), device=latents.device)
+        column = latents.new_full((n_latents,), len(latents)).scatter(0, latents, places)
         found = self.values.new_zeros(len(self.values), len(latents) + 1)
         return found.scatter_add_(1, column[self.indices], self.values)[:, :-1]
 
@@ -158,7 +154,7 @@ class Codes(NamedTuple):
         """The same codes as (B, K), K that of the busiest token (reads the device unless they are so already)."""
         if self.indices is not None and self.offsets is None:
             return self
-        dense = self.dense(n_latents) if self.indices is not None else self.values
+        dense = self.dense(n_latents)
         width = max(1, int((dense != 0).sum(-1).max())) if len(dense) else 1
         indices = dense.abs().topk(width, dim=-1).indices
         return Codes(indices, dense.gather(1, indices))
@@ -176,28 +172,42 @@ def count(indices: Tensor, n: int, weights: Tensor | None = None) -> Tensor:
     return torch.zeros(n, dtype=torch.int64, device=flat.device).index_add_(0, flat, ones)
 
 
-def top_k(pre: Tensor, k: int) -> Tensor:
-    """(B, K) indices of the k largest of each row of pre (B, F), in no particular order."""
-    n_groups = pre.shape[1] // GROUP
-    if pre.device.type != "cpu" or pre.shape[1] % GROUP or n_groups < 4 * k:
-        return pre.topk(k, dim=-1, sorted=False).indices
+def top_k(pre: Tensor, k: int) -> Pair:
+    """The k largest of each row of pre (B, F), in no order: values and indices (B, K), as torch gives them."""
+    group = 8 if pre.shape[1] >= 128 * k else 4
+    n_groups = pre.shape[1] // group
+    if pre.device.type != "cpu" or pre.shape[1] % group or n_groups < 4 * k:
+        return pre.topk(k, dim=-1, sorted=False)
     # the k groups with the largest maxima hold the k largest, and maxima are quicker to take than to sort
-    best = pre.view(-1, GROUP, n_groups).amax(1).topk(k, dim=-1, sorted=False).indices
+    _, best = top_k(pre.view(-1, group, n_groups).amax(1), k)
     among = (best[:, None] + torch.arange(0, pre.shape[1], n_groups)[:, None]).flatten(1)
-    return among.gather(1, pre.gather(1, among).topk(k, dim=-1, sorted=False).indices)
+    values, places = pre.gather(1, among).topk(k, dim=-1, sorted=False)
+    return values, among.gather(1, places)
+
+
+def tokens_at_once(n_latents: int, device: str) -> int:
+    """Tokens whose pre-activations are made at a time: on CPUs what caches hold, if a product runs well on so few."""
+    return max(256, (2**21 if device == "cpu" else 2**25) // n_latents)
 
 
 def _blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[Tensor]:
-    """Pre-activations (some tokens, F), in order: a product of a size that runs well, then on CPUs what caches hold."""
-    for part in x.split(max(256, PRODUCT // len(b_enc))):
-        pre = part @ W_enc
-        for few in pre.split(max(1, CACHED // len(b_enc)) if x.device.type == "cpu" else len(pre)):
-            yield few.add_(b_enc)
+    """Pre-activations (some tokens, F), in order."""
+    parts, W = x.split(tokens_at_once(len(b_enc), x.device.type)), W_enc.t()
+    float32_here = x.device.type == "cpu" and x.dtype == W.dtype == torch.float32
+    if float32_here and W.is_contiguous() and (linear := _onednn_linear()):
+        return (linear(part, W, b_enc, "none", [], "") for part in parts)
+    return (torch.addmm(b_enc, part, W_enc) for part in parts)
+
+
+@functools.cache
+def _onednn_linear() -> Any:
+    """oneDNN's product, where torch has it: MKL's, which torch prefers, is a fifth slower on AMD's processors."""
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def choose_top_k(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: bool = False, packed: native.Packed | None = None
-) -> tuple[Tensor, Tensor]:
+) -> Pair:
     """The k largest pre-activations x @ W_enc + b_enc of each token: indices and values (B, k), in no particular order.
 
     x (B, D), W_enc (D, F), b_enc (F,). absolute: largest in size, with their sign. packed: of W_enc, where there is
@@ -208,21 +218,16 @@ def choose_top_k(
             rows, about, _ = packed
             return native.ops().packed_top_k(x.contiguous(), W_enc.t(), b_enc, rows, about, k, absolute)
         if k * 8 <= len(b_enc) and (ops := encoder(x, W_enc, b_enc)):
-            indices, values, _ = ops.encode_top_k(
-                x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), k, absolute
-            )
-            return indices, values
+            return ops.encode_top_k(x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), k, absolute)[:2]
         found = []
         for pre in _blocks(x, W_enc, b_enc):
-            indices = top_k(pre.abs() if absolute else pre, k)
-            found.append((indices, pre.gather(1, indices)))
-        indices, values = zip(*found, strict=True)
-        return torch.cat(indices), torch.cat(values)
+            values, indices = top_k(pre.abs() if absolute else pre, k)
+            found.append((indices, pre.gather(1, indices) if absolute else values))
+        every = [torch.cat(parts) for parts in zip(*found, strict=True)]
+        return every[0], every[1]
 
 
-def choose_top_k_reference(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: bool = False
-) -> tuple[Tensor, Tensor]:
+def choose_top_k_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: bool = False) -> Pair:
     """Twin of choose_top_k: all pre-activations, sorted; of equal ones the first latents."""
     pre = x @ W_enc + b_enc
     indices = (pre.abs() if absolute else pre).sort(dim=-1, descending=True, stable=True).indices[:, :k]
@@ -328,10 +333,8 @@ def _dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor
     else:
         starts, tokens = offsets, rows_of(indices, offsets)
     if left.device.type in ("cpu", "cuda"):
-        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            left.contiguous(), right.contiguous(), flat, starts, tokens, 0
-        )
-        return dots.view(indices.shape)
+        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
+        return dots(left.contiguous(), right.contiguous(), flat, starts, tokens, 0).view(indices.shape)
     blocks = zip(tokens.split(4096), flat.split(4096), strict=True)
     return torch.cat([(left[t] * right[i]).sum(-1) for t, i in blocks]).view(indices.shape)
 
@@ -340,15 +343,12 @@ def _bag(indices: Tensor, offsets: Tensor | None, values: Tensor, rows: Tensor, 
     """(B, D): for each token the sum of values[place] * rows[indices[place]] over its places, plus bias (D,)."""
     if ops := compiled(values, rows):
         return ops.bag(indices.contiguous(), offsets, values.contiguous(), rows.contiguous(), bias)
-    bags = F.embedding_bag(
-        indices.contiguous(), rows, offsets, mode="sum", per_sample_weights=values.to(rows.dtype).contiguous()
-    )
+    weights = values.to(rows.dtype).contiguous()
+    bags = F.embedding_bag(indices.contiguous(), rows, offsets, mode="sum", per_sample_weights=weights)
     return bags if bias is None else bags + bias
 
 
-def _bag_backward(
-    indices: Tensor, offsets: Tensor | None, values: Tensor, grad: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor]:
+def _bag_backward(indices: Tensor, offsets: Tensor | None, values: Tensor, grad: Tensor, rows: Tensor) -> Pair:
     """Gradients of a bag's values and of its rows (F, D), of grad (B, D)."""
     if ops := compiled(values, rows, grad):
         return ops.bag_backward(indices.contiguous(), offsets, values.contiguous(), grad, rows.contiguous())
@@ -459,7 +459,7 @@ def decode_reference(
     return Codes(indices, values, offsets).dense(len(W_dec)) @ W_dec + (0 if bias is None else bias)
 
 
-def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, y: Tensor) -> Pair:
     """Sums in float64: per token |x|^2, |y|^2, x.y and |x - y|^2 as (4, B), and x over tokens (D,). x, y (B, D)."""
     if ops := compiled(x, y):
         return ops.moments(x.contiguous(), y.contiguous())
@@ -468,7 +468,7 @@ def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([x2, y2, (x2 + y2 - e2) / 2, e2]), x.sum(0, dtype=torch.float64)
 
 
-def moments_reference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def moments_reference(x: Tensor, y: Tensor) -> Pair:
     """Twin of moments."""
     x, y = x.double(), y.double()
     rows = torch.stack([x.square().sum(-1), y.square().sum(-1), (x * y).sum(-1), (x - y).square().sum(-1)])

@@ -22,6 +22,7 @@ from sae.feature_tables import POSITIONS, Events
 from sae.syntax import KINDS, PLACES, STATEMENTS, TOP, annotate
 
 N_NAMED = 4  # values that a short label names
+LONGEST = 60  # characters of a token or word
 LEAST = 2  # activations on a value, for it to be chosen
 # Weight of recall over precision in the score: on other text it is recall that falls, by all that was not met before.
 BETA2 = 2.0
@@ -51,7 +52,11 @@ def number(*columns: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     """(S,) int64: each combination of values as a number from 0 on; and what each number stands for, by column."""
     code = np.zeros(len(columns[0]), dtype=np.int64)
     for column in columns:
-        _, inverse = np.unique(column, return_inverse=True)
+        if column.dtype == object:  # strings, which an array of numpy's gives as much room as the longest each
+            index = {value: i for i, value in enumerate(sorted(set(column)))}
+            inverse = np.array([index[value] for value in column], dtype=np.int64)
+        else:
+            inverse = np.unique(column, return_inverse=True)[1]
         _, code = np.unique(code * (int(inverse.max(initial=0)) + 1) + inverse, return_inverse=True)
     first = np.unique(code, return_index=True)[1]
     return code, [column[first] for column in columns]
@@ -59,6 +64,8 @@ def number(*columns: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
 
 def quoted(text: str) -> str:
     """A token as a label shows it: `self`, or spelled out where that would not be seen."""
+    if len(text) > LONGEST:
+        text = text[: LONGEST - 3] + "..."
     plain = text.isprintable() and "`" not in text
     return f"`{text}`" if plain else f"`{ascii(text)[1:-1].replace('`', chr(92) + 'x60')}`"
 
@@ -82,7 +89,6 @@ def properties(
     kind, place, statement, word, part, head = _layout(events, texts, special_ids)
     said = lambda t: quoted(str(t))
     token = lambda i: said(texts[i]) if i >= 0 else "the beginning"
-    by_text = lambda table: table[ids].astype(str)
 
     def alone(column: np.ndarray, name: Callable, form: str = "{}") -> Property:
         code, (values,) = number(column)
@@ -102,9 +108,9 @@ def properties(
     syntax = number(kind, place, statement)
     single = {
         "token": alone(ids, token),
-        "word": alone(by_text(lowered), said, "{} (any case)"),
-        "end": alone(by_text(end), lambda t: f"-{t}" if t else "(short ones)", "tokens ending in {}"),
-        "start": alone(by_text(start), lambda t: f"{t}-" if t else "(short ones)", "tokens beginning with {}"),
+        "word": alone(lowered[ids], said, "{} (any case)"),
+        "end": alone(end[ids], lambda t: f"-{t}" if t else "(short ones)", "tokens ending in {}"),
+        "start": alone(start[ids], lambda t: f"{t}-" if t else "(short ones)", "tokens beginning with {}"),
         "before": alone(before, token, "after {}"),
         "next": alone(_shifted(ids, events, -1), token, "before {}"),
         "whole word": alone(word, lambda w: said(w) if w else "no word", "within the word {}"),
@@ -189,7 +195,7 @@ def _layout(events: Events, texts: np.ndarray, special_ids: Collection[int]) -> 
         for n, piece in enumerate(pieces, int(a)):
             head[n] = first
             first = "" if "\n" in piece else first or piece.strip()
-    return [kind, place, statement, word.astype(str), part, head.astype(str)]
+    return [kind, place, statement, word, part, head]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

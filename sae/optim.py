@@ -149,10 +149,11 @@ def adam_(
         ops.adam_(p, grad, m, v, step, lr, beta1, beta2, eps, scale, unit_rows)
         return
     generator = torch.Generator(p.device).manual_seed(step)
+    scaled = p.device.type != "cpu" or scale != 1  # to look at it elsewhere would wait for the device
     for w, g, first, second in _blocks(p, grad, m, v):
         if unit_rows:
             g = _across(g, w)
-        if p.device.type != "cpu" or scale != 1:
+        if scaled:
             g = g * scale
         if m.dtype is torch.float32:
             at = torch.tensor(float(step - 1), device=p.device)

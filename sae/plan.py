@@ -15,7 +15,7 @@ import torch
 from sae.base import CAPACITY
 from sae.config import SAEConfig, TrainConfig
 from sae.distributed import DIGIT_BITS
-from sae.kernels import PRODUCT
+from sae.kernels import tokens_at_once
 from sae.schedules import n_latents, tokens_per_step
 
 BIASES = {"gated": 3, "jumprelu": 2}  # vectors (F,) of a kind that have a gradient; others have one
@@ -92,7 +92,7 @@ def memory(
     own_widths = sum(learnt.values())
     rows = max(n_slots // n_processes, 1) * sum(widths.values())
     latents = [n_latents(one) // shape[2] for one in saes]
-    product = max(min(PRODUCT, max(256, b) * F) for F in latents) if device == "cpu" else max(b * F for F in latents)
+    product = max((min(b, tokens_at_once(F, device)) if device == "cpu" else b) * F for F in latents)
     wide = max((one.d_in or 0) + (one.d_out or 0) for one in saes)
     sample = n_slots // shape[1]
     # the largest of three: looking at a first sample in float64, a step, a checkpoint with copies for raw activations

@@ -143,24 +143,39 @@ def test_the_path_for_other_devices_equals_the_fast_one():
 
 def test_top_k_with_ties_negatives_and_all():
     pre = torch.tensor([[1.0, 1.0, 1.0, 0.0], [-3.0, -1.0, -2.0, -4.0]])
-    picked = kernels.top_k(pre, 2)
-    assert pre.gather(1, picked).sort(1).values.tolist() == [[1.0, 1.0], [-2.0, -1.0]]
-    assert kernels.top_k(pre, 4).sort(1).values.tolist() == [[0, 1, 2, 3]] * 2
+    values, picked = kernels.top_k(pre, 2)
+    assert torch.equal(pre.gather(1, picked), values)
+    assert values.sort(1).values.tolist() == [[1.0, 1.0], [-2.0, -1.0]]
+    assert kernels.top_k(pre, 4)[1].sort(1).values.tolist() == [[0, 1, 2, 3]] * 2
 
 
 @pytest.mark.parametrize("how", ["plain", "ties", "all negative", "not finite"])
-def test_top_k_by_groups_finds_what_sorting_finds(how):
-    pre = torch.randn(20, 1024, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("n_latents", [1024, 4096])  # groups of 4, of 4; groups of 8, of 4, of 4
+def test_top_k_by_groups_finds_what_sorting_finds(how, n_latents):
+    pre = torch.randn(20, n_latents, generator=torch.Generator().manual_seed(0))
     if how == "ties":
         pre = pre.round()
     if how == "all negative":
         pre = -pre.abs() - 1
     if how == "not finite":
         pre[3, 5], pre[4, 7] = torch.inf, -torch.inf
-    picked = kernels.top_k(pre, 16)
+    values, picked = kernels.top_k(pre, 16)
     assert all(len(set(row)) == 16 for row in picked.tolist())
     want = pre.sort(1, descending=True).values[:, :16]
-    assert torch.equal(pre.gather(1, picked).sort(1, descending=True).values, want)
+    assert torch.equal(values.sort(1, descending=True).values, want)
+    assert torch.equal(pre.gather(1, picked), values)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_pre_activations_in_blocks_are_those_of_one_product(onednn, transposed, monkeypatch):
+    x, W, b, *_ = problem(600, 40, 9000, 8, dtype=torch.float32)
+    W = W.t().contiguous().t() if transposed else W.contiguous()
+    if not onednn:
+        monkeypatch.setattr(kernels, "_onednn_linear", lambda: None)
+    blocks = list(kernels._blocks(x, W, b))
+    assert [len(block) for block in blocks] == [256, 256, 88]
+    torch.testing.assert_close(torch.cat(blocks), torch.addmm(b, x, W))
 
 
 def test_codes_count_only_what_is_active():

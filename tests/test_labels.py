@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_labels.py
 """
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -89,6 +90,19 @@ def test_quality_is_that_of_the_other_half():
     (found,) = make_labels(events(ids, blocks, fires), np.zeros(1, dtype=np.int64), WORDS.__getitem__, {BOS})
     assert found == Label("`alpha`", "`alpha`", 0.0, 0.0)
     assert "0 of 1" in distribution([found])[0]
+
+
+def test_a_long_word_costs_its_length_once_and_is_cut_in_words():
+    words = ["a" * 2000, *WORDS[1:]]
+    ids, blocks = text()
+    ids[:, 1:] = 0  # every sequence is a word of 126,000 characters
+    sample = events(ids, blocks, (ids != BOS)[:, :, None])
+    tracemalloc.start()
+    (found,) = make_labels(sample, np.zeros(1, dtype=np.int64), words.__getitem__, {BOS})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+    assert found.precision == found.recall == 1 and found.short == f"`{'a' * 57}...`"
 
 
 def test_rows_are_those_asked_for_and_silent_ones_have_none():
