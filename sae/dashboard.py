@@ -9,6 +9,7 @@ these. features.jsonl has the same records for other programs.
 from __future__ import annotations
 
 import base64
+import fcntl
 import hashlib
 import heapq
 import json
@@ -16,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -148,18 +150,41 @@ def _old_lines(folder: Path, identity: str) -> Iterator[tuple[int, str]]:
 
 
 def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a new folder, then let it take the old one's place."""
-    new, away = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}.tmp") for end in ("new", "old"))
+    """Fill a new folder, then let it take the old one's place; what a killed process left behind is cleared away."""
+    new, away = (folder.with_name(f".{folder.name}.{end}.tmp") for end in ("new", "old"))
     try:
-        new.mkdir(parents=True)
-        fill(new)
-        if folder.is_dir():
-            folder.rename(away)
-        new.rename(folder)
+        with _alone_in(new):
+            try:
+                _settle(folder, away)
+                fill(new)
+                if folder.is_dir():
+                    folder.rename(away)
+                new.rename(folder)
+            finally:
+                _settle(folder, away)
+                shutil.rmtree(new, ignore_errors=True)
+    except BlockingIOError as e:
+        raise UserError(f"another process is writing '{folder}'; wait for it, or choose another --output_dir") from e
     except OSError as e:
         raise UserError(f"cannot write '{folder}': {e.strerror or e}; choose another --output_dir") from e
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder, and empty it; BlockingIOError if another process holds it. A process that ends lets go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for inside in folder.iterdir():
+            shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
+        yield
     finally:
-        if away.exists() and not folder.exists():
-            away.rename(folder)
-        for rest in (new, away):
-            shutil.rmtree(rest, ignore_errors=True)
+        os.close(held)
+
+
+def _settle(folder: Path, away: Path) -> None:
+    """Put the old folder back if no new one came, else delete it."""
+    if away.exists() and not folder.exists():
+        away.rename(folder)
+    shutil.rmtree(away, ignore_errors=True)

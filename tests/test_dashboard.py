@@ -8,6 +8,9 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from html import escape
 
@@ -279,6 +282,47 @@ def test_pages_are_not_added_to_broken_ones(tmp_path):
         write(folder, found[3:])
     assert sorted(p.name for p in folder.rglob("*")) == before
     assert [p.name for p in tmp_path.iterdir()] == ["features"]
+
+
+SLOW = """
+import sys, time
+from dataclasses import replace
+from pathlib import Path
+from tests.test_dashboard import WORDS, records, write
+few = records(64, WORDS)
+def slowly():
+    for i in range(100_000):
+        time.sleep(0.0005)
+        yield replace(few[i % 64], latent=i)
+write(Path(sys.argv[1]), slowly())
+"""
+
+
+def test_a_killed_writer_leaves_the_old_pages_and_no_rest(tmp_path):
+    folder, new = tmp_path / "features", tmp_path / ".features.new.tmp"
+    found = records(4, WORDS)
+    write(folder, found[:2])
+    files = lambda: {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    before = files()
+    writer = subprocess.Popen([sys.executable, "-c", SLOW, folder], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while not (new / "data" / "1.js").is_file():
+            assert time.monotonic() < deadline and writer.poll() is None
+            time.sleep(0.02)
+        with pytest.raises(UserError, match="another process is writing"):
+            write(folder, found)
+    finally:
+        writer.kill()
+        writer.wait()
+    assert new.is_dir() and files() == before
+    write(folder, found[2:])
+    assert [p.name for p in tmp_path.iterdir()] == ["features"]
+    assert [json.loads(line)["latent"] for line in (folder / "features.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+    folder.rename(tmp_path / ".features.old.tmp")  # killed between the two renames
+    write(folder, found[:1])
+    assert [p.name for p in tmp_path.iterdir()] == ["features"]
+    assert len((folder / "features.jsonl").read_text().splitlines()) == 4
 
 
 def test_files_hold_only_ascii_json(hostile):
