@@ -103,6 +103,15 @@ const wanted = {
 const often = {any: () => true, rare: (r) => r.density < 1e-3, some: (r) => r.density >= 1e-3 && r.density < 0.01,
   common: (r) => r.density >= 0.01 && r.density < 0.1, dense: (r) => r.density >= 0.1};
 
+function textOf(row) {
+  return row.text ??= `#${row.latent} ${row.label} ${row.top} ${row.before.concat(row.after).map((t) => t[0]).join("")}`.toLowerCase();
+}
+
+function prepareSearch(from = 0) {  // a little at a time, so that the first search is as quick as the others
+  state.rows.slice(from, from + 1000).forEach(textOf);
+  if (from < state.rows.length) setTimeout(prepareSearch, 20, from + 1000);
+}
+
 function choose() {
   const words = $("search").value.toLowerCase().trim().split(/\s+/).filter(Boolean);
   const life = $("life").value, good = wanted[$("quality").value], density = often[$("often").value];
@@ -110,8 +119,7 @@ function choose() {
     if (life !== "all" && (row.max > 0) !== (life === "live")) return false;
     if (!good(row) || !density(row)) return false;
     if (!words.length) return true;
-    row.text ??= `#${row.latent} ${row.label} ${row.top} ${row.before.concat(row.after).map((t) => t[0]).join("")}`.toLowerCase();
-    return words.every((w) => row.text.includes(w));
+    return words.every((w) => textOf(row).includes(w));
   });
   const key = KEYS[state.sort], sign = state.down ? -1 : 1;
   if (state.sort !== "latent" || state.down) {  // rows come in order of their latents, and sorting is stable
@@ -463,6 +471,7 @@ function start(latent) {
     const a = e.target.closest?.("a[href^='#']");
     if (a && !e.ctrlKey && !e.metaKey && !e.shiftKey) { e.preventDefault(); e.stopPropagation(); location.hash = a.getAttribute("href"); }
   }, true);
+  setTimeout(prepareSearch, 200);
   if (!state.rows.some((r) => r.precision !== null)) { $("quality").hidden = true; }
   sortBy("latent");
   if (latent !== null && !location.hash) location.hash = `#${latent}`;

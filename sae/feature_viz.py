@@ -286,7 +286,8 @@ class FeatureVisualizer:
         }  # fmt: skip
         there = (self.tables.all_positions > 0).tolist()
         starts = [p for p, some in zip(POSITIONS, there, strict=True) if some]
-        facts = {"shown": shown, "model": self.lm.name, "hookpoint": self.hookpoint, "position_starts": starts}
+        name = Path(self.lm.name).name if Path(self.lm.name).is_absolute() else self.lm.name
+        facts = {"shown": shown, "model": name, "hookpoint": self.hookpoint, "position_starts": starts}
         return Listing(facts, self.places)
 
     def html(self, latent: int) -> str:

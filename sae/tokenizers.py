@@ -241,7 +241,7 @@ class HFTokenizer:
         return self.inner.decode(list(ids))
 
     def token_str(self, token_id: int) -> str:
-        r"""A token as exact text: pieces of characters show as \xNN, word pieces without '##' begin a word."""
+        r"""A token as exact text: pieces of characters show as \xNN, and a space stands before what begins a word."""
         token = self.inner.convert_ids_to_tokens(int(token_id))
         if token is None:
             return f"<{token_id}>"
@@ -251,7 +251,14 @@ class HFTokenizer:
             return bytes(self._bytes[c] for c in token).decode("utf-8", "backslashreplace")
         if len(token) == 6 and token.startswith("<0x"):
             return bytes([int(token[3:5], 16)]).decode("utf-8", "backslashreplace")
+        if self._inside:
+            return token.removeprefix(self._inside) if token.startswith(self._inside) else f" {token}"
         return token.replace("\u2581", " ")
+
+    @cached_property
+    def _inside(self) -> str | None:
+        """What marks pieces that do not begin a word, as WordPiece's '##' does."""
+        return getattr(getattr(self._rust, "model", None), "continuing_subword_prefix", None)
 
     @cached_property
     def _bytes(self) -> dict[str, int]:
