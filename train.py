@@ -352,6 +352,8 @@ def train(config: TrainConfig, place: Place) -> Validation:
                 bar.write(f"step {run.step}: val loss {nats:.4f}, {bits:.4f} bits per byte")
             run.save(validation)
             mark, mark_step = time.monotonic(), run.step
+    if run.is_main:
+        bar.write(f"saved in {run.out}; next: python sample.py --checkpoint {run.out / 'ckpt.pt'}")
     bar.close()
     return validation or validate(run.model, run.data, config, place)
 

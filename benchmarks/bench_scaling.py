@@ -3,7 +3,7 @@
 Steps of all cases take turns in one process, so that noise falls on all alike; medians. Around D=384 F=6144 k=32
 B=4096: one of F, D and B at a time (slopes fitted in log-log), k doubled, AuxK with 1% and with 10% of the latents
 dead. And of each of bench_step's shapes, in a process of its own, the peak memory of a step, beside what it cannot do
-without: weights, gradients, optimiser, inputs, and one block of pre-activations. Writes
+without: weights, gradients, optimiser, inputs, and one block of 2^25 pre-activations, at most. Writes
 benchmarks/results/bench_scaling.json and .png.
 """
 
@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.bench_step import SHAPES
 from benchmarks.step_runner import data
-from sae import kernels, native
+from sae import native
 from sae.config import SAEConfig
 from sae.learner import Learner
 from sae.models import create_sae
@@ -36,6 +36,7 @@ BASE = {"B": 4096, "D": 384, "F": 6144, "K": 32}
 GROWS = {"F": (1536, 3072, 6144, 12288, 24576), "D": (96, 192, 384, 768), "B": (1024, 2048, 4096, 8192)}
 DEAD = (0.01, 0.1)  # shares of the latents
 ROUNDS = 9
+BLOCK = 2**25  # pre-activations of a block that counts as needed: 128 MiB
 
 
 class Case:
@@ -98,7 +99,7 @@ def memory(shape: str, path: str) -> dict[str, float]:
         learner.learn({"": x}, step)
         learner.update(step)
     weights = sum(p.numel() for p in learner.sae.parameters())
-    need = 4 * (4 * weights + B * D + min(B, kernels.tokens_at_once(F, "cpu")) * F) / 2**20
+    need = 4 * (4 * weights + B * D + min(B * F, BLOCK)) / 2**20
     return {"peak_mib": resident()[1] - before, "needed_mib": need}
 
 

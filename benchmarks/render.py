@@ -202,7 +202,7 @@ def scaling() -> str:
     return (
         f"Around D={base['D']} F={base['F']} k={base['K']}, batch {base['B']}: the time of a step grows with the power "
         f"{slopes}; AuxK adds {auxk}; twice as many latents per token add {r['k_doubled'] - 1:.0%}. Peak memory of a "
-        f"step over weights, gradients, optimiser, inputs and a block of pre-activations: {peaks}. Plot: "
+        f"step over weights, gradients, optimiser, inputs and a block of at most 2^25 pre-activations: {peaks}. Plot: "
         f"benchmarks/results/bench_scaling.png ({r['about']['date']})."
     )
 

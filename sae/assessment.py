@@ -131,15 +131,16 @@ def _dead(m: Mapping[str, Any]) -> Check:
 
 def _similarity(m: Mapping[str, Any], value: float) -> Check:
     """decoder_similarity, with what chance alone gives where that is near the limits (narrow models)."""
-    verdict = _verdict(value <= 0.25, value <= 0.35)
+    chance = similarity_by_chance(m.get("d_out") or m["d_in"], m["d_sae"])
+    limits = max(0.25, chance), max(0.35, chance + 0.1)  # narrow models have no room for directions less alike
+    verdict = _verdict(value <= limits[0], value <= limits[1])
     # at too low an L0 latents take several features in (Chanin et al. 2025, arxiv.org/abs/2508.16560)
     advice = "lower --expansion_factor: latents share directions"
     if m["l0"] <= 200:
         advice = f"{_fewer_or_more(m, more=True)} or {advice}"
-    chance = similarity_by_chance(m.get("d_out") or m["d_in"], m["d_sae"])
-    if chance > 0.2:
-        advice += f" (as many random directions of this width score {chance:.2f})"
-    wanted = "<= 0.25 (borderline to 0.35)"
+    wanted = f"<= {limits[0]:.2f} (borderline to {limits[1]:.2f})"
+    if chance > 0.25:
+        wanted += f", where as many random directions of this width score {chance:.2f}"
     return Check("decoder similarity", value, wanted, verdict, None if verdict == "pass" else advice)
 
 

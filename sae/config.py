@@ -186,7 +186,9 @@ class SAEConfig:
         if not self.transcode:
             require(not self.skip_connection, "--skip_connection is for transcoders; give --transcode too")
             require(
-                self.d_out in (None, self.d_in), f"d_out={self.d_out} differs from d_in={self.d_in}; give --transcode"
+                self.d_out in (None, self.d_in),
+                f"d_out={self.d_out} differs from d_in={self.d_in}: an SAE gives back what it reads, so make d_in "
+                f"{self.d_out}; a transcoder need not (--transcode)",
             )
 
     def _check_combinations(self) -> None:
@@ -311,7 +313,9 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
     """One training run: what is learned (SAEConfig), from which activations, and where the results go."""
 
     max_tokens: int = knob(
-        1_000_000, "tokens to train on; data that ends sooner is repeated", alias=("num_activations",)
+        1_000_000,
+        "tokens to train on; text that ends sooner is repeated, collected activations are not",
+        alias=("num_activations",),
     )
     buffer_tokens: int = knob(65_536, "tokens in the mixing buffer (half of it is fresh each time it is refilled)")
     val_tokens: int = knob(32_768, "held-out tokens kept for validation")

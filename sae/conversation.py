@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ class Notes:
     def search(self, words: str, n: int = 20) -> list[int]:
         """Latents whose label has all these words, or that have this number."""
         wanted = words.lower().split()
-        found = [i for i, label in self.labels.items() if all(word in label.lower() for word in wanted)]
+        said = lambda label: re.sub(r" or \d+ more$", "", label.lower())
+        found = [i for i, label in self.labels.items() if all(word in said(label) for word in wanted)]
         number = words.strip()
         by_number = [int(number)] if number.isdecimal() and len(number) < 12 else []
         return list(dict.fromkeys([i for i in by_number if i < len(self.largest)] + found))[:n]
@@ -229,6 +231,11 @@ class Conversation:
         encoded = [token] if isinstance(token, int) else self.lm.tokenizer.encode(token)
         require(bool(encoded), "the token to explain is empty; write its text")
         wanted, ids = encoded[0], self.ids_of(ask)
+        text, note = self.lm.tokenizer.token_str(wanted), ""
+        if place is None and len(encoded) > 1:
+            note = f"{token!r} is several tokens; this is about the first of them, {text!r}. "
+        if place is None and wanted not in answer:
+            note += f"{text!r} is not in the answer; this is about how near it was to being its first token."
         if place is None:
             place = list(answer).index(wanted) if wanted in answer else 0
         window = torch.tensor([[*ids, *answer[:place]][-self.lm.max_len :]], device=self.lm.device)
@@ -236,7 +243,7 @@ class Conversation:
         logit = float(logits[wanted] - logits.mean())
         effects.sort(key=lambda e: -abs(e["effect"]))
         return {
-            "token": self.lm.tokenizer.token_str(wanted), "id": wanted, "position": place, "logit": logit,
+            "token": text, "id": wanted, "position": place, "note": note.strip(), "logit": logit,
             "probability": float(logits.softmax(-1)[wanted]), "features": effects,
             "rest": logit - sum(e["effect"] for e in effects),
         }  # fmt: skip

@@ -100,6 +100,7 @@ def explained(why: dict[str, Any], n: int) -> list[str]:
         lines.append(
             f"  {f['effect']:+8.3f}  {named(f.get('hookpoint'), f['latent'], f['label'])} at {f['activation']:.2f}"
         )
+    lines = [why["note"], *lines] if why["note"] else lines
     return [*lines, f"  {why['logit'] - sum(f['effect'] for f in why['features'][: max(n, 10)]):+8.3f}  all else"]
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from sae import cache, distributed, formats, hooks, kernels, log, native, plan, sweep
 from sae.activation_files import FileSource, is_activation_file
 from sae.activations import ModelSource, Source, Stream, gather
+from sae.checkpoint import checkpoints
 from sae.config import REPLACED, TrainConfig, UserError, from_cli, variants
 from sae.datasets import open_dataset
 from sae.distributed import World
@@ -82,6 +83,9 @@ def cached_data(c: TrainConfig) -> Data:
     n = len(source)
     if c.max_tokens < n:
         log.say(f"training on {c.max_tokens:,} of {n:,} collected tokens; --max_tokens takes more")
+    elif c.max_tokens > n * c.num_epochs:
+        times = f", {c.num_epochs} times each" if c.num_epochs > 1 else ""
+        log.say(f"training on all {n:,} collected tokens{times}; --num_epochs goes over them again")
     # all of it is read anew for each epoch, in a new order; of a part, rows are used again while they are at hand
     n_tokens, uses = (n * c.num_epochs, 1) if c.max_tokens >= n else (c.max_tokens, c.num_epochs)
     return Data(source, held_out, n_tokens, uses, origin)
@@ -161,7 +165,9 @@ def layers_name(layers: Sequence[Any], hook_type: str) -> str:
 
 
 def check_folder(c: TrainConfig, folder: Path) -> None:
-    """Say now, not after an hour, that results would overwrite others or cannot be written."""
+    """Say now, not after an hour, that there is nothing to go on from, or that results cannot be written."""
+    if c.resume and not checkpoints(folder):
+        raise UserError(f"'{folder}' holds no checkpoint to resume from; start without --resume")
     if not c.resume and not c.overwrite:
         refuse_existing(folder)
     probe = Path(c.save_dir) / f".probe.{os.getpid()}"
@@ -358,10 +364,14 @@ def main(argv: list[str]) -> None:
         trainer.load_checkpoint()
         log.say(f"resuming '{folder}' at step {trainer.step}")
     announce(configs, trainer)
-    metrics = trainer.train()
+    try:
+        metrics = trainer.train()
+    except KeyboardInterrupt:
+        say_how_to_go_on(trainer, folder)
+        raise
     if stream.n_passes:
         log.say(f"the text was read again from its start: {stream.n_passes} more passes, in whole or in part")
-    finish(trainer, metrics, folder)
+    finish(trainer, metrics, folder, evaluates="activations_file" not in data.metadata)
     if c.assess:
         assess_run(c, {name: trainer.folder(name) for name in saes}, data.held_out, lm, World(everyone, device=device))
     distributed.leave()
@@ -378,17 +388,28 @@ def announce(configs: dict[str, TrainConfig], trainer: SAETrainer) -> None:
     log.say(f"{stream.n_batches} steps of {stream.batch_size} tokens on {device} (kernels: {kernels.status(device)})")
 
 
-def finish(trainer: SAETrainer, metrics: dict[str, float], folder: Path) -> None:
-    """Say how it went, and what to do next."""
+def say_how_to_go_on(trainer: SAETrainer, folder: Path) -> None:
+    """Say where a run was stopped, and what is left of it."""
+    there = f"with --resume '{folder}' goes on from its last checkpoint"
+    left = there if checkpoints(folder) else "there is no checkpoint yet (--save_every)"
+    log.say(f"after {trainer.step} of {trainer.stream.n_batches} steps; {left}")
+
+
+def finish(trainer: SAETrainer, metrics: dict[str, float], folder: Path, *, evaluates: bool = True) -> None:
+    """Say how it went, and what to do next, if sae_eval knows which model to evaluate it in."""
     where = "held out" if trainer.val else "on the last steps"
-    if len(trainer.names) > 1 and trainer.last and log.speaks():
+    if not metrics:
+        log.say(f"there was nothing left to do; saved to {folder}")
+    elif len(trainer.names) > 1 and trainer.last and log.speaks():
         for line in sweep.write(trainer.last, folder):
             log.say(line)
         one = trainer.folder(trainer.names[0])
-        log.say(f"(figures {where}) saved to {folder}; next: python -m scripts.sae_eval --sae_path {one}")
+        then = f"; next: python -m scripts.sae_eval --sae_path {one}" if evaluates else ""
+        log.say(f"(figures {where}) saved to {folder}{then}")
     else:
-        score = f"explained variance {metrics['explained_variance']:.4f}, L0 {metrics['l0']:.1f}" if metrics else "done"
-        log.say(f"{where}: {score}; saved to {folder}; next: python -m scripts.sae_eval --sae_path {folder}")
+        score = f"explained variance {metrics['explained_variance']:.4f}, L0 {metrics['l0']:.1f}"
+        then = f"; next: python -m scripts.sae_eval --sae_path {folder}" if evaluates else ""
+        log.say(f"{where}: {score}; saved to {folder}{then}")
 
 
 if __name__ == "__main__":

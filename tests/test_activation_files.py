@@ -421,7 +421,7 @@ def test_train_on_a_file(here, capsys, ending):
     assert call(sae_train, "--activations", f"acts{ending}", *SMALL) == 0
     said = capsys.readouterr().out
     assert ("its last 150 rows are held out" in said) == (ending != ".h5")
-    assert "training on 640 of 2,850 collected tokens" in said
+    assert "training on 640 of 2,850 collected tokens" in said and "next:" not in said  # which model is not known
     run = here / "sae_models" / "acts"
     metadata = json.loads((run / "cfg.json").read_text())["metadata"]
     assert (metadata["hookpoint"], metadata["activations_file"]) == ("acts", f"acts{ending}")
@@ -429,6 +429,11 @@ def test_train_on_a_file(here, capsys, ending):
     assert str(here) not in (run / "cfg.json").read_text()
     assert call(sae_eval) == 2
     assert f"was trained on 'acts{ending}', which names no model; give --model and --dataset" in capsys.readouterr().err
+    again = ["--activations", f"acts{ending}", *SMALL, "--overwrite", "--max_tokens", 4000]
+    assert call(sae_train, *again) == 0
+    assert "training on all 2,850 collected tokens; --num_epochs goes over them again" in capsys.readouterr().out
+    assert call(sae_train, *again, "--num_epochs", 2) == 0
+    assert "collected tokens" not in capsys.readouterr().out  # more than was asked for
 
 
 def test_several_tensors_several_saes_and_epochs(here):

@@ -118,8 +118,9 @@ def test_similarity_verdicts(value, verdict):
     assert got.verdict == verdict
     assert verdict == "pass" or got.advice == "raise --k or lower --expansion_factor: latents share directions"
     assert "--k" not in (check(3, similarity=value, l0=999).advice or "")  # no advice against that of the L0 check
-    narrow = check(3, similarity=value, d_in=64).advice
-    assert verdict == "pass" or "(as many random directions of this width score 0.56)" in narrow
+    narrow = [check(3, similarity=x, d_in=64) for x in (value, 0.6, 0.67)]
+    assert [one.verdict for one in narrow] == ["pass", "borderline", "fail"]
+    assert narrow[0].wanted.endswith("where as many random directions of this width score 0.56")
 
 
 def test_borderline_does_not_count_in_the_score():

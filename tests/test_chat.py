@@ -144,7 +144,7 @@ def test_explanations_add_up_to_the_logit(talk, gpt_path):
     wanted = next(i for i in answer[1:] if lm.tokenizer.encode(lm.tokenizer.token_str(i)) == [i])
     why = alone.explain(question, lm.tokenizer.token_str(wanted), answer)
     place = answer.index(wanted)
-    assert (why["id"], why["position"]) == (wanted, place)
+    assert (why["id"], why["position"], why["note"]) == (wanted, place, "")
     ids = torch.tensor([[*alone.ids_of(question), *answer[:place]]])
     with alone.live.steer("4:+2"), hooks.capture(lm.module, [hook]) as held:
         out = logits(lm, ids)[0, -1]
@@ -162,6 +162,10 @@ def test_explanations_add_up_to_the_logit(talk, gpt_path):
     rest = x - codes @ sae.W_dec
     left = ((rest - rest.mean()) / scale * norm.weight + norm.bias) @ U.t()
     assert why["rest"] == pytest.approx(float(left[wanted] - left.mean()), abs=1e-3)
+    absent = next(i for i in range(lm.tokenizer.vocab_size) if i not in answer and i not in lm.tokenizer.special_ids)
+    several = lm.tokenizer.token_str(absent) + "zqzq"
+    note = alone.explain(question, several, [i for i in answer if i not in lm.tokenizer.encode(several)])["note"]
+    assert "is several tokens; this is about the first of them" in note and "is not in the answer" in note
     with pytest.raises(UserError, match="empty"):
         alone.explain(question, "")
 
@@ -174,6 +178,8 @@ def test_notes(run, tmp_path):
     assert notes.search("docstring inside") == [7]
     assert notes.search("\u00b2") == notes.search("9" * 5000) == []
     assert notes.search("11") == [11]  # its number, and no label has it twice
+    notes.labels[20] = "`x` or 11 more"
+    assert notes.search("11") == [11] and notes.search("`x`") == [20]  # how many more is no word of the label
     assert Notes(tmp_path, 4).record(2) == {}
     bad = tmp_path / "features.jsonl"
     for text in ("{", '{"a":1}', '{"latent":96}', "[]", '{"latent":"x"}'):

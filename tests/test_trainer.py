@@ -118,6 +118,13 @@ def test_sigkill_and_resume_through_the_script(gpt_path, text_file, tmp_path):
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert child.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    child = subprocess.Popen(command("killed", "--resume"), cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    step = checkpoints(tmp_path / "killed")[-1]
+    while checkpoints(tmp_path / "killed")[-1] == step and child.poll() is None:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    said = child.communicate()[0]
+    assert child.returncode == 130 and "goes on from its last checkpoint" in said
     subprocess.run(command("killed", "--resume"), cwd=ROOT, env=env, check=True, capture_output=True)
     a, b = (formats.read_safetensors(tmp_path / name / formats.WEIGHTS) for name in ("whole", "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
