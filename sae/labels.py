@@ -113,7 +113,7 @@ def properties(
         "start": alone(start[ids], lambda t: f"{t}-" if t else "(short ones)", "tokens beginning with {}"),
         "before": alone(before, token, "after {}"),
         "next": alone(_shifted(ids, events, -1), token, "before {}"),
-        "whole word": alone(word, lambda w: said(w) if w else "no word", "within the word {}"),
+        "whole word": alone(word, lambda w: said(w) if w else "no word", "part of {}"),
         "position": alone(part_of_sequence, lambda p: str(POSITIONS[p]), "in parts of a sequence from token {} on"),
         "line": alone(head, lambda h: said(h) if h else "(nothing yet)", "in lines that begin with {}"),
         "syntax": Property(syntax[0], _syntax_names(syntax[1])),

@@ -73,7 +73,10 @@ def half_requests(pygpt):
         opened = [stack.enter_context(socket.create_connection(("127.0.0.1", pygpt[0]), 60)) for _ in range(3)]
         opened[1].sendall(b"GET / HTT")
         opened[2].sendall(f"GET /api/none HTTP/1.1\r\nHost: 127.0.0.1:{pygpt[0]}\r\n\r\n".encode())
-        assert opened[2].recv(1 << 16).startswith(b"HTTP/1.1 404")
+        answer = b""
+        while not answer.endswith(b'"Not Found"}'):  # head and body may come apart
+            answer += opened[2].recv(1 << 16)
+        assert answer.startswith(b"HTTP/1.1 404")
         opened[2].sendall(b"GET / HTT")
         yield opened
 
