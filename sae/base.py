@@ -268,7 +268,7 @@ class SAE(nn.Module):
             spare = self.weights_of(dead, max(1, int(dead.sum())), int(shards.sum_(dead.sum())))
         ids, asked, encoder, bias, decoder, n_all = spare
         centred = self._held_centre(x)
-        some = max(1, min(k, n_all // 4))  # of few, a token takes fewer: all of them would learn the same
+        some = max(1, min(k, n_all // 32))  # of few, a token takes fewer: more would learn no more (dev/LOG.md)
         indices, values, offsets = self._largest(centred, encoder.t(), bias, some, asked)
         pre = kernels.gather_pre(centred, encoder.t(), bias, values, indices, offsets)
         values = (pre if self.signed else pre.relu()) * dead[ids][indices]

@@ -69,11 +69,17 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return state, parts
 
 
-def newest_whole(save_dir: Path | None) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
-    """The newest checkpoint that can be read, and what it holds. Raises UserError if there is none."""
+def to_resume_from(save_dir: Path | None) -> list[Path]:
+    """The checkpoints of a run, oldest first. Raises UserError if there are none."""
     found = checkpoints(save_dir) if save_dir else []
     if not found:
         raise UserError(f"'{save_dir}' holds no checkpoint to resume from; start without --resume")
+    return found
+
+
+def newest_whole(save_dir: Path | None) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+    """The newest checkpoint that can be read, and what it holds. Raises UserError if there is none."""
+    found = to_resume_from(save_dir)
     for path in reversed(found):
         try:
             return path, *read(path)

@@ -371,7 +371,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, x, centre, W_enc, b_enc, values, indices, offsets):
         del centre, b_enc  # they are in x and in the values already; arguments so that their gradients come back
         ctx.save_for_backward(x, W_enc, indices, offsets)
-        return values.to(x.dtype, copy=True)
+        return values.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -486,9 +486,13 @@ def variance(x: Tensor) -> Tensor:
 class _SquaredError(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y):
-        error = y - x
+        if ops := native.ops(x, y):
+            error, squares = ops.difference(x.contiguous(), y.contiguous())
+        else:
+            error = y - x
+            squares = torch.linalg.vector_norm(error, dim=-1).square()
         ctx.save_for_backward(error)
-        return torch.linalg.vector_norm(error, dim=-1).square()
+        return squares
 
     @staticmethod
     def backward(ctx, grad):

@@ -368,6 +368,6 @@ def create_sae(config: SAEConfig, *, generator: torch.Generator | None = None, w
 
     world: several processes may hold its latents together; the weights are the same ones.
     """
-    if generator is None:
-        generator = torch.Generator().manual_seed(config.seed)
+    if generator is None:  # not the seed itself: toy data drawn from it would begin with the very directions drawn here
+        generator = torch.Generator().manual_seed((config.seed + 1) * 1_000_003)
     return KINDS[config.activation](config, generator=generator, world=world)

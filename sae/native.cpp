@@ -21,7 +21,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512BW__) || defined(__AVX2__)
@@ -35,6 +37,18 @@ namespace {
 constexpr int64_t LANES = 32;   // latents in a tile
 constexpr int64_t PANEL = 252;  // tokens that a thread takes through all latents at a time
 constexpr int64_t PILOT = 28;   // tokens that tell what to expect of the others
+
+// f(begin, end) for all blocks of [0, n), of so many at most. Each thread takes the next one left: some hold more work than
+// others, and other programs may keep a core for a while.
+template <class F>
+void by_blocks(int64_t n, int64_t most, const F& f) {
+  const int64_t threads = at::get_num_threads(), size = std::max<int64_t>(1, std::min(most, n / (4 * threads)));
+  const int64_t count = (n + size - 1) / size;
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(count, threads), 1, [&](int64_t, int64_t) {
+    for (int64_t p; (p = next++) < count;) f(p * size, std::min(n, (p + 1) * size));
+  });
+}
 
 // ------------------------------------------------------------------------------------------------
 // integer products: out[r][lane] = sum over d of x[r][d] * w[lane][d], w laid out [D/2][LANES][2]
@@ -219,7 +233,7 @@ Rounded round_tokens(const float* x, int64_t B, int64_t D, int64_t width) {
   Rounded r{std::vector<float>(B), std::vector<float>(B), std::vector<float>(B)};
   r.memory = aligned(B * width);
   r.data = r.memory.mutable_data_ptr<int16_t>();
-  at::parallel_for(0, B, 64, [&](int64_t begin, int64_t end) {
+  by_blocks(B, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       r.unit[i] = unit_of(x + i * D, D, r.norm[i]);
       const float per_unit = 1 / r.unit[i];
@@ -244,7 +258,7 @@ Rounded round_latents(const float* W, int64_t F, int64_t D, int64_t width) {
   Rounded r{std::vector<float>(padded, 0.f), std::vector<float>(padded, 0.f), std::vector<float>(padded, 0.f)};
   r.memory = aligned(padded * width);
   r.data = r.memory.mutable_data_ptr<int16_t>();
-  at::parallel_for(0, n_tiles, 8, [&](int64_t begin, int64_t end) {
+  by_blocks(n_tiles, 8, [&](int64_t begin, int64_t end) {
     std::vector<int16_t> row(width);
     for (int64_t t = begin; t < end; t++) {
       int32_t* to = (int32_t*)(r.data + t * LANES * width);
@@ -276,24 +290,31 @@ Rounded round_latents(const float* W, int64_t F, int64_t D, int64_t width) {
 // ------------------------------------------------------------------------------------------------
 // candidates
 
-struct Candidates {
-  std::vector<float> upper;
-  std::vector<int32_t> latent;
-  int64_t n = 0;
-  float threshold = 0;  // none with an upper end below it was kept
+struct Candidate {
+  float upper;
+  int32_t latent;
+};
 
-  explicit Candidates(int64_t capacity) : upper(capacity), latent(capacity) {}
+struct Candidates {
+  int64_t capacity, n = 0;
+  std::unique_ptr<Candidate[]> list;
+  float threshold;  // none with an upper end below it was kept
+
+  Candidates(int64_t capacity_, float threshold_)
+      : capacity(capacity_), list(new Candidate[capacity_]), threshold(threshold_) {}
 
   void make_room() {  // for one more tile
-    if (n + LANES <= (int64_t)upper.size()) return;
-    upper.resize(2 * upper.size());
-    latent.resize(2 * latent.size());
+    if (n + LANES <= capacity) return;
+    std::unique_ptr<Candidate[]> larger(new Candidate[capacity *= 2]);
+    std::copy(list.get(), list.get() + n, larger.get());
+    list = std::move(larger);
   }
 };
 
 struct Encoder {
   int64_t B, D, F, width, k = 1;
   bool absolute = false;
+  float usual = 0;  // bias
   const float *x, *W, *b;
   Rounded tokens, latents;
   std::vector<float> upper_bias;  // b + what adding it can change; NaN, which no comparison accepts, in the padding
@@ -352,22 +373,30 @@ struct Encoder {
     return bits;
   }
 
-  // The k-th best lower end among token i's candidates (there are at least k).
-  float kth_lower(const Candidates& c, int64_t i, std::vector<float>& scratch) const {
-    scratch.resize(c.n);
-    for (int64_t p = 0; p < c.n; p++) scratch[p] = c.upper[p] - 2 * bound(i, c.latent[p]);
-    std::nth_element(scratch.begin(), scratch.begin() + (k - 1), scratch.end(), std::greater<float>());
-    return scratch[k - 1];
+  // The k-th best lower end among token i's candidates (there are at least k), by halving: to count is quicker than to sort.
+  float kth_lower(const Candidates& c, int64_t i, std::vector<float>& lower) const {
+    lower.resize(c.n);
+    float least = FLT_MAX, most = -FLT_MAX;
+    for (int64_t p = 0; p < c.n; p++) {
+      lower[p] = c.list[p].upper - 2 * bound(i, c.list[p].latent);
+      least = std::min(least, lower[p]), most = std::max(most, lower[p]);
+    }
+    for (int64_t n = c.n; n != k;) {
+      const float middle = least + 0.5f * (most - least);
+      if (!(least < middle && middle < most)) break;
+      n = 0;
+      for (int64_t p = 0; p < c.n; p++) n += lower[p] >= middle;
+      (n >= k ? least : most) = middle;
+    }
+    for (int64_t p = 0; p < c.n; p++) most = lower[p] >= least ? std::min(most, lower[p]) : most;
+    return most;
   }
 
   void tighten(Candidates& c, int64_t i, std::vector<float>& scratch) const {
     c.threshold = std::max(c.threshold, kth_lower(c, i, scratch));
     int64_t n = 0;
     for (int64_t p = 0; p < c.n; p++)
-      if (c.upper[p] >= c.threshold) {
-        c.upper[n] = c.upper[p];
-        c.latent[n++] = c.latent[p];
-      }
+      if (c.list[p].upper >= c.threshold) c.list[n++] = c.list[p];
     c.n = n;
   }
 
@@ -390,10 +419,10 @@ struct Encoder {
     if (!(least >= c.threshold)) return false;
     best.clear();
     for (int64_t p = 0; p < c.n; p++)
-      if (c.upper[p] >= least) best.emplace_back(0.f, c.latent[p]);
+      if (c.list[p].upper >= least) best.emplace_back(0.f, c.list[p].latent);
     rescore(i, best);
     const bool abs = absolute;
-    std::nth_element(best.begin(), best.begin() + (k - 1), best.end(), [abs](const auto& p, const auto& q) {
+    if ((int64_t)best.size() > k) std::nth_element(best.begin(), best.begin() + (k - 1), best.end(), [abs](const auto& p, const auto& q) {
       const float a = abs ? std::fabs(p.first) : p.first, c = abs ? std::fabs(q.first) : q.first;
       return a != c ? a > c : p.second < q.second;
     });
@@ -421,10 +450,9 @@ struct Encoder {
           uint32_t bits = uppers(sums + (r - r0) * LANES, rows[r], t, c.threshold, u);
           for (; bits; bits &= bits - 1) {
             const int l = __builtin_ctz(bits);
-            c.upper[c.n] = u[l];
-            c.latent[c.n++] = (int32_t)(t * LANES + l);
+            c.list[c.n++] = {u[l], (int32_t)(t * LANES + l)};
           }
-          if (c.n + LANES <= (int64_t)c.upper.size()) continue;
+          if (c.n + LANES <= c.capacity) continue;
           if (only_k) tighten(c, rows[r], scratch);
           c.make_room();
         }
@@ -432,10 +460,12 @@ struct Encoder {
     }
   }
 
-  // The k best of some tokens. start: a token's first threshold, per unit of its norm. failed: left without proof.
+  // The k best of some tokens. start: a token's first threshold, per unit of its norm, from `usual` on. failed: left
+  // without proof.
   void panel(const int64_t* rows, int64_t n, float start, std::vector<int64_t>& failed) const {
-    std::vector<Candidates> lists(n, Candidates(4 * k + 4 * LANES));
-    for (int64_t r = 0; r < n; r++) lists[r].threshold = start == -FLT_MAX ? start : start * tokens.norm[rows[r]];
+    std::vector<Candidates> lists;
+    for (int64_t r = 0; r < n; r++)
+      lists.emplace_back(4 * k + 4 * LANES, start == -FLT_MAX ? start : usual + start * tokens.norm[rows[r]]);
     scan(rows, n, lists, true);
     std::vector<float> scratch;
     std::vector<std::pair<float, int32_t>> best;
@@ -443,19 +473,28 @@ struct Encoder {
       if (!finish(lists[r], rows[r], scratch, best)) failed.push_back(rows[r]);
   }
 
-  int64_t panel_size(int64_t n) const {
-    const int64_t threads = std::max(1, at::get_num_threads());
-    const int64_t share = ((n + threads - 1) / threads + TOKENS - 1) / TOKENS * TOKENS;
-    return std::max<int64_t>(TOKENS, std::min(PANEL, share));
-  }
+  // Tokens in panels, as many for every thread and all of a size, so that none has to wait for a last one.
+  struct Panels {
+    int64_t n, n_tiles, count;
+
+    explicit Panels(int64_t n_) : n(n_), n_tiles((n_ + TOKENS - 1) / TOKENS) {
+      const int64_t round = std::max(1, at::get_num_threads()) * (PANEL / TOKENS);  // tiles in a panel for each thread
+      count = std::min(n_tiles, (n_tiles + round - 1) / round * std::max(1, at::get_num_threads()));
+    }
+
+    int64_t first(int64_t p) const { return std::min(n, p * n_tiles / count * TOKENS); }
+
+    template <class Take>
+    void each(const Take& take) const {
+      by_blocks(count, 1, [&](int64_t p, int64_t) { take(p, first(p), first(p + 1) - first(p)); });
+    }
+  };
 
   // All of rows, in parallel; returns the tokens left without proof, in order.
   std::vector<int64_t> run(const std::vector<int64_t>& rows, float start) const {
-    const int64_t n = rows.size(), size = panel_size(n), n_panels = (n + size - 1) / size;
-    std::vector<std::vector<int64_t>> failed(n_panels);
-    at::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; p++) panel(&rows[p * size], std::min(size, n - p * size), start, failed[p]);
-    });
+    const Panels panels(rows.size());
+    std::vector<std::vector<int64_t>> failed(panels.count);
+    panels.each([&](int64_t p, int64_t from, int64_t n) { panel(&rows[from], n, start, failed[p]); });
     std::vector<int64_t> all;
     for (auto& f : failed) all.insert(all.end(), f.begin(), f.end());
     return all;
@@ -467,10 +506,11 @@ struct Encoder {
     for (int64_t i = 0; i < B; i++) (i % every == 0 ? pilot : rest).push_back(i);
     for (int64_t i : run(pilot, -FLT_MAX)) give_up(i);
     float start = FLT_MAX;  // what the pilot's k-th latents had, per norm, and some room
+    if (!absolute) usual = std::accumulate(b, b + F, 0.0) / F;
     for (int64_t i : pilot) {
       float least = FLT_MAX;
       for (int64_t s = 0; s < k; s++) least = std::min(least, absolute ? std::fabs(values[i * k + s]) : values[i * k + s]);
-      if (tokens.norm[i] > 0) start = std::min(start, least / tokens.norm[i]);
+      if (tokens.norm[i] > 0) start = std::min(start, (least - usual) / tokens.norm[i]);
     }
     start = start < FLT_MAX ? start - 0.05f * std::fabs(start) : -FLT_MAX;
     const std::vector<int64_t> again = run(rest, start);
@@ -512,24 +552,22 @@ std::tuple<Tensor, Tensor, Tensor> encode_above(const Tensor& x, const Tensor& W
   const Tensor over = at::sub(b, floor);
   const float* at_least = floor.const_data_ptr<float>();
   const Encoder e(x, W, b, over.const_data_ptr<float>());
-  const int64_t size = e.panel_size(B), n_panels = (B + size - 1) / size;
-  std::vector<std::vector<std::pair<int32_t, float>>> found(n_panels);
+  const Encoder::Panels panels(B);
+  std::vector<std::vector<std::pair<int32_t, float>>> found(panels.count);
   Tensor offsets = at::zeros({B}, x.options().dtype(at::kLong));
   int64_t* counts = offsets.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) {
-      const int64_t first = p * size, n = std::min(size, B - first);
-      std::vector<int64_t> rows(n);
-      std::iota(rows.begin(), rows.end(), first);
-      std::vector<Candidates> lists(n, Candidates(8 * LANES));
-      e.scan(rows.data(), n, lists, false);
-      for (int64_t r = 0; r < n; r++)
-        for (int64_t c = 0; c < lists[r].n; c++) {
-          const int32_t j = lists[r].latent[c];
-          const float value = dot(e.x + (first + r) * D, e.W + j * D, D) + e.b[j];
-          if (value > at_least[j]) found[p].emplace_back(j, value), counts[first + r]++;
-        }
-    }
+  panels.each([&](int64_t p, int64_t first, int64_t n) {
+    std::vector<int64_t> rows(n);
+    std::iota(rows.begin(), rows.end(), first);
+    std::vector<Candidates> lists;
+    for (int64_t r = 0; r < n; r++) lists.emplace_back(8 * LANES, 0.f);
+    e.scan(rows.data(), n, lists, false);
+    for (int64_t r = 0; r < n; r++)
+      for (int64_t c = 0; c < lists[r].n; c++) {
+        const int32_t j = lists[r].list[c].latent;
+        const float value = dot(e.x + (first + r) * D, e.W + j * D, D) + e.b[j];
+        if (value > at_least[j]) found[p].emplace_back(j, value), counts[first + r]++;
+      }
   });
   int64_t n = 0;
   for (int64_t i = 0; i < B; i++) {
@@ -556,7 +594,7 @@ std::tuple<Tensor, Tensor> pack(const Tensor& W) {
   const float* w = W.const_data_ptr<float>();
   int8_t* to = rows.mutable_data_ptr<int8_t>();
   float* of = about.mutable_data_ptr<float>();
-  at::parallel_for(0, F, 64, [&](int64_t begin, int64_t end) {
+  by_blocks(F, 512, [&](int64_t begin, int64_t end) {
     for (int64_t f = begin; f < end; f++) {
       const float *row = w + f * D, most = largest(row, D), unit = most > 0 ? most / 127.0f : 1.0f, per_unit = 1 / unit;
       float error = 0;
@@ -605,7 +643,7 @@ struct Screen {  // of all products x @ W^T + b: about what they are, and how fa
     const Rounded tokens = round_tokens(x, B, D, D);
     const int8_t* w = rows.const_data_ptr<int8_t>();
     const float *unit = of_rows.const_data_ptr<float>(), *norm = unit + F, *error = unit + 2 * F;
-    at::parallel_for(0, F, 256, [&](int64_t begin, int64_t end) {
+    by_blocks(F, 256, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; j++)
         for (int64_t i = 0; i < B; i++) {
           const float size = tokens.norm[i] + tokens.error[i], off = tokens.error[i] + size * 0x1p-20f;
@@ -709,14 +747,22 @@ struct ByLatent {
   std::vector<Place> sorted;
 
   ByLatent(const Places& places, const float* values, int64_t F, bool zeros_too) : starts(F + 1, 0) {
-    const auto counts = [&](int64_t p) { return zeros_too || values[p] != 0; };
-    for (int64_t p = 0; p < places.n; p++) starts[places.at[p] + 1] += counts(p);
-    std::partial_sum(starts.begin(), starts.end(), starts.begin());
-    std::vector<int32_t> next(starts.begin(), starts.end() - 1);
+    const int64_t n_parts = std::min(8, at::get_num_threads()), size = (places.B + n_parts - 1) / n_parts;
+    std::vector<std::vector<int32_t>> next(n_parts, std::vector<int32_t>(F, 0));  // where a latent's next place goes
+    const auto each = [&](const auto& take) {  // take(next of this part of the tokens, token, place)
+      by_blocks(n_parts, 1, [&](int64_t part, int64_t) {
+        for (int64_t i = part * size; i < std::min(places.B, (part + 1) * size); i++)
+          for (int64_t p = places.begin(i); p < places.end(i); p++)
+            if (zeros_too || values[p] != 0) take(next[part], i, p);
+      });
+    };
+    each([&](auto& counts, int64_t, int64_t p) { counts[places.at[p]]++; });
+    for (int64_t f = 0; f < F; f++) {
+      starts[f + 1] = starts[f];
+      for (auto& counts : next) starts[f + 1] += std::exchange(counts[f], starts[f + 1]);
+    }
     sorted.resize(starts[F]);
-    for (int64_t i = 0; i < places.B; i++)
-      for (int64_t p = places.begin(i); p < places.end(i); p++)
-        if (counts(p)) sorted[next[places.at[p]]++] = {(int32_t)i, (int32_t)p, values[p]};
+    each([&](auto& to, int64_t i, int64_t p) { sorted[to[places.at[p]]++] = {(int32_t)i, (int32_t)p, values[p]}; });
   }
 };
 
@@ -730,7 +776,7 @@ Tensor sum_by_latent(
   const float* rows = x.const_data_ptr<float>();
   Tensor out = at::empty({F, D}, x.options());
   float* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, F, 16, [&](int64_t begin, int64_t end) {
+  by_blocks(F, 128, [&](int64_t begin, int64_t end) {
     for (int64_t f = begin; f < end; f++) {
       std::memset(to + f * D, 0, sizeof(float) * D);
       add_rows(
@@ -753,7 +799,7 @@ std::tuple<Tensor, Tensor> bag_backward(
   const float *rows = grad.const_data_ptr<float>(), *w = W.const_data_ptr<float>();
   Tensor of_values = at::empty(indices.sizes(), grad.options()), of_W = at::empty({F, D}, grad.options());
   float *dots = of_values.mutable_data_ptr<float>(), *to = of_W.mutable_data_ptr<float>();
-  at::parallel_for(0, F, 16, [&](int64_t begin, int64_t end) {
+  by_blocks(F, 128, [&](int64_t begin, int64_t end) {
     for (int64_t f = begin; f < end; f++) {
       std::memset(to + f * D, 0, sizeof(float) * D);
       const int64_t last = by.starts[f + 1];
@@ -780,7 +826,7 @@ Tensor dot_at(const Tensor& indices, const c10::optional<Tensor>& offsets, const
   Tensor out = at::empty(indices.sizes(), left.options());
   const float *a = left.const_data_ptr<float>(), *rows = right.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, places.B, 16, [&](int64_t begin, int64_t end) {
+  by_blocks(places.B, 128, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t last = places.end(i);
       for (int64_t p = places.begin(i); p < last; p += 4) {
@@ -807,7 +853,7 @@ Tensor bag(
   const float* first = bias ? bias->const_data_ptr<float>() : nullptr;
   Tensor out = at::empty({places.B, D}, W.options());
   float* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, places.B, 16, [&](int64_t begin, int64_t end) {
+  by_blocks(places.B, 128, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       if (first) std::memcpy(to + i * D, first, sizeof(float) * D);
       else std::memset(to + i * D, 0, sizeof(float) * D);
@@ -843,7 +889,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const Tensor& y) {
   double *out = rows.mutable_data_ptr<double>(), *sums = columns.mutable_data_ptr<double>();
   const int64_t n_parts = std::max(1, at::get_num_threads()), size = (B + n_parts - 1) / n_parts;
   std::vector<double> partial(n_parts * D);
-  at::parallel_for(0, n_parts, 1, [&](int64_t begin, int64_t end) {
+  by_blocks(n_parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; part++) {
       double* column = &partial[part * D];
       for (int64_t i = part * size; i < std::min(B, (part + 1) * size); i++) {
@@ -863,13 +909,29 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const Tensor& y) {
   return {rows, columns};
 }
 
+// y - x (B, D), and of each token its square (B,)
+std::tuple<Tensor, Tensor> difference(const Tensor& x, const Tensor& y) {
+  const int64_t B = x.size(0), D = x.size(1);
+  TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && x.sizes() == y.sizes());
+  Tensor out = at::empty({B, D}, x.options()), squares = at::empty({B}, x.options());
+  const float *a = x.const_data_ptr<float>(), *b = y.const_data_ptr<float>();
+  float *to = out.mutable_data_ptr<float>(), *of = squares.mutable_data_ptr<float>();
+  by_blocks(B, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      for (int64_t d = 0; d < D; d++) to[i * D + d] = b[i * D + d] - a[i * D + d];
+      of[i] = dot(to + i * D, to + i * D, D);
+    }
+  });
+  return {out, squares};
+}
+
 // In place: the part of every row of grad (F, D) along the same row of W is dropped
 void project_rows_(Tensor grad, const Tensor& W) {
   const int64_t F = W.size(0), D = W.size(1);
   TORCH_CHECK(grad.is_contiguous() && W.is_contiguous() && grad.sizes() == W.sizes());
   float* g = grad.mutable_data_ptr<float>();
   const float* w = W.const_data_ptr<float>();
-  at::parallel_for(0, F, 64, [&](int64_t begin, int64_t end) {
+  by_blocks(F, 512, [&](int64_t begin, int64_t end) {
     for (int64_t f = begin; f < end; f++) {
       const float *row = w + f * D, length = dot(row, row, D);
       add_scaled(g + f * D, row, -dot(g + f * D, row, D) / std::max(length, 1e-24f), D);
@@ -883,7 +945,7 @@ Tensor unit_rows_(Tensor W) {
   TORCH_CHECK(W.is_contiguous());
   Tensor factors = at::empty({F, 1}, W.options());
   float *w = W.mutable_data_ptr<float>(), *by = factors.mutable_data_ptr<float>();
-  at::parallel_for(0, F, 64, [&](int64_t begin, int64_t end) {
+  by_blocks(F, 512, [&](int64_t begin, int64_t end) {
     for (int64_t f = begin; f < end; f++) {
       float* row = w + f * D;
       by[f] = 1 / std::max(std::sqrt(dot(row, row, D)), 1e-12f);
@@ -900,7 +962,7 @@ double squares(const Tensor& grad, const c10::optional<Tensor>& W) {
   const int64_t D = W ? W->size(1) : 1 << 12, n = grad.numel(), n_rows = (n + D - 1) / D;
   const float *g = grad.const_data_ptr<float>(), *w = W ? W->const_data_ptr<float>() : nullptr;
   std::vector<double> sums(n_rows);
-  at::parallel_for(0, n_rows, 16, [&](int64_t begin, int64_t end) {
+  by_blocks(n_rows, 256, [&](int64_t begin, int64_t end) {
     for (int64_t f = begin; f < end; f++) {
       const float *row = g + f * D, *along = w + f * D;
       const int64_t length = std::min(D, n - f * D);
@@ -964,13 +1026,13 @@ struct Adam {
     float* w = p.mutable_data_ptr<float>();
     const float* g = grad.const_data_ptr<float>();
     if (!unit_rows) {
-      at::parallel_for(0, p.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+      by_blocks(p.numel(), 1 << 18, [&](int64_t begin, int64_t end) {
         step(w + begin, g + begin, m, v, begin, end - begin, g + begin, 0.f);
       });
       return;
     }
     const int64_t D = p.size(1);
-    at::parallel_for(0, p.size(0), 64, [&](int64_t begin, int64_t end) {
+    by_blocks(p.size(0), 512, [&](int64_t begin, int64_t end) {
       for (int64_t f = begin; f < end; f++) {
         float* row = w + f * D;
         const float by = dot(g + f * D, row, D) / std::max(dot(row, row, D), 1e-24f);
@@ -1020,6 +1082,7 @@ TORCH_LIBRARY(nanosae, m) {
   m.def("activity(Tensor indices, Tensor? offsets, Tensor values, int n_latents) -> (Tensor, Tensor)");
   m.def("dot_at(Tensor indices, Tensor? offsets, Tensor left, Tensor right) -> Tensor");
   m.def("moments(Tensor x, Tensor y) -> (Tensor, Tensor)");
+  m.def("difference(Tensor x, Tensor y) -> (Tensor, Tensor)");
   m.def(
       "adam_(Tensor(a!) p, Tensor grad, Tensor(b!) m, Tensor(c!) v, int step, float lr, float beta1, float beta2, "
       "float eps, float scale, bool unit_rows) -> ()");
@@ -1042,6 +1105,7 @@ TORCH_LIBRARY_IMPL(nanosae, CPU, m) {
   m.impl("activity", activity);
   m.impl("dot_at", dot_at);
   m.impl("moments", moments);
+  m.impl("difference", difference);
   m.impl("adam_", adam_);
   m.impl("squares", squares);
   m.impl("project_rows_", project_rows_);

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sae import cache, distributed, formats, hooks, kernels, log, native, plan, sweep
 from sae.activation_files import FileSource, is_activation_file
 from sae.activations import ModelSource, Source, Stream, gather
-from sae.checkpoint import checkpoints
+from sae.checkpoint import checkpoints, to_resume_from
 from sae.config import REPLACED, TrainConfig, UserError, from_cli, variants
 from sae.datasets import open_dataset
 from sae.distributed import World
@@ -166,9 +166,9 @@ def layers_name(layers: Sequence[Any], hook_type: str) -> str:
 
 def check_folder(c: TrainConfig, folder: Path) -> None:
     """Say now, not after an hour, that there is nothing to go on from, or that results cannot be written."""
-    if c.resume and not checkpoints(folder):
-        raise UserError(f"'{folder}' holds no checkpoint to resume from; start without --resume")
-    if not c.resume and not c.overwrite:
+    if c.resume:
+        to_resume_from(folder)
+    elif not c.overwrite:
         refuse_existing(folder)
     probe = Path(c.save_dir) / f".probe.{os.getpid()}"
     try:
@@ -398,17 +398,16 @@ def say_how_to_go_on(trainer: SAETrainer, folder: Path) -> None:
 def finish(trainer: SAETrainer, metrics: dict[str, float], folder: Path, *, evaluates: bool = True) -> None:
     """Say how it went, and what to do next, if sae_eval knows which model to evaluate it in."""
     where = "held out" if trainer.val else "on the last steps"
+    one = trainer.folder(trainer.names[0])
+    then = f"; next: python -m scripts.sae_eval --sae_path {one}" if evaluates else ""
     if not metrics:
         log.say(f"there was nothing left to do; saved to {folder}")
     elif len(trainer.names) > 1 and trainer.last and log.speaks():
         for line in sweep.write(trainer.last, folder):
             log.say(line)
-        one = trainer.folder(trainer.names[0])
-        then = f"; next: python -m scripts.sae_eval --sae_path {one}" if evaluates else ""
         log.say(f"(figures {where}) saved to {folder}{then}")
     else:
         score = f"explained variance {metrics['explained_variance']:.4f}, L0 {metrics['l0']:.1f}"
-        then = f"; next: python -m scripts.sae_eval --sae_path {folder}" if evaluates else ""
         log.say(f"{where}: {score}; saved to {folder}{then}")
 
 

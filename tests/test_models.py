@@ -224,15 +224,16 @@ def test_auxk_alone_moves_the_encoder_of_dead_latents_only():
     assert sae.b_dec.grad is None  # the residual is a constant, b_dec is not counted twice
 
 
-def test_auxk_equals_the_papers_formula():
-    sae, x = make("topk"), data()
-    dead = torch.rand(40, generator=torch.Generator().manual_seed(2)) < 0.5
+@pytest.mark.parametrize(("d_sae", "chosen"), [(40, 1), (200, 3), (600, 5)])  # k of many dead latents, else one in 32
+def test_auxk_equals_the_papers_formula(d_sae, chosen):
+    sae, x = make("topk", d_sae=d_sae), data()
+    dead = torch.rand(d_sae, generator=torch.Generator().manual_seed(2)) < 0.5
     k, got = sae.config.k, sae.dead_loss(x, sae(x), dead)
     with torch.no_grad():
         e = x - sae(x).x_hat
         pre = sae.pre_activations(x).masked_fill(~dead, -torch.inf)
-        values, indices = pre.topk(k)
-        f = torch.zeros(64, 40).scatter(1, indices, values.relu())
+        values, indices = pre.topk(chosen)
+        f = torch.zeros(64, d_sae).scatter(1, indices, values.relu())
         want = (f @ sae.W_dec - e).square().sum() / e.square().sum() * min(1, int(dead.sum()) / k)
     torch.testing.assert_close(got, want)
     halved = sae.dead_loss(x, sae(x), dead, residual=2 * float(e.square().sum(1).mean()))
@@ -403,17 +404,21 @@ def test_bfloat16_autocast_is_close_and_trains_every_parameter(activation):
     assert all(float(p.grad.abs().sum()) > 0 and p.grad.dtype == torch.float32 for p in sae.parameters())
 
 
-RECOVERY = {"matryoshka": {"matryoshka_prefixes": (0.5,)}, "groupmax": {"k": 8, "learning_rate": 1e-3}}
+RECOVERY = {"matryoshka": {"matryoshka_prefixes": (0.5,)}}
 
 
 @pytest.mark.parametrize("activation", ALL)
 def test_a_planted_dictionary_is_found(activation):
-    x, directions = planted(40_000, 24, 48, 3)
+    signed = activation == "abstopk"  # what it is for: of activations of one sign it makes pairs
+    x, directions = planted(40_000, 24, 48, 3, signed=signed)
     config = SAEConfig(
         **{"d_in": 24, "d_sae": 96, "activation": activation, "k": 3, "batch_size": 512, "num_epochs": 8}
         | {"learning_rate": 3e-3, "eval_every": 10_000} | RECOVERY.get(activation, {}),
     )  # fmt: skip
     sae, _ = train_sae_from_activations(x, config, verbose=False)
     rows = sae.W_dec.detach() / sae.W_dec.detach().norm(dim=1, keepdim=True)
-    best = (directions @ rows.t()).max(1).values.mean()
+    cosines = directions @ rows.t()
+    best = (cosines.abs() if signed else cosines).max(1).values.mean()
     assert float(best) >= 0.95, float(best)
+    start = create_sae(sae.config).W_dec.detach()
+    assert float((directions @ start.t()).max(1).values.mean()) < 0.7  # it was not there from the start
