@@ -1,10 +1,10 @@
 """What a training step's time and memory grow with, on the CPU at hand:  python -m benchmarks.bench_scaling
 
 Steps of all cases take turns in one process, so that noise falls on all alike; medians. Around D=384 F=6144 k=32
-B=4096: one of F, D and B at a time (slopes fitted in log-log), k doubled, AuxK with 1% and with 10% of the latents
-dead. And of each of bench_step's shapes, in a process of its own, the peak memory of a step, beside what it cannot do
-without: weights, gradients, optimiser, inputs, and one block of 2^25 pre-activations, at most. Writes
-benchmarks/results/bench_scaling.json and .png.
+B=4096: one of F, D and B at a time (slopes fitted in log-log); and around it and D=768 F=24576: k doubled, AuxK with 1%
+and with 10% of the latents dead. And of each of bench_step's shapes, in a process of its own, the peak memory of a
+step, beside what it cannot do without: weights, gradients, optimiser, inputs, and one block of 2^25 pre-activations, at
+most. Writes benchmarks/results/bench_scaling.json and .png.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from sae.trainer import git_commit
 RESULTS = Path(__file__).resolve().parent / "results" / "bench_scaling.json"
 BASE = {"B": 4096, "D": 384, "F": 6144, "K": 32}
 GROWS = {"F": (1536, 3072, 6144, 12288, 24576), "D": (96, 192, 384, 768), "B": (1024, 2048, 4096, 8192)}
+AROUND = {"M": {}, "L": {"D": 768, "F": 24576}}
 DEAD = (0.01, 0.1)  # shares of the latents
 ROUNDS = 9
 BLOCK = 2**25  # pre-activations of a block that counts as needed: 128 MiB
@@ -130,15 +131,15 @@ def main() -> None:
         print(json.dumps(memory(*sys.argv[1:])))
         return
     native.keep_memory()
-    cases: dict[tuple[str, float], Case] = {
-        (name, n): Case(**{name: n}) for name, sizes in GROWS.items() for n in sizes
-    }
-    cases |= {("K", 2 * BASE["K"]): Case(K=2 * BASE["K"])} | {("dead", share): Case(dead=share) for share in DEAD}
+    cases: dict[tuple[str, Any], Case] = {(name, n): Case(**{name: n}) for name, sizes in GROWS.items() for n in sizes}
+    for name, size in AROUND.items():
+        cases |= {(name, 0): Case(**size), (name, "K"): Case(**size, K=2 * BASE["K"])}
+        cases |= {(name, share): Case(**size, dead=share) for share in DEAD}
     for _ in range(ROUNDS):
         for case in cases.values():
             case.take_step()
     found = {key: case.result() for key, case in cases.items()}
-    base = found["F", BASE["F"]]["step_ms"]
+    ratio = lambda name, key: found[name, key]["step_ms"] / found[name, 0]["step_ms"]
     grows = {}
     for name, sizes in GROWS.items():
         points = [(n, found[name, n]["step_ms"]) for n in sizes]
@@ -154,9 +155,9 @@ def main() -> None:
             "commit": git_commit(), "cores": os.cpu_count(), "machine": platform.machine(), "kernels": native.status(),
             "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"), "rounds": ROUNDS,
         },
-        "base": found["F", BASE["F"]], "grows": grows,
-        "k_doubled": found["K", 2 * BASE["K"]]["step_ms"] / base,
-        "auxk": {str(share): found["dead", share]["step_ms"] / base for share in DEAD},
+        "base": {name: found[name, 0] for name in AROUND}, "grows": grows,
+        "k_doubled": {name: ratio(name, "K") for name in AROUND},
+        "auxk": {name: {str(share): ratio(name, share) for share in DEAD} for name in AROUND},
         "memory": used,
     }  # fmt: skip
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")

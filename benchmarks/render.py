@@ -194,14 +194,19 @@ def scaling() -> str:
     r = load("bench_scaling")
     base, grows, memory = r["base"], r["grows"], r["memory"]
     slopes = ", ".join(f"{name} {found['slope']:.2f}" for name, found in grows.items())
-    auxk = " and ".join(
-        f"{value - 1:.0%} with {float(share):.0%} of the latents dead" for share, value in r["auxk"].items()
+    added = "; ".join(
+        f"at D={base[name]['D']} F={base[name]['F']} AuxK adds "
+        + " and ".join(
+            f"{value - 1:.0%} with {float(share):.0%} dead latents" for share, value in r["auxk"][name].items()
+        )
+        + f", twice as many latents per token {r['k_doubled'][name] - 1:.0%}"
+        for name in base
     )
     peaks = ", ".join(f"{name.split()[0]} {m['peak_mib'] / m['needed_mib']:.2f}" for name, m in memory.items()
                       if name.endswith("auto"))  # fmt: skip
+    k, B = base["M"]["K"], base["M"]["B"]
     return (
-        f"Around D={base['D']} F={base['F']} k={base['K']}, batch {base['B']}: the time of a step grows with the power "
-        f"{slopes}; AuxK adds {auxk}; twice as many latents per token add {r['k_doubled'] - 1:.0%}. Peak memory of a "
+        f"With k={k} and batch {B} the time of a step grows with the power {slopes}; {added}. Peak memory of a "
         f"step over weights, gradients, optimiser, inputs and a block of at most 2^25 pre-activations: {peaks}. Plot: "
         f"benchmarks/results/bench_scaling.png ({r['about']['date']})."
     )
