@@ -404,6 +404,13 @@ def test_bfloat16_autocast_is_close_and_trains_every_parameter(activation):
     assert all(float(p.grad.abs().sum()) > 0 and p.grad.dtype == torch.float32 for p in sae.parameters())
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_toy_data_of_the_same_seed_is_not_there_from_the_start(seed):
+    rows = create_sae(SAEConfig(d_in=24, d_sae=96, seed=seed)).W_dec.detach()
+    toy = torch.randn(48, 24, generator=torch.Generator().manual_seed(seed))
+    assert float((torch.nn.functional.normalize(toy) @ rows.t()).max()) < 0.9
+
+
 RECOVERY = {"matryoshka": {"matryoshka_prefixes": (0.5,)}}
 
 
