@@ -909,22 +909,6 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const Tensor& y) {
   return {rows, columns};
 }
 
-// y - x (B, D), and of each token its square (B,)
-std::tuple<Tensor, Tensor> difference(const Tensor& x, const Tensor& y) {
-  const int64_t B = x.size(0), D = x.size(1);
-  TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && x.sizes() == y.sizes());
-  Tensor out = at::empty({B, D}, x.options()), squares = at::empty({B}, x.options());
-  const float *a = x.const_data_ptr<float>(), *b = y.const_data_ptr<float>();
-  float *to = out.mutable_data_ptr<float>(), *of = squares.mutable_data_ptr<float>();
-  by_blocks(B, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      for (int64_t d = 0; d < D; d++) to[i * D + d] = b[i * D + d] - a[i * D + d];
-      of[i] = dot(to + i * D, to + i * D, D);
-    }
-  });
-  return {out, squares};
-}
-
 // In place: the part of every row of grad (F, D) along the same row of W is dropped
 void project_rows_(Tensor grad, const Tensor& W) {
   const int64_t F = W.size(0), D = W.size(1);
@@ -1082,7 +1066,6 @@ TORCH_LIBRARY(nanosae, m) {
   m.def("activity(Tensor indices, Tensor? offsets, Tensor values, int n_latents) -> (Tensor, Tensor)");
   m.def("dot_at(Tensor indices, Tensor? offsets, Tensor left, Tensor right) -> Tensor");
   m.def("moments(Tensor x, Tensor y) -> (Tensor, Tensor)");
-  m.def("difference(Tensor x, Tensor y) -> (Tensor, Tensor)");
   m.def(
       "adam_(Tensor(a!) p, Tensor grad, Tensor(b!) m, Tensor(c!) v, int step, float lr, float beta1, float beta2, "
       "float eps, float scale, bool unit_rows) -> ()");
@@ -1105,7 +1088,6 @@ TORCH_LIBRARY_IMPL(nanosae, CPU, m) {
   m.impl("activity", activity);
   m.impl("dot_at", dot_at);
   m.impl("moments", moments);
-  m.impl("difference", difference);
   m.impl("adam_", adam_);
   m.impl("squares", squares);
   m.impl("project_rows_", project_rows_);

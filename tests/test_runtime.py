@@ -267,12 +267,13 @@ def test_special_tokens_and_positions(lm):
 
 
 @pytest.mark.parametrize(
-    "edit", ["3:+6@prompt", "3:+6@generated", "3:+6", "3:=5", "3:+6?5>0.2", "3:+6@generated?5>0.1"]
+    "edit", ["3:+6@prompt", "3:+6@generated", "3:+6", "3:=5", "3:+6?{busy}>0.2", "3:+6@generated?{busy}>0.1"]
 )
 def test_cache_or_not_the_same_steered_answer(lm, edit):
     ids = prompt_ids(lm, PROMPT, "zeta eta theta iota kappa mu nu")
-    live = InterpretableModel(lm, {HOOK: an_sae("batchtopk")})
-    with live.steer(edit):
+    sae = an_sae("batchtopk")
+    live, busy = InterpretableModel(lm, {HOOK: sae}), int((sae.encode(held(lm, ids)) > 0.2).sum((0, 1)).argmax())
+    with live.steer(edit.format(busy=busy)):
         cached = write(lm, ids, 20)
         assert torch.equal(cached, write(lm, ids, 20, use_cache=False))
     assert not torch.equal(cached, write(lm, ids, 20)), "the edit does nothing here"
