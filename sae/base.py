@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sae import kernels, native
-from sae.config import SAEConfig, UserError, require
+from sae.config import PENALISED, SAEConfig, UserError, require
 from sae.distributed import ALONE, Axis, World
 from sae.kernels import Codes
 from sae.schedules import n_latents, target_l0
@@ -343,19 +343,24 @@ class SAE(nn.Module):
             self.b_dec.copy_(data.mean(y) if self.config.b_dec_init == "mean" else geometric_median(y, data))
         if self.config.transcode:  # latents see x around its mean, as an SAE's do
             self._shift_biases_(-data.mean(x) @ self.W_enc)
-        if self.config.scale_encoder:
-            self.train()
-            x_hat = self(x, whole=self.survey([x], n_tokens=n_tokens) if team.size > 1 else None).x_hat
-            size = data.mean((x_hat - self.b_dec).norm(dim=1)) / data.mean((x - data.mean(x)).norm(dim=1))
-            if size > 0 and not self.config.tied and not self.config.transcode:
-                self.W_enc.div_(size)
+        n_rows = min(4096, len(x) if n_tokens is None else n_tokens)
+        part = x[: len(range(data.rank, n_rows, data.size))]
         target = target_l0(self.config)
         if target is not None:  # begin as sparse as asked: latents that begin dense mostly die on the way down
-            n_rows = min(4096, len(x) if n_tokens is None else n_tokens)
-            part = x[: len(range(data.rank, n_rows, data.size))]
             n = min(self.d_sae * n_rows, max(1, round(n_rows * target)))
             passing = self.pre_activations(part).flatten()
             self.raise_threshold_(team.kth_largest(passing, n).clamp(min=0))
+        elif self._finds_its_length:
+            self.train()
+            x_hat = self(part, whole=self.survey([part], n_tokens=n_rows) if team.size > 1 else None).x_hat - self.b_dec
+            sums = data.sum_(torch.stack([(x_hat * (part - self.b_dec)).sum(), x_hat.square().sum()]))
+            if sums.min() > 0:
+                self.W_enc.mul_(sums[0] / sums[1])
+
+    @property
+    def _finds_its_length(self) -> bool:
+        c = self.config
+        return c.scale_encoder and c.activation not in PENALISED and not c.tied and not c.transcode
 
     def part_of(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of the tensors of a whole SAE those parts whose latents this process holds."""

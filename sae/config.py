@@ -111,7 +111,9 @@ class SAEConfig:
 
     # how it learns
     b_dec_init: Literal["mean", "geometric_median", "zeros"] = knob("mean", "what the decoder bias starts at")
-    scale_encoder: bool = knob(False, "scale the encoder at the start so that reconstructions have the data's size")
+    scale_encoder: bool = knob(
+        True, "scale the encoder at the start so that reconstructions err least, in kinds that keep k latents"
+    )
     optimizer: Literal["adam", "adam8bit", "muon", "signum", "sgd"] = knob("adam", "optimiser", sweep=True)
     optimizer_dtype: Literal["float32", "bfloat16"] = knob(
         "float32", "what Adam keeps its moments in; bfloat16 halves them, and is rounded at random"

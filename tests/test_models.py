@@ -375,10 +375,28 @@ def test_starting_biases():
     far = lambda sae: float((sae.b_dec.detach() - data(200).mean(0)).norm())
     assert far(median) < 0.1 * far(mean)
     assert not zeros.b_dec.any()
-    scaled = start(k=40, scale_encoder=True)
-    scaled.start_from_(data(), data())
-    got, want = (t.detach() for t in (scaled(data()).x_hat - scaled.b_dec, data() - scaled.b_dec))
-    assert float(got.norm(dim=1).mean()) == pytest.approx(float(want.norm(dim=1).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "abstopk", "groupmax", "matryoshka"])
+def test_the_encoder_starts_as_long_as_errs_least(activation):
+    x, sae, plain = data(), make(activation), make(activation, scale_encoder=False)
+    error = lambda one: float((one(x).x_hat.detach() - x).square().sum())
+    for one in (sae, plain):
+        one.start_from_(x, x)
+        one.train()
+    torch.testing.assert_close(plain.W_enc.norm(dim=0), torch.ones(40))
+    lengths = sae.W_enc.detach().norm(dim=0)
+    torch.testing.assert_close(lengths, lengths[:1].expand(40))
+    least = error(sae)
+    assert least < error(plain)
+    for by in (0.9, 1.1):
+        with torch.no_grad():
+            sae.W_enc.mul_(by)
+            assert error(sae) > least
+            sae.W_enc.div_(by)
+    tied = make(activation, tied=True)
+    tied.start_from_(x, x)
+    torch.testing.assert_close(tied.W_dec.norm(dim=1), torch.ones(40))
 
 
 def test_kinds_with_a_penalty_start_as_sparse_as_asked():
