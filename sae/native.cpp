@@ -38,11 +38,11 @@ constexpr int64_t LANES = 32;   // latents in a tile
 constexpr int64_t PANEL = 252;  // tokens that a thread takes through all latents at a time
 constexpr int64_t PILOT = 28;   // tokens that tell what to expect of the others
 
-// f(begin, end) for all blocks of [0, n), of so many at most. Each thread takes the next one left: some hold more work than
-// others, and other programs may keep a core for a while.
+// f(begin, end) for all blocks of [0, n), of `least` to `most`. Each thread takes the next one left: some hold more work
+// than others, and other programs may keep a core for a while.
 template <class F>
-void by_blocks(int64_t n, int64_t most, const F& f) {
-  const int64_t threads = at::get_num_threads(), size = std::max<int64_t>(1, std::min(most, n / (4 * threads)));
+void by_blocks(int64_t n, int64_t most, const F& f, int64_t least = 1) {
+  const int64_t threads = at::get_num_threads(), size = std::max(least, std::min(most, n / (4 * threads)));
   const int64_t count = (n + size - 1) / size;
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(count, threads), 1, [&](int64_t, int64_t) {
@@ -1012,7 +1012,7 @@ struct Adam {
     if (!unit_rows) {
       by_blocks(p.numel(), 1 << 18, [&](int64_t begin, int64_t end) {
         step(w + begin, g + begin, m, v, begin, end - begin, g + begin, 0.f);
-      });
+      }, 1 << 14);
       return;
     }
     const int64_t D = p.size(1);
