@@ -153,50 +153,103 @@ void add_scaled(float* to, const float* from, float by, int64_t n) {
 
 constexpr int64_t LINE = 16;  // floats
 typedef float Line __attribute__((vector_size(64)));
+typedef float HalfLine __attribute__((vector_size(32)));
+typedef float QuarterLine __attribute__((vector_size(16)));
 
-inline Line load(const float* from) {
-  Line line;
-  std::memcpy(&line, from, sizeof(Line));
-  return line;
+template <class Vector>
+inline Vector load(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof(Vector));
+  return vector;
 }
 
 inline float sum_of(const Line& line) {
-  float sum = 0;
-  for (int64_t l = 0; l < LINE; l++) sum += line[l];
-  return sum;
+  const HalfLine half = load<HalfLine>(&line) + load<HalfLine>((const char*)&line + 32);
+  const QuarterLine quarter = load<QuarterLine>(&half) + load<QuarterLine>((const char*)&half + 16);
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
-// out[r] = a . rows[r] for four rows; and, if asked, to += the sum of by[r] * rows[r]
-void four_dots(const float* a, const float* const* rows, int64_t n, float* out, float* to = nullptr, const float* by = nullptr) {
-  const float *p = rows[0], *q = rows[1], *r = rows[2], *s = rows[3];
-  Line sums[4] = {};
-  int64_t i = 0;
-  for (; i + LINE <= n; i += LINE) {
-    const Line x = load(a + i), u = load(p + i), v = load(q + i), w = load(r + i), z = load(s + i);
-    sums[0] += x * u, sums[1] += x * v, sums[2] += x * w, sums[3] += x * z;
-    if (!to) continue;
-    const Line sum = load(to + i) + by[0] * u + by[1] * v + by[2] * w + by[3] * z;
-    std::memcpy(to + i, &sum, sizeof(Line));
-  }
-  for (int j = 0; j < 4; j++) {
-    out[j] = sum_of(sums[j]);
-    for (int64_t l = i; l < n; l++) {
-      out[j] += a[l] * rows[j][l];
-      if (to) to[l] += by[j] * rows[j][l];
+#if defined(__AVX512F__)
+constexpr int64_t ROWS = 8;  // that are read side by side, as registers allow
+#else
+constexpr int64_t ROWS = 4;
+#endif
+
+struct Pass {         // over rows of n floats
+  int64_t n;
+  float* to;          // becomes, or if not fresh gets added, the sum of by[r] * rows[r]
+  bool fresh;
+  const float* a;     // whose products with the rows are dots[r]
+  const float* rows[ROWS];
+  float by[ROWS], dots[ROWS];
+
+  template <int N, bool SUM, bool DOTS>
+  void take() {
+    Line sums[N] = {};
+    int64_t i = 0;
+    for (; i + LINE <= n; i += LINE) {
+      Line sum = {}, x = {};
+      if (SUM && !fresh) sum = load<Line>(to + i);
+      if (DOTS) x = load<Line>(a + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < N; r++) {
+        const Line row = load<Line>(rows[r] + i);
+        if (SUM) sum += by[r] * row;
+        if (DOTS) sums[r] += x * row;
+      }
+      if (SUM) std::memcpy(to + i, &sum, sizeof(Line));
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < N; r++)
+      if (DOTS) dots[r] = sum_of(sums[r]);
+    for (; i < n; i++) {
+      float sum = SUM && !fresh ? to[i] : 0;
+      for (int r = 0; r < N; r++) {
+        if (SUM) sum += by[r] * rows[r][i];
+        if (DOTS) dots[r] += a[i] * rows[r][i];
+      }
+      if (SUM) to[i] = sum;
     }
   }
+
+  template <bool SUM, bool DOTS, int N = ROWS>
+  void take(int64_t n_rows) {
+    if constexpr (N > 0) {
+      if (n_rows == N) take<N, SUM, DOTS>();
+      else take<SUM, DOTS, N - 1>(n_rows);
+    }
+  }
+};
+
+// Over places p in [first, last): `to` (n,) becomes `start` or 0 plus the sum of value(p) * row(p), unless it is null; and
+// dot(p, a . row(p)) is called for each, unless a is null.
+template <bool SUM, bool DOTS, class Row, class Value, class Dot>
+void each_row(
+    int64_t first, int64_t last, int64_t n, const Row& row, const Value& value, const float* start, float* to,
+    const float* a, const Dot& dot) {
+  if (SUM && start) std::memcpy(to, start, sizeof(float) * n);
+  else if (SUM && first == last) std::memset(to, 0, sizeof(float) * n);
+  Pass pass{n, to, !start, a, {}, {}, {}};
+  for (int64_t p = first; p < last; p += ROWS) {
+    const int64_t count = std::min(ROWS, last - p);
+    for (int64_t r = 0; r < count; r++) {
+      pass.rows[r] = row(p + r);
+      if (SUM) pass.by[r] = value(p + r);
+    }
+    pass.take<SUM, DOTS>(count);
+    for (int64_t r = 0; DOTS && r < count; r++) dot(p + r, pass.dots[r]);
+    pass.fresh = false;
+  }
 }
 
-// to += the sum over places p in [first, last) of value(p) * row(p), four at a time: `to` goes through memory less often
 template <class Row, class Value>
-void add_rows(float* to, int64_t first, int64_t last, int64_t n, const Row& row, const Value& value) {
-  int64_t p = first;
-  for (; p + 4 <= last; p += 4) {
-    const float *a = row(p), *b = row(p + 1), *c = row(p + 2), *d = row(p + 3);
-    const float u = value(p), v = value(p + 1), w = value(p + 2), z = value(p + 3);
-    for (int64_t i = 0; i < n; i++) to[i] += u * a[i] + v * b[i] + w * c[i] + z * d[i];
-  }
-  for (; p < last; p++) add_scaled(to, row(p), value(p), n);
+void sum_rows(float* to, const float* start, int64_t first, int64_t last, int64_t n, const Row& row, const Value& value) {
+  each_row<true, false>(first, last, n, row, value, start, to, nullptr, [](int64_t, float) {});
+}
+
+template <class Row, class Dot>
+void dot_rows(const float* a, int64_t first, int64_t last, int64_t n, const Row& row, const Dot& dot) {
+  each_row<false, true>(first, last, n, row, [](int64_t) { return 0.f; }, nullptr, nullptr, a, dot);
 }
 
 float largest(const float* a, int64_t n) {
@@ -402,14 +455,9 @@ struct Encoder {
 
   // The exact value of token i's pre-activation at each latent of a list.
   void rescore(int64_t i, std::vector<std::pair<float, int32_t>>& list) const {
-    const int64_t n = list.size();
-    for (int64_t p = 0; p < n; p += 4) {
-      const float* rows[4];
-      float dots[4];
-      for (int64_t r = 0; r < 4; r++) rows[r] = W + list[std::min(p + r, n - 1)].second * D;
-      four_dots(x + i * D, rows, D, dots);
-      for (int64_t r = 0; r < 4 && p + r < n; r++) list[p + r].first = dots[r] + b[list[p + r].second];
-    }
+    dot_rows(
+        x + i * D, 0, list.size(), D, [&](int64_t p) { return W + list[p].second * D; },
+        [&](int64_t p, float dot) { list[p].first = dot + b[list[p].second]; });
   }
 
   // The exact k best of the candidates; false if they may not hold them.
@@ -737,23 +785,21 @@ struct Places {
   int64_t end(int64_t i) const { return !starts ? (i + 1) * K : i + 1 < B ? starts[i + 1] : n; }
 };
 
-// The places of each latent, in the order of tokens
+// The places of each latent, in the order of tokens: make(token, place) of those that are kept
+template <class Place>
 struct ByLatent {
-  struct Place {
-    int32_t token, place;
-    float value;
-  };
   std::vector<int32_t> starts;  // (F + 1,)
   std::vector<Place> sorted;
 
-  ByLatent(const Places& places, const float* values, int64_t F, bool zeros_too) : starts(F + 1, 0) {
+  template <class Keep, class Make>
+  ByLatent(const Places& places, int64_t F, const Keep& keep, const Make& make) : starts(F + 1, 0) {
     const int64_t n_parts = std::min(8, at::get_num_threads()), size = (places.B + n_parts - 1) / n_parts;
     std::vector<std::vector<int32_t>> next(n_parts, std::vector<int32_t>(F, 0));  // where a latent's next place goes
     const auto each = [&](const auto& take) {  // take(next of this part of the tokens, token, place)
       by_blocks(n_parts, 1, [&](int64_t part, int64_t) {
         for (int64_t i = part * size; i < std::min(places.B, (part + 1) * size); i++)
           for (int64_t p = places.begin(i); p < places.end(i); p++)
-            if (zeros_too || values[p] != 0) take(next[part], i, p);
+            if (keep(p)) take(next[part], i, p);
       });
     };
     each([&](auto& counts, int64_t, int64_t p) { counts[places.at[p]]++; });
@@ -762,8 +808,18 @@ struct ByLatent {
       for (auto& counts : next) starts[f + 1] += std::exchange(counts[f], starts[f + 1]);
     }
     sorted.resize(starts[F]);
-    each([&](auto& to, int64_t i, int64_t p) { sorted[to[places.at[p]]++] = {(int32_t)i, (int32_t)p, values[p]}; });
+    each([&](auto& to, int64_t i, int64_t p) { sorted[to[places.at[p]]++] = make(i, p); });
   }
+};
+
+struct Weighted {
+  int32_t token;
+  float value;
+};
+
+struct Placed {
+  int32_t token, place;
+  float value;
 };
 
 // (F, D): for each latent the sum of values[place] * x[token] over the places whose index is that latent
@@ -772,17 +828,16 @@ Tensor sum_by_latent(
   const Places places(indices, offsets, F);
   const int64_t D = x.size(1);
   TORCH_CHECK(values.is_contiguous() && x.is_contiguous() && values.numel() == places.n && x.size(0) == places.B);
-  const ByLatent by(places, values.const_data_ptr<float>(), F, false);
-  const float* rows = x.const_data_ptr<float>();
+  const float *rows = x.const_data_ptr<float>(), *v = values.const_data_ptr<float>();
+  const ByLatent<Weighted> by(
+      places, F, [&](int64_t p) { return v[p] != 0; }, [&](int64_t i, int64_t p) { return Weighted{(int32_t)i, v[p]}; });
   Tensor out = at::empty({F, D}, x.options());
   float* to = out.mutable_data_ptr<float>();
   by_blocks(F, 128, [&](int64_t begin, int64_t end) {
-    for (int64_t f = begin; f < end; f++) {
-      std::memset(to + f * D, 0, sizeof(float) * D);
-      add_rows(
-          to + f * D, by.starts[f], by.starts[f + 1], D, [&](int64_t p) { return rows + by.sorted[p].token * D; },
+    for (int64_t f = begin; f < end; f++)
+      sum_rows(
+          to + f * D, nullptr, by.starts[f], by.starts[f + 1], D, [&](int64_t p) { return rows + by.sorted[p].token * D; },
           [&](int64_t p) { return by.sorted[p].value; });
-    }
   });
   return out;
 }
@@ -795,25 +850,17 @@ std::tuple<Tensor, Tensor> bag_backward(
   const Places places(indices, offsets, F);
   TORCH_CHECK(values.is_contiguous() && grad.is_contiguous() && W.is_contiguous() && grad.size(1) == D);
   TORCH_CHECK(values.numel() == places.n && grad.size(0) == places.B);
-  const ByLatent by(places, values.const_data_ptr<float>(), F, true);
-  const float *rows = grad.const_data_ptr<float>(), *w = W.const_data_ptr<float>();
+  const float *rows = grad.const_data_ptr<float>(), *w = W.const_data_ptr<float>(), *v = values.const_data_ptr<float>();
+  const ByLatent<Placed> by(
+      places, F, [](int64_t) { return true; }, [&](int64_t i, int64_t p) { return Placed{(int32_t)i, (int32_t)p, v[p]}; });
   Tensor of_values = at::empty(indices.sizes(), grad.options()), of_W = at::empty({F, D}, grad.options());
   float *dots = of_values.mutable_data_ptr<float>(), *to = of_W.mutable_data_ptr<float>();
   by_blocks(F, 128, [&](int64_t begin, int64_t end) {
-    for (int64_t f = begin; f < end; f++) {
-      std::memset(to + f * D, 0, sizeof(float) * D);
-      const int64_t last = by.starts[f + 1];
-      for (int64_t p = by.starts[f]; p < last; p += 4) {
-        const float* these[4];
-        float value[4], dot[4];
-        for (int64_t r = 0; r < 4; r++) {
-          const auto& place = by.sorted[std::min(p + r, last - 1)];
-          these[r] = rows + place.token * D, value[r] = p + r < last ? place.value : 0;
-        }
-        four_dots(w + f * D, these, D, dot, to + f * D, value);
-        for (int64_t r = 0; r < 4 && p + r < last; r++) dots[by.sorted[p + r].place] = dot[r];
-      }
-    }
+    for (int64_t f = begin; f < end; f++)
+      each_row<true, true>(
+          by.starts[f], by.starts[f + 1], D, [&](int64_t p) { return rows + by.sorted[p].token * D; },
+          [&](int64_t p) { return by.sorted[p].value; }, nullptr, to + f * D, w + f * D,
+          [&](int64_t p, float dot) { dots[by.sorted[p].place] = dot; });
   });
   return {of_values, of_W};
 }
@@ -827,16 +874,10 @@ Tensor dot_at(const Tensor& indices, const c10::optional<Tensor>& offsets, const
   const float *a = left.const_data_ptr<float>(), *rows = right.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
   by_blocks(places.B, 128, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t last = places.end(i);
-      for (int64_t p = places.begin(i); p < last; p += 4) {
-        const float* these[4];
-        float dots[4];
-        for (int r = 0; r < 4; r++) these[r] = rows + places.at[std::min(p + r, last - 1)] * D;
-        four_dots(a + i * D, these, D, dots);
-        std::copy(dots, dots + std::min<int64_t>(4, last - p), to + p);
-      }
-    }
+    for (int64_t i = begin; i < end; i++)
+      dot_rows(
+          a + i * D, places.begin(i), places.end(i), D, [&](int64_t p) { return rows + places.at[p] * D; },
+          [&](int64_t p, float dot) { to[p] = dot; });
   });
   return out;
 }
@@ -854,13 +895,10 @@ Tensor bag(
   Tensor out = at::empty({places.B, D}, W.options());
   float* to = out.mutable_data_ptr<float>();
   by_blocks(places.B, 128, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      if (first) std::memcpy(to + i * D, first, sizeof(float) * D);
-      else std::memset(to + i * D, 0, sizeof(float) * D);
-      add_rows(
-          to + i * D, places.begin(i), places.end(i), D, [&](int64_t p) { return w + places.at[p] * D; },
+    for (int64_t i = begin; i < end; i++)
+      sum_rows(
+          to + i * D, first, places.begin(i), places.end(i), D, [&](int64_t p) { return w + places.at[p] * D; },
           [&](int64_t p) { return v[p]; });
-    }
   });
   return out;
 }
