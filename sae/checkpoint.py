@@ -20,7 +20,7 @@ from sae.config import UserError
 from sae.distributed import Axis
 
 KEPT = 2
-FORMAT = 2  # goes up when what a run must know to go on changes
+FORMAT = 3  # goes up when what a run must know to go on changes
 
 
 def checkpoints(save_dir: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from torch.optim.adam import adam as fused_adam
 
 from sae import kernels
 from sae.base import SAE, SHARED
-from sae.config import PENALISED, SAEConfig, UserError
+from sae.config import SAEConfig, UserError
 from sae.distributed import ALONE, Axis
 from sae.schedules import adam_betas, peak_lr
 
@@ -211,7 +211,7 @@ class Optimizer:
         the gradients, less what lies along decoder rows of fixed norm, before it was clipped."""
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = lr * group.get("reach", 1.0)
+                group["lr"] = lr
         only = self.parts[0]
         if scaler is None and isinstance(only, Adam) and only.is_ours():
             return self._fused_step(only)
@@ -289,33 +289,15 @@ class Optimizer:
 
 
 def _adam(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
-    return [_adam_over(dict(sae.named_parameters()), c, n_steps, device)]
+    return [_adam_over(list(sae.parameters()), c, n_steps, device)]
 
 
-def _adam_over(
-    params: dict[str, nn.Parameter], c: SAEConfig, n_steps: int, device: torch.device
-) -> torch.optim.Optimizer:
+def _adam_over(params: list[nn.Parameter], c: SAEConfig, n_steps: int, device: torch.device) -> torch.optim.Optimizer:
     fused = device.type in ("cpu", "cuda")  # one pass over memory, where torch has it
-    groups = _groups(params, c)
-    settings: dict[str, Any] = {"lr": peak_lr(c), "betas": adam_betas(n_steps), "fused": fused}
+    settings: dict[str, Any] = {"lr": peak_lr(c), "betas": adam_betas(c, n_steps), "fused": fused}
     if c.weight_decay:
-        return torch.optim.AdamW(groups, weight_decay=c.weight_decay, **settings)
-    return Adam(groups, moments=getattr(torch, c.optimizer_dtype), **settings)
-
-
-def _groups(params: dict[str, nn.Parameter], c: SAEConfig) -> list[dict[str, Any]]:
-    """Biases reach sqrt(D) times as far in a step as weights do, in kinds that select.
-
-    Adam moves every number by about the step size, and activations have norm sqrt(D) here: beside rows of unit norm,
-    whose entries are 1/sqrt(D), biases would hardly move. Kinds with a penalty have theirs steered (learner.py).
-    """
-    reach = 1.0 if c.activation in PENALISED else math.sqrt(c.d_in or 1)
-    is_bias = lambda name: name.startswith("b_")
-    groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in params.items() if not is_bias(name)]},
-        {"params": [p for name, p in params.items() if is_bias(name)], "reach": reach},
-    ]
-    return [group for group in groups if group["params"]]
+        return torch.optim.AdamW(params, weight_decay=c.weight_decay, **settings)
+    return Adam(params, moments=getattr(torch, c.optimizer_dtype), **settings)
 
 
 def _adam8bit(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
@@ -326,15 +308,14 @@ def _adam8bit(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> lis
     if device.type != "cuda":
         raise UserError(f"--optimizer adam8bit runs on CUDA and this is {device}; give --optimizer adam")
     adam = bitsandbytes.optim.AdamW8bit
-    groups = _groups(dict(sae.named_parameters()), c)
-    return [adam(groups, lr=peak_lr(c), betas=adam_betas(n_steps), weight_decay=c.weight_decay)]
+    return [adam(sae.parameters(), lr=peak_lr(c), betas=adam_betas(c, n_steps), weight_decay=c.weight_decay)]
 
 
 def _muon(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"--optimizer muon needs torch 2.9 and this is {torch.__version__}; give --optimizer adam")
     matrices = [p for p in sae.parameters() if p.ndim == 2]
-    rest = {name: p for name, p in sae.named_parameters() if p.ndim != 2}
+    rest = [p for p in sae.parameters() if p.ndim != 2]
     # updates of the size that Adam's have, so that one step size serves both (Moonlight, arxiv.org/abs/2502.16982)
     muon = torch.optim.Muon(
         matrices, lr=peak_lr(c), weight_decay=c.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"

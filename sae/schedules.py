@@ -28,19 +28,24 @@ def tokens_per_step(c: SAEConfig) -> int:
 PEAK_LR = {"adam": 4e-3, "adam8bit": 4e-3, "muon": 4e-3, "signum": 1e-3, "sgd": 0.05}
 
 
-def peak_lr(c: SAEConfig) -> float:
-    """The optimiser's step size, as given or by its rule."""
-    if c.learning_rate is not None:
-        return c.learning_rate
+def usual_lr(c: SAEConfig) -> float:
+    """The optimiser's step size by its rule."""
     return PEAK_LR[c.optimizer] / math.sqrt(n_latents(c) / 1536)
 
 
-def adam_betas(n_steps: int) -> tuple[float, float]:
+def peak_lr(c: SAEConfig) -> float:
+    """The optimiser's step size, as given or by its rule."""
+    return c.learning_rate if c.learning_rate is not None else usual_lr(c)
+
+
+def adam_betas(c: SAEConfig, n_steps: int) -> tuple[float, float]:
     """Adam's memories: 10 steps, and a twentieth of the run, 1000 steps at most.
 
-    Latents fire seldom, so that their gradients' size changes fast; the usual 1000 steps are longer than many runs.
+    Latents fire seldom, so that their gradients' size changes fast; the usual 1000 steps are longer than many runs. A
+    step size n times the usual one wants a memory n times as long, or latents die of its noise (dev/LOG.md).
     """
-    return 0.9, 1 - 1 / min(1000, max(10, n_steps // 20))
+    share = 0.05 * max(1.0, peak_lr(c) / usual_lr(c))
+    return 0.9, 1 - 1 / min(1000, max(10, int(n_steps * share)))
 
 
 def warmup_steps(c: SAEConfig, n_steps: int) -> int:

@@ -184,8 +184,14 @@ def test_schedules():
     with pytest.raises(UserError, match="neither"):
         sched.n_latents(SAEConfig())
     assert math.isclose(SAEConfig().auxk_alpha, 1 / 32)
-    assert sched.adam_betas(976) == (0.9, 1 - 1 / 48)
-    assert sched.adam_betas(10**6) == (0.9, 0.999)
+    usual = SAEConfig(d_sae=1536)
+    assert sched.adam_betas(usual, 976) == (0.9, 1 - 1 / 48)
+    assert sched.adam_betas(usual, 10**6) == (0.9, 0.999)
+    assert sched.adam_betas(dataclasses.replace(usual, learning_rate=2 * sched.usual_lr(usual)), 976) == (
+        0.9,
+        1 - 1 / 97,
+    )
+    assert sched.adam_betas(dataclasses.replace(usual, learning_rate=1e-9), 976) == sched.adam_betas(usual, 976)
 
 
 def test_settings_that_do_not_go_together():
