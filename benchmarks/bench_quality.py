@@ -6,7 +6,7 @@ at hand:
 sparsify (with Adam, no warm-up, its step size falling to 0 at the end of its time, at each of a few peak step sizes)
 trains for 24 s on S and for 120 s on M. nanoSAE trains for a share of that, a whole schedule of its own, at the same
 step sizes and batches; the shares grow until its fraction of variance unexplained, on tokens held out from both, is no
-higher. The time is that of the training steps, as measured, in processes of their own, one after the other. Writes
+higher, and are then halved twice between the last that fell short and the first that did not. The time is that of the training steps, as measured, in processes of their own, one after the other. Writes
 benchmarks/results/bench_quality.json.
 """
 
@@ -54,14 +54,24 @@ def compare(shape: str, peers_python: str) -> dict[str, Any]:
     best = min(run["fvu"] for run in peers)
     rows = []
     for peer in peers:
-        runs: list[dict[str, Any]] = []
-        for share in SHARES:
-            runs.append(train(OURS | size, share * SECONDS[shape], our_step, peer["lr"], peers_python))
+        tried: dict[float, dict[str, Any]] = {}
+
+        def attempt(share: float, peer: dict[str, Any] = peer, tried: dict[float, dict[str, Any]] = tried) -> None:
+            run = train(OURS | size, share * SECONDS[shape], our_step, peer["lr"], peers_python)
+            tried[share] = run
             print(f"{shape} lr {peer['lr']:g}: sparsify {peer['fvu']:.4f} after {peer['seconds']:.1f} s; nanoSAE "
-                  f"{runs[-1]['fvu']:.4f} after {runs[-1]['seconds']:.1f} s", flush=True)  # fmt: skip
-            if runs[-1]["fvu"] <= best:
+                  f"{run['fvu']:.4f} after {run['seconds']:.1f} s", flush=True)  # fmt: skip
+
+        for share in SHARES:
+            attempt(share)
+            if tried[share]["fvu"] <= best:
                 break
-        rows.append({"lr": peer["lr"], "sparsify": peer, "nanosae": runs})
+        for _ in range(2):
+            enough = [share for share, run in tried.items() if run["fvu"] <= peer["fvu"]]
+            short = [share for share in tried if enough and share < min(enough)]
+            if short:
+                attempt((max(short) * min(enough)) ** 0.5)
+        rows.append({"lr": peer["lr"], "sparsify": peer, "nanosae": [tried[share] for share in sorted(tried)]})
     same_lr = [min((r["seconds"] / row["sparsify"]["seconds"] for r in row["nanosae"]
                     if r["fvu"] <= row["sparsify"]["fvu"]), default=None) for row in rows]  # fmt: skip
     spent = min(row["sparsify"]["seconds"] for row in rows if row["sparsify"]["fvu"] == best)
