@@ -59,8 +59,14 @@ def run_job(job: dict[str, Any], allocator: str, peers_python: str) -> dict[str,
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """One contender on one shape, over its rounds."""
     steps = [s for r in runs for s in r["seconds"][SKIPPED:]]
-    pieces = {name: 1e3 * statistics.median(s for r in runs for s in r[name]) for name in ("product", "encoder")
-              if name in runs[0]}  # fmt: skip
+    pieces: dict[str, float] = {}
+    if "encoder" in runs[0]:
+        of_steps = [s for r in runs for s in r["encoder"][SKIPPED:]]
+        pieces = {
+            "product": 1e3 * statistics.median(s for r in runs for s in r["product"]),
+            "encoder": 1e3 * statistics.median(of_steps),
+            "step_over_encoder": statistics.median(a / b for a, b in zip(steps, of_steps, strict=True)),
+        }
     return {
         "step_ms": 1e3 * statistics.median(steps), "least_ms": 1e3 * min(steps), "n_steps": len(steps),
         "peak_mib": max(r["peak_mib"] for r in runs), **pieces,
