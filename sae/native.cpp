@@ -785,21 +785,23 @@ struct Places {
   int64_t end(int64_t i) const { return !starts ? (i + 1) * K : i + 1 < B ? starts[i + 1] : n; }
 };
 
-// The places of each latent, in the order of tokens: make(token, place) of those that are kept
-template <class Place>
+// The places of each latent, in the order of tokens
 struct ByLatent {
+  struct Place {
+    int32_t token, place;
+    float value;
+  };
   std::vector<int32_t> starts;  // (F + 1,)
   std::vector<Place> sorted;
 
-  template <class Keep, class Make>
-  ByLatent(const Places& places, int64_t F, const Keep& keep, const Make& make) : starts(F + 1, 0) {
+  ByLatent(const Places& places, const float* values, int64_t F, bool zeros_too) : starts(F + 1, 0) {
     const int64_t n_parts = std::min(8, at::get_num_threads()), size = (places.B + n_parts - 1) / n_parts;
     std::vector<std::vector<int32_t>> next(n_parts, std::vector<int32_t>(F, 0));  // where a latent's next place goes
     const auto each = [&](const auto& take) {  // take(next of this part of the tokens, token, place)
       by_blocks(n_parts, 1, [&](int64_t part, int64_t) {
         for (int64_t i = part * size; i < std::min(places.B, (part + 1) * size); i++)
           for (int64_t p = places.begin(i); p < places.end(i); p++)
-            if (keep(p)) take(next[part], i, p);
+            if (zeros_too || values[p] != 0) take(next[part], i, p);
       });
     };
     each([&](auto& counts, int64_t, int64_t p) { counts[places.at[p]]++; });
@@ -808,18 +810,8 @@ struct ByLatent {
       for (auto& counts : next) starts[f + 1] += std::exchange(counts[f], starts[f + 1]);
     }
     sorted.resize(starts[F]);
-    each([&](auto& to, int64_t i, int64_t p) { sorted[to[places.at[p]]++] = make(i, p); });
+    each([&](auto& to, int64_t i, int64_t p) { sorted[to[places.at[p]]++] = {(int32_t)i, (int32_t)p, values[p]}; });
   }
-};
-
-struct Weighted {
-  int32_t token;
-  float value;
-};
-
-struct Placed {
-  int32_t token, place;
-  float value;
 };
 
 // (F, D): for each latent the sum of values[place] * x[token] over the places whose index is that latent
@@ -828,9 +820,8 @@ Tensor sum_by_latent(
   const Places places(indices, offsets, F);
   const int64_t D = x.size(1);
   TORCH_CHECK(values.is_contiguous() && x.is_contiguous() && values.numel() == places.n && x.size(0) == places.B);
-  const float *rows = x.const_data_ptr<float>(), *v = values.const_data_ptr<float>();
-  const ByLatent<Weighted> by(
-      places, F, [&](int64_t p) { return v[p] != 0; }, [&](int64_t i, int64_t p) { return Weighted{(int32_t)i, v[p]}; });
+  const ByLatent by(places, values.const_data_ptr<float>(), F, false);
+  const float* rows = x.const_data_ptr<float>();
   Tensor out = at::empty({F, D}, x.options());
   float* to = out.mutable_data_ptr<float>();
   by_blocks(F, 128, [&](int64_t begin, int64_t end) {
@@ -850,9 +841,8 @@ std::tuple<Tensor, Tensor> bag_backward(
   const Places places(indices, offsets, F);
   TORCH_CHECK(values.is_contiguous() && grad.is_contiguous() && W.is_contiguous() && grad.size(1) == D);
   TORCH_CHECK(values.numel() == places.n && grad.size(0) == places.B);
-  const float *rows = grad.const_data_ptr<float>(), *w = W.const_data_ptr<float>(), *v = values.const_data_ptr<float>();
-  const ByLatent<Placed> by(
-      places, F, [](int64_t) { return true; }, [&](int64_t i, int64_t p) { return Placed{(int32_t)i, (int32_t)p, v[p]}; });
+  const ByLatent by(places, values.const_data_ptr<float>(), F, true);
+  const float *rows = grad.const_data_ptr<float>(), *w = W.const_data_ptr<float>();
   Tensor of_values = at::empty(indices.sizes(), grad.options()), of_W = at::empty({F, D}, grad.options());
   float *dots = of_values.mutable_data_ptr<float>(), *to = of_W.mutable_data_ptr<float>();
   by_blocks(F, 128, [&](int64_t begin, int64_t end) {
