@@ -290,6 +290,7 @@ def test_markup_is_text(open_page, hostile_run):
     with server("--sae_path", str(hostile_run), "--max_new_tokens", "40", *steer) as (port, _):
         page = open_page(port)
         edits = page.locator(".edit")  # those that no slider can show are there, too
+        expect(edits).to_have_count(3)  # they come with the server's answer
         assert edits.locator("code").all_inner_texts() == ["5:|0", "7:+1.5@generated"]
         assert edits.last.locator("input[type=number]").input_value() == "-2"
         say(page, "<script>alert(3)</script><img src=x onerror=alert(4)>")
