@@ -3,10 +3,11 @@
 // Letters: B tokens in a batch, D width, F latents, K kept latents.
 //
 // encode_top_k finds the K largest of x @ W^T + b per token without writing the (B, F) matrix. Tokens and latents are
-// rounded to 16-bit integers, whose products run at twice the speed of float32's. What rounding can have changed has a
-// bound, by Cauchy-Schwarz: |x.w - x'.w'| <= |x - x'| |w| + |x'| |w - w'|. With it every product becomes an interval;
-// latents whose upper end is below the K-th best lower end cannot be among the K best, and the few others are computed
-// again in float32. A token whose candidates do not prove this is done again with nothing assumed.
+// rounded to integers of 8 or 16 bits, whose products run at four or two times the speed of float32's. What rounding can
+// have changed has a bound, by Cauchy-Schwarz: |x.w - x'.w'| <= |x - x'| |w| + |x'| |w - w'|. With it every product becomes
+// an interval. The K likeliest latents are computed again in float32; others whose upper end is below the least of these
+// cannot be among the K best, and the few left are computed again, too. A token whose candidates do not prove this is done
+// again with nothing assumed.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -51,33 +52,43 @@ void by_blocks(int64_t n, int64_t most, const F& f, int64_t least = 1) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// integer products: out[r][lane] = sum over d of x[r][d] * w[lane][d], w laid out [D/2][LANES][2]
+// integer products: out[r][lane] = start[lane] + sum over d of x[r][d] * w[lane][d], w laid out [D/GROUP][LANES][GROUP]
+
+#if defined(__AVX512VNNI__)  // has an instruction for four products of 8 bits, unsigned by signed
+typedef uint8_t TokenInteger;
+typedef int8_t LatentInteger;
+constexpr int32_t OFFSET = 128;  // is added to a token's integers
+#else
+typedef int16_t TokenInteger, LatentInteger;
+constexpr int32_t OFFSET = 0;
+#endif
+constexpr int64_t GROUP = 4 / sizeof(LatentInteger);  // products that add up in a lane at once
 
 #if defined(__AVX512BW__)
 
 constexpr int TOKENS = 14;
 
-inline __m512i multiply_add(__m512i sum, __m512i a, __m512i b) {
+inline __m512i multiply_add(__m512i sum, __m512i x, __m512i w) {
 #if defined(__AVX512VNNI__)
-  return _mm512_dpwssd_epi32(sum, a, b);
+  return _mm512_dpbusd_epi32(sum, x, w);
 #else
-  return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(x, w));
 #endif
 }
 
-void tile(const int16_t* const* x, const int16_t* w, int64_t n_pairs, int32_t* out) {
+void tile(const TokenInteger* const* x, const LatentInteger* w, int64_t n_groups, const int32_t* start, int32_t* out) {
   __m512i low[TOKENS], high[TOKENS];
 #pragma GCC unroll 14  // every index a constant, or sums would live in memory
-  for (int r = 0; r < TOKENS; r++) low[r] = high[r] = _mm512_setzero_si512();
-  for (int64_t d = 0; d < n_pairs; d++, w += 2 * LANES) {
-    const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + LANES);
+  for (int r = 0; r < TOKENS; r++) low[r] = _mm512_loadu_si512(start), high[r] = _mm512_loadu_si512(start + 16);
+  for (int64_t g = 0; g < n_groups; g++, w += GROUP * LANES) {
+    const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + GROUP * LANES / 2);
 #pragma GCC unroll 14
     for (int r = 0; r < TOKENS; r++) {
-      int32_t pair;
-      std::memcpy(&pair, x[r] + 2 * d, 4);
-      const __m512i both = _mm512_set1_epi32(pair);
-      low[r] = multiply_add(low[r], both, w0);
-      high[r] = multiply_add(high[r], both, w1);
+      int32_t group;
+      std::memcpy(&group, x[r] + GROUP * g, 4);
+      const __m512i all = _mm512_set1_epi32(group);
+      low[r] = multiply_add(low[r], all, w0);
+      high[r] = multiply_add(high[r], all, w1);
     }
   }
 #pragma GCC unroll 14
@@ -91,21 +102,21 @@ void tile(const int16_t* const* x, const int16_t* w, int64_t n_pairs, int32_t* o
 
 constexpr int TOKENS = 6;
 
-void tile(const int16_t* const* x, const int16_t* w, int64_t n_pairs, int32_t* out) {
+void tile(const TokenInteger* const* x, const LatentInteger* w, int64_t n_groups, const int32_t* start, int32_t* out) {
   for (int64_t half = 0; half < 2; half++) {
+    const __m256i *first = (const __m256i*)(start + 16 * half), *at = (const __m256i*)(w + half * LANES);
     __m256i low[TOKENS], high[TOKENS];
 #pragma GCC unroll 6  // every index a constant, or sums would live in memory
-    for (int r = 0; r < TOKENS; r++) low[r] = high[r] = _mm256_setzero_si256();
-    const int16_t* at = w + half * LANES;
-    for (int64_t d = 0; d < n_pairs; d++, at += 2 * LANES) {
-      const __m256i w0 = _mm256_load_si256((const __m256i*)at), w1 = _mm256_load_si256((const __m256i*)(at + 16));
+    for (int r = 0; r < TOKENS; r++) low[r] = _mm256_loadu_si256(first), high[r] = _mm256_loadu_si256(first + 1);
+    for (int64_t g = 0; g < n_groups; g++, at += 4) {
+      const __m256i w0 = _mm256_load_si256(at), w1 = _mm256_load_si256(at + 1);
 #pragma GCC unroll 6
       for (int r = 0; r < TOKENS; r++) {
-        int32_t pair;
-        std::memcpy(&pair, x[r] + 2 * d, 4);
-        const __m256i both = _mm256_set1_epi32(pair);
-        low[r] = _mm256_add_epi32(low[r], _mm256_madd_epi16(both, w0));
-        high[r] = _mm256_add_epi32(high[r], _mm256_madd_epi16(both, w1));
+        int32_t group;
+        std::memcpy(&group, x[r] + GROUP * g, 4);
+        const __m256i all = _mm256_set1_epi32(group);
+        low[r] = _mm256_add_epi32(low[r], _mm256_madd_epi16(all, w0));
+        high[r] = _mm256_add_epi32(high[r], _mm256_madd_epi16(all, w1));
       }
     }
 #pragma GCC unroll 6
@@ -120,13 +131,12 @@ void tile(const int16_t* const* x, const int16_t* w, int64_t n_pairs, int32_t* o
 
 constexpr int TOKENS = 4;
 
-void tile(const int16_t* const* x, const int16_t* w, int64_t n_pairs, int32_t* out) {
-  std::memset(out, 0, sizeof(int32_t) * TOKENS * LANES);
-  for (int64_t d = 0; d < n_pairs; d++, w += 2 * LANES)
-    for (int r = 0; r < TOKENS; r++) {
-      const int32_t a = x[r][2 * d], b = x[r][2 * d + 1];
-      for (int64_t l = 0; l < LANES; l++) out[LANES * r + l] += a * w[2 * l] + b * w[2 * l + 1];
-    }
+void tile(const TokenInteger* const* x, const LatentInteger* w, int64_t n_groups, const int32_t* start, int32_t* out) {
+  for (int r = 0; r < TOKENS; r++) std::copy(start, start + LANES, out + LANES * r);
+  for (int64_t d = 0; d < GROUP * n_groups; d++)
+    for (int r = 0; r < TOKENS; r++)
+      for (int64_t l = 0; l < LANES; l++)
+        out[LANES * r + l] += x[r][d] * w[d / GROUP * GROUP * LANES + GROUP * l + d % GROUP];
 }
 
 #endif
@@ -155,6 +165,7 @@ constexpr int64_t LINE = 16;  // floats
 typedef float Line __attribute__((vector_size(64)));
 typedef float HalfLine __attribute__((vector_size(32)));
 typedef float QuarterLine __attribute__((vector_size(16)));
+typedef int32_t Integers __attribute__((vector_size(64)));
 
 template <class Vector>
 inline Vector load(const void* from) {
@@ -260,107 +271,188 @@ float largest(const float* a, int64_t n) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// rounding to 16 bits
+// rounding
 
-struct Rounded {
-  std::vector<float> unit;   // a row is unit * integers, about
-  std::vector<float> norm;   // of the row
-  std::vector<float> error;  // norm of what rounding changed
-  int16_t* data = nullptr;
-  Tensor memory;
+const Integers LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+inline Line shuffled(const Line& a, const Integers& from) {
+#if defined(__clang__)
+  Line out;
+  for (int l = 0; l < LINE; l++) out[l] = a[from[l]];
+  return out;
+#else
+  return __builtin_shuffle(a, from);
+#endif
+}
+
+inline Line mixed(Line a) {  // Hadamard's transform
+#pragma GCC unroll 4
+  for (int h = 1; h < LINE; h *= 2) a = shuffled(a, LANE ^ h) + a * __builtin_convertvector(1 + 2 * ((LANE & h) != 0), Line);
+  return a;
+}
+
+// A rotation of n numbers, by Hadamard's transforms of as many of them as a power of two allows: products of rotated rows
+// are those of the rows, but none of a row's numbers stands out, which rounding to few bits could not bear.
+void rotate(const float* from, int64_t n, float* to) {
+  int64_t at = 0, lines = n / LINE;
+  while (lines > 0) {
+    int64_t size = 1;
+    while (2 * size <= lines) size *= 2;
+    const float scale = 1 / std::sqrt((float)(size * LINE));
+    float* block = to + at;
+    for (int64_t i = 0; i < size; i++) {
+      const Line line = mixed(load<Line>(from + at + i * LINE)) * scale;
+      std::memcpy(block + i * LINE, &line, sizeof(Line));
+    }
+    for (int64_t half = LINE; half < size * LINE; half *= 2)
+      for (int64_t i = 0; i < size * LINE; i += 2 * half)
+        for (int64_t l = i; l < i + half; l++) {
+          const float a = block[l], b = block[l + half];
+          block[l] = a + b, block[l + half] = a - b;
+        }
+    at += size * LINE, lines -= size;
+  }
+  std::copy(from + at, from + n, to + at);
+}
+
+struct Row {    // rotated, it is unit * (integers - offset), about
+  float unit;
+  float norm;
+  float error;  // norm of what rounding changed, and a little
 };
 
-// Any sum of products stays below 2^31, since no row's integers have a norm above 46340 = sqrt(2^31).
-float unit_of(const float* row, int64_t D, float& norm) {
-  norm = std::sqrt(dot(row, row, D));
-  const float room = 46338.0f - 0.5f * std::sqrt((float)D);
-  const float unit = std::max(norm / room, largest(row, D) / 32766.0f);
-  return unit > 0 ? unit : 1.0f;
-}
-
-Tensor aligned(int64_t n) {  // 64 bytes: torch's own alignment
-  return at::empty({n}, at::TensorOptions().dtype(at::kShort));
-}
-
-Rounded round_tokens(const float* x, int64_t B, int64_t D, int64_t width) {
-  Rounded r{std::vector<float>(B), std::vector<float>(B), std::vector<float>(B)};
-  r.memory = aligned(B * width);
-  r.data = r.memory.mutable_data_ptr<int16_t>();
-  by_blocks(B, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      r.unit[i] = unit_of(x + i * D, D, r.norm[i]);
-      const float per_unit = 1 / r.unit[i];
-      float error = 0;
-      int16_t* to = r.data + i * width;
+// Any sum of products stays below 2^31: of 8 bits by their size, and no row of 16-bit integers has a norm above
+// 46340 = sqrt(2^31).
+template <class Integer>
+Row round_row(const float* row, int64_t D, int32_t offset, Integer* to, std::vector<float>& scratch) {
+  scratch.resize(D);
+  float* rotated = scratch.data();
+  rotate(row, D, rotated);
+  const float norm = std::sqrt(dot(row, row, D)), most = largest(rotated, D), room = 46338.0f - 0.5f * std::sqrt((float)D);
+  float unit = sizeof(Integer) == 1 ? most / 127.0f : std::max(norm / room, most / 32766.0f), error = 0;
+  if (!(unit > 0)) unit = 1;
+  const float per_unit = 1 / unit;
 #pragma omp simd reduction(+ : error)
-      for (int64_t d = 0; d < D; d++) {
-        const float q = std::nearbyintf(x[i * D + d] * per_unit);
-        const float left = x[i * D + d] - q * r.unit[i];
-        error += left * left;
-        to[d] = (int16_t)(int32_t)q;
-      }
-      for (int64_t d = D; d < width; d++) to[d] = 0;
-      r.error[i] = std::sqrt(error) * 1.001f;
-    }
-  });
-  return r;
+  for (int64_t d = 0; d < D; d++) {
+    const float q = std::nearbyintf(rotated[d] * per_unit), left = rotated[d] - q * unit;
+    error += left * left;
+    to[d] = (Integer)((int32_t)q + offset);
+  }
+  return {unit, norm, std::sqrt(error) * 1.001f};
 }
 
-Rounded round_latents(const float* W, int64_t F, int64_t D, int64_t width) {
-  const int64_t n_tiles = (F + LANES - 1) / LANES, padded = n_tiles * LANES;
-  Rounded r{std::vector<float>(padded, 0.f), std::vector<float>(padded, 0.f), std::vector<float>(padded, 0.f)};
-  r.memory = aligned(padded * width);
-  r.data = r.memory.mutable_data_ptr<int16_t>();
-  by_blocks(n_tiles, 8, [&](int64_t begin, int64_t end) {
-    std::vector<int16_t> row(width);
-    for (int64_t t = begin; t < end; t++) {
-      int32_t* to = (int32_t*)(r.data + t * LANES * width);
-      for (int64_t l = 0; l < LANES; l++) {
-        const int64_t f = t * LANES + l;
+template <class Integer>
+Tensor integers(int64_t n) {  // at 64 bytes: torch's own alignment
+  return at::empty({n * (int64_t)sizeof(Integer)}, at::TensorOptions().dtype(at::kByte));
+}
+
+template <class Integer>
+struct RoundedTokens {
+  std::vector<Row> rows;
+  Tensor memory;
+  Integer* data;
+
+  RoundedTokens(const float* x, int64_t B, int64_t D, int64_t width, int32_t offset)
+      : rows(B), memory(integers<Integer>(B * width)), data((Integer*)memory.data_ptr()) {
+    by_blocks(B, 64, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch;
+      for (int64_t i = begin; i < end; i++) {
+        rows[i] = round_row(x + i * D, D, offset, data + i * width, scratch);
+        std::fill(data + i * width + D, data + (i + 1) * width, 0);
+      }
+    });
+  }
+};
+
+struct RoundedLatents {  // in tiles, the last one filled up with latents of nothing
+  std::vector<float> unit, norm, error;
+  std::vector<int32_t> start;  // of sums: what takes the tokens' offset away again
+  Tensor memory;
+  LatentInteger* data;
+
+  RoundedLatents(const float* W, int64_t F, int64_t D, int64_t width) {
+    const int64_t n_tiles = (F + LANES - 1) / LANES;
+    for (auto* list : {&unit, &norm, &error}) list->resize(n_tiles * LANES);
+    start.resize(n_tiles * LANES);
+    memory = integers<LatentInteger>(n_tiles * LANES * width), data = (LatentInteger*)memory.data_ptr();
+    by_blocks(n_tiles, 8, [&](int64_t begin, int64_t end) {
+      std::vector<LatentInteger> row(width);
+      std::vector<float> scratch;
+      for (int64_t f = begin * LANES; f < end * LANES; f++) {
         std::fill(row.begin(), row.end(), 0);
         if (f < F) {
-          const float* from = W + f * D;
-          r.unit[f] = unit_of(from, D, r.norm[f]);
-          const float per_unit = 1 / r.unit[f];
-          float error = 0;
-#pragma omp simd reduction(+ : error)
-          for (int64_t d = 0; d < D; d++) {
-            const float q = std::nearbyintf(from[d] * per_unit);
-            const float left = from[d] - q * r.unit[f];
-            error += left * left;
-            row[d] = (int16_t)(int32_t)q;
-          }
-          r.error[f] = std::sqrt(error) * 1.001f;
+          const Row about = round_row(W + f * D, D, 0, row.data(), scratch);
+          unit[f] = about.unit, norm[f] = about.norm, error[f] = about.error;
+          start[f] = -OFFSET * std::accumulate(row.begin(), row.end(), 0);
         }
-        const int32_t* pairs = (const int32_t*)row.data();
-        for (int64_t p = 0; p < width / 2; p++) to[p * LANES + l] = pairs[p];
+        int32_t* to = (int32_t*)(data + f / LANES * LANES * width) + f % LANES;
+        for (int64_t g = 0; g < width / GROUP; g++) to[g * LANES] = load<int32_t>(&row[g * GROUP]);
       }
-    }
-  });
-  return r;
-}
+    });
+  }
+};
 
 // ------------------------------------------------------------------------------------------------
 // candidates
 
-struct Candidate {
-  float upper;
-  int32_t latent;
+// Which of a tile's values reach a threshold, as bits
+inline uint32_t reaching(const Line* values, float threshold) {
+  uint32_t bits = 0;
+#if defined(__AVX512BW__)
+  const __m512 least = _mm512_set1_ps(threshold);
+  bits = _mm512_cmp_ps_mask((__m512)values[0], least, _CMP_GE_OQ) |
+         (uint32_t)_mm512_cmp_ps_mask((__m512)values[1], least, _CMP_GE_OQ) << 16;
+#elif defined(__AVX2__)
+  const __m256 least = _mm256_set1_ps(threshold);
+  for (int q = 0; q < 4; q++) {
+    const __m256 reached = _mm256_cmp_ps(load<__m256>((const float*)values + 8 * q), least, _CMP_GE_OQ);
+    bits |= (uint32_t)_mm256_movemask_ps(reached) << (8 * q);
+  }
+#else
+  for (int64_t l = 0; l < LANES; l++) bits |= (uint32_t)(((const float*)values)[l] >= threshold) << l;
+#endif
+  return bits;
+}
+
+// The k-th largest of n numbers (there are at least k), by halving: to count is quicker than to sort.
+float kth_largest(const float* of, int64_t n, int64_t k) {
+  float least = FLT_MAX, most = -FLT_MAX;
+  for (int64_t p = 0; p < n; p++) least = std::min(least, of[p]), most = std::max(most, of[p]);
+  for (int64_t above = n; above != k;) {
+    const float middle = 0.5f * least + 0.5f * most;
+    if (!(least < middle && middle < most)) break;
+    int32_t count = 0;
+    for (int64_t p = 0; p < n; p++) count += of[p] >= middle;
+    above = count;
+    (above >= k ? least : most) = middle;
+  }
+  float kth = FLT_MAX;
+  for (int64_t p = 0; p < n; p++) kth = of[p] >= least ? std::min(kth, of[p]) : kth;
+  return kth;
+}
+
+struct Scratch {
+  std::vector<float> lower;
+  std::vector<int32_t> places;
 };
 
-struct Candidates {
-  int64_t capacity, n = 0;
-  std::unique_ptr<Candidate[]> list;
-  float threshold;  // none with an upper end below it was kept
+struct Candidates {  // of a token, in the order of latents: intervals of the size of their pre-activations
+  int64_t token, capacity, n = 0;
+  float unit, per_norm, per_error;  // of the token: an interval reaches per_norm * |w| + per_error * |w - w'| both ways
+  float threshold;                  // none with an upper end below it was kept
+  std::vector<float> middle, upper, value;  // value: the pre-activation itself, where it was computed
+  std::vector<int32_t> latent;
 
-  Candidates(int64_t capacity_, float threshold_)
-      : capacity(capacity_), list(new Candidate[capacity_]), threshold(threshold_) {}
+  Candidates(int64_t token_, const Row& row, int64_t capacity_, float threshold_)
+      : token(token_), capacity(capacity_), unit(row.unit),
+        per_norm(row.error + row.norm * 0x1p-19f),  // what float32 itself can lose on the way, of rotations too
+        per_error(row.norm + row.error), threshold(threshold_), middle(capacity_), upper(capacity_), value(capacity_),
+        latent(capacity_) {}
 
-  void make_room() {  // for one more tile
-    if (n + LANES <= capacity) return;
-    std::unique_ptr<Candidate[]> larger(new Candidate[capacity *= 2]);
-    std::copy(list.get(), list.get() + n, larger.get());
-    list = std::move(larger);
+  void grow() {
+    capacity *= 2;
+    for (auto* list : {&middle, &upper, &value}) list->resize(capacity);
+    latent.resize(capacity);
   }
 };
 
@@ -369,140 +461,136 @@ struct Encoder {
   bool absolute = false;
   float usual = 0;  // bias
   const float *x, *W, *b;
-  Rounded tokens, latents;
-  std::vector<float> upper_bias;  // b + what adding it can change; NaN, which no comparison accepts, in the padding
-  std::vector<float> slack;       // (F,) of the bias
-  std::vector<float> reach;       // (B,) per |w|, how far the true product can be from the rounded one
+  RoundedTokens<TokenInteger> tokens;
+  RoundedLatents latents;
+  std::vector<float> of_bias;  // NaN, which no comparison accepts, in the padding
+  std::vector<float> slack;    // what adding the bias can change
   int64_t* indices = nullptr;
   float* values = nullptr;
 
+  static const Tensor& checked(const Tensor& x, const Tensor& W, const Tensor& b) {
+    TORCH_CHECK(x.is_contiguous() && W.is_contiguous() && b.is_contiguous());
+    TORCH_CHECK(W.size(1) == x.size(1) && b.numel() == W.size(0));
+    TORCH_CHECK(x.size(1) <= 1 << 17);  // or sums would leave 32 bits
+    return x;
+  }
+
   // bias: what thresholds are compared with the product plus, b or b less a floor
   Encoder(const Tensor& x_, const Tensor& W_, const Tensor& b_, const float* bias)
-      : B(x_.size(0)), D(x_.size(1)), F(W_.size(0)), width((x_.size(1) + 1) / 2 * 2) {
-    TORCH_CHECK(x_.is_contiguous() && W_.is_contiguous() && b_.is_contiguous() && W_.size(1) == D && b_.numel() == F);
-    x = x_.const_data_ptr<float>(), W = W_.const_data_ptr<float>(), b = b_.const_data_ptr<float>();
-    tokens = round_tokens(x, B, D, width);
-    latents = round_latents(W, F, D, width);
-    upper_bias.assign(latents.norm.size(), std::numeric_limits<float>::quiet_NaN());
-    slack.assign(latents.norm.size(), 0.f);
-    float worst = 0;  // relative rounding error of a latent
+      : B(checked(x_, W_, b_).size(0)), D(x_.size(1)), F(W_.size(0)), width((D + GROUP - 1) / GROUP * GROUP),
+        x(x_.const_data_ptr<float>()), W(W_.const_data_ptr<float>()), b(b_.const_data_ptr<float>()),
+        tokens(x, B, D, width, OFFSET), latents(W, F, D, width),
+        of_bias(latents.norm.size(), std::numeric_limits<float>::quiet_NaN()), slack(latents.norm.size()) {
     for (int64_t j = 0; j < F; j++) {
-      slack[j] = std::max(std::fabs(bias[j]), std::fabs(b[j])) * 0x1p-21f;
-      upper_bias[j] = bias[j] + slack[j];
-      if (latents.norm[j] > 0) worst = std::max(worst, latents.error[j] / latents.norm[j]);
-    }
-    reach.resize(B);
-    for (int64_t i = 0; i < B; i++) {  // 2^-20: what float32 itself can lose on the way
-      const float n = tokens.norm[i], error = tokens.error[i];
-      reach[i] = error + (n + error) * worst + n * 0x1p-20f;
+      slack[j] = std::max(std::fabs(bias[j]), std::fabs(b[j])) * 0x1p-21f + FLT_MIN;  // an interval is never empty
+      of_bias[j] = bias[j];
     }
   }
 
-  float bound(int64_t i, int64_t j) const { return latents.norm[j] * reach[i] + slack[j]; }
-
-  // u[l] = upper end of latent l for token i; returns the latents whose upper end reaches the threshold, as bits
-  uint32_t uppers(const int32_t* sums, int64_t i, int64_t t, float threshold, float* u) const {
-    const float unit = tokens.unit[i], far = reach[i];
-    const float *per = &latents.unit[t * LANES], *norm = &latents.norm[t * LANES], *bias = &upper_bias[t * LANES];
-    if (absolute) {
-      const float* add = &slack[t * LANES];  // is in bias already: less and more of it here, for either sign
-      for (int64_t l = 0; l < LANES; l++)
-        u[l] = std::fabs((float)sums[l] * per[l] * unit + (bias[l] - add[l])) + (norm[l] * far + add[l]);
-    } else {
-      for (int64_t l = 0; l < LANES; l++) u[l] = (float)sums[l] * per[l] * unit + (bias[l] + norm[l] * far);
+  // Adds to n lists, which have room for them, the latents of tile t whose upper end reaches the threshold.
+  void add(Candidates* lists, int64_t n, const int32_t* sums, int64_t t) const {
+    Line unit[2], norm[2], error[2], bias[2], more[2];  // in registers
+    for (int h = 0; h < 2; h++) {
+      const int64_t at = t * LANES + h * LINE;
+      unit[h] = load<Line>(&latents.unit[at]), bias[h] = load<Line>(&of_bias[at]), more[h] = load<Line>(&slack[at]);
+      norm[h] = load<Line>(&latents.norm[at]), error[h] = load<Line>(&latents.error[at]);
     }
-    uint32_t bits = 0;
+    for (Candidates* c = lists; c < lists + n; c++, sums += LANES) {
+      Line middle[2], upper[2];
+      for (int h = 0; h < 2; h++) {
+        middle[h] = __builtin_convertvector(load<Integers>(sums + h * LINE), Line) * unit[h] * c->unit + bias[h];
+        if (absolute) middle[h] = (Line)((Integers)middle[h] & 0x7fffffff);
+        upper[h] = middle[h] + (norm[h] * c->per_norm + (error[h] * c->per_error + more[h]));
+      }
+      const uint32_t found = reaching(upper, c->threshold);
+      if (!found) continue;
+      float *to_middle = &c->middle[c->n], *to_upper = &c->upper[c->n];
+      int32_t* to_latent = &c->latent[c->n];
+      c->n += __builtin_popcount(found);
 #if defined(__AVX512BW__)
-    const __m512 least = _mm512_set1_ps(threshold);
-    bits = _mm512_cmp_ps_mask(_mm512_loadu_ps(u), least, _CMP_GE_OQ) |
-           (uint32_t)_mm512_cmp_ps_mask(_mm512_loadu_ps(u + 16), least, _CMP_GE_OQ) << 16;
-#elif defined(__AVX2__)
-    const __m256 least = _mm256_set1_ps(threshold);
-    for (int q = 0; q < 4; q++)
-      bits |= (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(u + 8 * q), least, _CMP_GE_OQ)) << (8 * q);
+      for (int h = 0; h < 2; h++) {
+        const __mmask16 half = found >> (16 * h);
+        _mm512_storeu_ps(to_middle, _mm512_maskz_compress_ps(half, (__m512)middle[h]));
+        _mm512_storeu_ps(to_upper, _mm512_maskz_compress_ps(half, (__m512)upper[h]));
+        const Integers latent = LANE + (int32_t)(t * LANES + h * LINE);
+        _mm512_storeu_si512(to_latent, _mm512_maskz_compress_epi32(half, (__m512i)latent));
+        const int count = __builtin_popcount(half);
+        to_middle += count, to_upper += count, to_latent += count;
+      }
 #else
-    for (int64_t l = 0; l < LANES; l++) bits |= (uint32_t)(u[l] >= threshold) << l;
+      for (uint32_t bits = found; bits; bits &= bits - 1) {
+        const int l = __builtin_ctz(bits);
+        *to_middle++ = ((const float*)middle)[l], *to_upper++ = ((const float*)upper)[l], *to_latent++ = t * LANES + l;
+      }
 #endif
-    return bits;
+    }
   }
 
-  // The k-th best lower end among token i's candidates (there are at least k), by halving: to count is quicker than to sort.
-  float kth_lower(const Candidates& c, int64_t i, std::vector<float>& lower) const {
-    lower.resize(c.n);
-    float least = FLT_MAX, most = -FLT_MAX;
-    for (int64_t p = 0; p < c.n; p++) {
-      lower[p] = c.list[p].upper - 2 * bound(i, c.list[p].latent);
-      least = std::min(least, lower[p]), most = std::max(most, lower[p]);
-    }
-    for (int64_t n = c.n; n != k;) {
-      const float middle = least + 0.5f * (most - least);
-      if (!(least < middle && middle < most)) break;
-      n = 0;
-      for (int64_t p = 0; p < c.n; p++) n += lower[p] >= middle;
-      (n >= k ? least : most) = middle;
-    }
-    for (int64_t p = 0; p < c.n; p++) most = lower[p] >= least ? std::min(most, lower[p]) : most;
-    return most;
+  // Computes a list's places where condition(place) holds, which leaves no interval there.
+  template <class If>
+  void compute(Candidates& c, Scratch& s, const If& condition) const {
+    s.places.resize(c.n);
+    int64_t count = 0;
+    for (int64_t p = 0; p < c.n; p++) s.places[count] = p, count += condition(p);
+    dot_rows(
+        x + c.token * D, 0, count, D, [&](int64_t q) { return W + c.latent[s.places[q]] * D; },
+        [&](int64_t q, float dot) {
+          const int32_t p = s.places[q];
+          c.value[p] = dot + b[c.latent[p]];
+          c.middle[p] = c.upper[p] = absolute ? std::fabs(c.value[p]) : c.value[p];
+        });
   }
 
-  void tighten(Candidates& c, int64_t i, std::vector<float>& scratch) const {
-    c.threshold = std::max(c.threshold, kth_lower(c, i, scratch));
+  // Computes the k likeliest of a list, and drops those that cannot be among the k best.
+  void narrow(Candidates& c, Scratch& s) const {
+    const float likely = kth_largest(c.middle.data(), c.n, k);
+    compute(c, s, [&](int64_t p) { return c.middle[p] >= likely && c.middle[p] < c.upper[p]; });
+    s.lower.resize(c.n);
+    for (int64_t p = 0; p < c.n; p++) s.lower[p] = 2 * c.middle[p] - c.upper[p];
+    c.threshold = std::max(c.threshold, kth_largest(s.lower.data(), c.n, k));
     int64_t n = 0;
-    for (int64_t p = 0; p < c.n; p++)
-      if (c.list[p].upper >= c.threshold) c.list[n++] = c.list[p];
+    for (int64_t p = 0; p < c.n; p++) {
+      c.middle[n] = c.middle[p], c.upper[n] = c.upper[p], c.value[n] = c.value[p], c.latent[n] = c.latent[p];
+      n += c.upper[p] >= c.threshold;
+    }
     c.n = n;
   }
 
-  // The exact value of token i's pre-activation at each latent of a list.
-  void rescore(int64_t i, std::vector<std::pair<float, int32_t>>& list) const {
-    dot_rows(
-        x + i * D, 0, list.size(), D, [&](int64_t p) { return W + list[p].second * D; },
-        [&](int64_t p, float dot) { list[p].first = dot + b[list[p].second]; });
-  }
-
-  // The exact k best of the candidates; false if they may not hold them.
-  bool finish(const Candidates& c, int64_t i, std::vector<float>& scratch, std::vector<std::pair<float, int32_t>>& best) const {
+  // Writes the k best of a list, of equal ones the first latents; false if they may not be the k best of all.
+  bool finish(Candidates& c, Scratch& s) const {
     if (c.n < k) return false;
-    const float least = kth_lower(c, i, scratch);
-    if (!(least >= c.threshold)) return false;
-    best.clear();
-    for (int64_t p = 0; p < c.n; p++)
-      if (c.list[p].upper >= least) best.emplace_back(0.f, c.list[p].latent);
-    rescore(i, best);
-    const bool abs = absolute;
-    if ((int64_t)best.size() > k) std::nth_element(best.begin(), best.begin() + (k - 1), best.end(), [abs](const auto& p, const auto& q) {
-      const float a = abs ? std::fabs(p.first) : p.first, c = abs ? std::fabs(q.first) : q.first;
-      return a != c ? a > c : p.second < q.second;
-    });
-    for (int64_t s = 0; s < k; s++) {
-      values[i * k + s] = best[s].first;
-      indices[i * k + s] = best[s].second;
-    }
-    return true;
+    narrow(c, s);
+    if (c.n < k) return false;
+    compute(c, s, [&](int64_t p) { return c.middle[p] < c.upper[p]; });
+    const float kth = kth_largest(c.middle.data(), c.n, k);
+    int64_t equal = k, slot = c.token * k;
+    const int64_t end = slot + k;
+    for (int64_t p = 0; p < c.n; p++) equal -= c.middle[p] > kth;
+    for (int64_t p = 0; p < c.n && slot < end; p++)
+      if (c.middle[p] > kth || (c.middle[p] == kth && equal-- > 0))
+        values[slot] = c.value[p], indices[slot++] = c.latent[p];
+    return slot == end && kth >= c.threshold;
   }
 
   // Takes tokens through all latents; a list keeps the latents whose upper end reaches its threshold, which rises where
   // only k are wanted.
-  void scan(const int64_t* rows, int64_t n, std::vector<Candidates>& lists, bool only_k) const {
-    std::vector<float> scratch;
+  void scan(std::vector<Candidates>& lists, bool only_k) const {
+    Scratch scratch;
     alignas(64) int32_t sums[TOKENS * LANES];
-    alignas(64) float u[LANES];
-    const int16_t* x16[TOKENS];
+    const TokenInteger* of[TOKENS];
+    const int64_t n = lists.size();
     for (int64_t t = 0; t * LANES < F; t++) {
-      const int16_t* w = latents.data + t * LANES * width;
+      const LatentInteger* w = latents.data + t * LANES * width;
       for (int64_t r0 = 0; r0 < n; r0 += TOKENS) {
-        for (int64_t r = 0; r < TOKENS; r++) x16[r] = tokens.data + rows[std::min(r0 + r, n - 1)] * width;
-        tile(x16, w, width / 2, sums);
-        for (int64_t r = r0; r < std::min(r0 + TOKENS, n); r++) {
+        for (int64_t r = 0; r < TOKENS; r++) of[r] = tokens.data + lists[std::min(r0 + r, n - 1)].token * width;
+        tile(of, w, width / GROUP, &latents.start[t * LANES], sums);
+        const int64_t end = std::min(r0 + TOKENS, n);
+        add(&lists[r0], end - r0, sums, t);
+        for (int64_t r = r0; r < end; r++) {
           Candidates& c = lists[r];
-          uint32_t bits = uppers(sums + (r - r0) * LANES, rows[r], t, c.threshold, u);
-          for (; bits; bits &= bits - 1) {
-            const int l = __builtin_ctz(bits);
-            c.list[c.n++] = {u[l], (int32_t)(t * LANES + l)};
-          }
           if (c.n + LANES <= c.capacity) continue;
-          if (only_k) tighten(c, rows[r], scratch);
-          c.make_room();
+          if (only_k) narrow(c, scratch);
+          if (2 * c.n > c.capacity) c.grow();
         }
       }
     }
@@ -512,13 +600,14 @@ struct Encoder {
   // without proof.
   void panel(const int64_t* rows, int64_t n, float start, std::vector<int64_t>& failed) const {
     std::vector<Candidates> lists;
-    for (int64_t r = 0; r < n; r++)
-      lists.emplace_back(4 * k + 4 * LANES, start == -FLT_MAX ? start : usual + start * tokens.norm[rows[r]]);
-    scan(rows, n, lists, true);
-    std::vector<float> scratch;
-    std::vector<std::pair<float, int32_t>> best;
-    for (int64_t r = 0; r < n; r++)
-      if (!finish(lists[r], rows[r], scratch, best)) failed.push_back(rows[r]);
+    for (int64_t r = 0; r < n; r++) {
+      const Row& row = tokens.rows[rows[r]];
+      lists.emplace_back(rows[r], row, 8 * k + 4 * LANES, start == -FLT_MAX ? start : usual + start * row.norm);
+    }
+    scan(lists, true);
+    Scratch scratch;
+    for (Candidates& c : lists)
+      if (!finish(c, scratch)) failed.push_back(c.token);
   }
 
   // Tokens in panels, as many for every thread and all of a size, so that none has to wait for a last one.
@@ -558,7 +647,7 @@ struct Encoder {
     for (int64_t i : pilot) {
       float least = FLT_MAX;
       for (int64_t s = 0; s < k; s++) least = std::min(least, absolute ? std::fabs(values[i * k + s]) : values[i * k + s]);
-      if (tokens.norm[i] > 0) start = std::min(start, (least - usual) / tokens.norm[i]);
+      if (tokens.rows[i].norm > 0) start = std::min(start, (least - usual) / tokens.rows[i].norm);
     }
     start = start < FLT_MAX ? start - 0.05f * std::fabs(start) : -FLT_MAX;
     const std::vector<int64_t> again = run(rest, start);
@@ -580,7 +669,8 @@ std::atomic<int64_t> n_encoded{0}, n_again{0};
 std::tuple<int64_t, int64_t> looks() { return {n_encoded, n_again}; }
 
 // x (B, D), W (F, D), b (F,) -> indices (B, k), values (B, k) = (x @ W^T + b) there, tokens that took two attempts
-std::tuple<Tensor, Tensor, int64_t> encode_top_k(const Tensor& x, const Tensor& W, const Tensor& b, int64_t k, bool absolute) {
+std::tuple<Tensor, Tensor, int64_t> encode_top_k(
+    const Tensor& x, const Tensor& W, const Tensor& b, int64_t k, bool absolute) {
   TORCH_CHECK(k >= 1 && k <= W.size(0));
   Tensor indices = at::empty({x.size(0), k}, x.options().dtype(at::kLong)), values = at::empty({x.size(0), k}, x.options());
   if (x.size(0) == 0) return {indices, values, 0};
@@ -605,17 +695,15 @@ std::tuple<Tensor, Tensor, Tensor> encode_above(const Tensor& x, const Tensor& W
   Tensor offsets = at::zeros({B}, x.options().dtype(at::kLong));
   int64_t* counts = offsets.mutable_data_ptr<int64_t>();
   panels.each([&](int64_t p, int64_t first, int64_t n) {
-    std::vector<int64_t> rows(n);
-    std::iota(rows.begin(), rows.end(), first);
     std::vector<Candidates> lists;
-    for (int64_t r = 0; r < n; r++) lists.emplace_back(8 * LANES, 0.f);
-    e.scan(rows.data(), n, lists, false);
-    for (int64_t r = 0; r < n; r++)
-      for (int64_t c = 0; c < lists[r].n; c++) {
-        const int32_t j = lists[r].list[c].latent;
-        const float value = dot(e.x + (first + r) * D, e.W + j * D, D) + e.b[j];
-        if (value > at_least[j]) found[p].emplace_back(j, value), counts[first + r]++;
-      }
+    for (int64_t i = first; i < first + n; i++) lists.emplace_back(i, e.tokens.rows[i], 8 * LANES, 0.f);
+    e.scan(lists, false);
+    Scratch scratch;
+    for (Candidates& c : lists) {
+      e.compute(c, scratch, [](int64_t) { return true; });
+      for (int64_t q = 0; q < c.n; q++)
+        if (c.value[q] > at_least[c.latent[q]]) found[p].emplace_back(c.latent[q], c.value[q]), counts[c.token]++;
+    }
   });
   int64_t n = 0;
   for (int64_t i = 0; i < B; i++) {
@@ -634,7 +722,8 @@ std::tuple<Tensor, Tensor, Tensor> encode_above(const Tensor& x, const Tensor& W
 // ------------------------------------------------------------------------------------------------
 // few tokens: what takes time is reading W. An 8-bit copy is a quarter of it to read; the proof is as above.
 
-// W (F, D) -> integers (F, D), and of every row its unit, its norm, and the norm of what rounding changed (3, F)
+// W (F, D) -> its rows rotated, as integers (F, D), and of every row its unit, its norm, and the norm of what rounding
+// changed (3, F)
 std::tuple<Tensor, Tensor> pack(const Tensor& W) {
   const int64_t F = W.size(0), D = W.size(1);
   TORCH_CHECK(W.is_contiguous() && D <= 1 << 17);  // or sums would leave 32 bits
@@ -643,17 +732,10 @@ std::tuple<Tensor, Tensor> pack(const Tensor& W) {
   int8_t* to = rows.mutable_data_ptr<int8_t>();
   float* of = about.mutable_data_ptr<float>();
   by_blocks(F, 512, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch;
     for (int64_t f = begin; f < end; f++) {
-      const float *row = w + f * D, most = largest(row, D), unit = most > 0 ? most / 127.0f : 1.0f, per_unit = 1 / unit;
-      float error = 0;
-#pragma omp simd reduction(+ : error)
-      for (int64_t d = 0; d < D; d++) {
-        const float q = std::nearbyintf(row[d] * per_unit);
-        const float left = row[d] - q * unit;
-        error += left * left;
-        to[f * D + d] = (int8_t)(int32_t)q;
-      }
-      of[f] = unit, of[F + f] = std::sqrt(dot(row, row, D)), of[2 * F + f] = std::sqrt(error) * 1.001f;
+      const Row row = round_row(w + f * D, D, 0, to + f * D, scratch);
+      of[f] = row.unit, of[F + f] = row.norm, of[2 * F + f] = row.error;
     }
   });
   return {rows, about};
@@ -667,7 +749,8 @@ int32_t dot(const int16_t* x, const int8_t* w, int64_t D) {
   __m512i sums[4];
   for (__m512i& s : sums) s = _mm512_setzero_si512();
   const auto add = [&](__m512i& to, int64_t at) {
-    to = multiply_add(to, _mm512_loadu_si512(x + at), _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w + at))));
+    const __m512i a = _mm512_loadu_si512(x + at), b = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w + at)));
+    to = _mm512_add_epi32(to, _mm512_madd_epi16(a, b));
   };
   for (; d + 128 <= D; d += 128)
     for (int64_t q = 0; q < 4; q++) add(sums[q], d + 32 * q);
@@ -688,14 +771,14 @@ struct Screen {  // of all products x @ W^T + b: about what they are, and how fa
     for (const Tensor& t : {x_, W_, b_, rows, of_rows}) TORCH_CHECK(t.is_contiguous());
     TORCH_CHECK(W_.size(1) == D && b_.numel() == F && rows.sizes() == W_.sizes() && of_rows.numel() == 3 * F);
     x = x_.const_data_ptr<float>(), W = W_.const_data_ptr<float>(), b = b_.const_data_ptr<float>();
-    const Rounded tokens = round_tokens(x, B, D, D);
+    const RoundedTokens<int16_t> tokens(x, B, D, D, 0);
     const int8_t* w = rows.const_data_ptr<int8_t>();
     const float *unit = of_rows.const_data_ptr<float>(), *norm = unit + F, *error = unit + 2 * F;
     by_blocks(F, 256, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; j++)
         for (int64_t i = 0; i < B; i++) {
-          const float size = tokens.norm[i] + tokens.error[i], off = tokens.error[i] + size * 0x1p-20f;
-          about[i * F + j] = (float)dot(tokens.data + i * D, w + j * D, D) * unit[j] * tokens.unit[i] + b[j];
+          const float size = tokens.rows[i].norm + tokens.rows[i].error, off = tokens.rows[i].error + size * 0x1p-19f;
+          about[i * F + j] = (float)dot(tokens.data + i * D, w + j * D, D) * unit[j] * tokens.rows[i].unit + b[j];
           bound[i * F + j] = norm[j] * off + size * error[j] + std::fabs(b[j]) * 0x1p-21f;
         }
     });

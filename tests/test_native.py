@@ -67,6 +67,9 @@ def problems():
     outlier[:, 5] += 3000.0
     skewed = W.t() * torch.logspace(-3, 3, 1001)[:, None]
     close = W.t()[:1].repeat(1001, 1) + 1e-6 * randn(1001, 127)
+    spikes = x + 500 * torch.eye(33, 127)
+    thorns = W.t() + 20 * torch.eye(1001, 127)
+    late = -W.abs() * (torch.arange(1001) < 500)
     return {
         "plain": (x, W, b, 7), "k = 1": (x, W, b, 1), "one token": (x[:1], W, b, 7),
         "a tile and a bit": (randn(33, 33), randn(37, 33).t(), randn(37), 2), "none": (x[:0], W, b, 7),
@@ -74,8 +77,9 @@ def problems():
         "outlier dimension": (outlier, W, b, 7), "latents of all sizes": (x, skewed.t(), b, 7),
         "all negative": (x, W, b - 1000, 7), "bias decides": (x * 1e-4, W, b, 7), "no activation": (x * 0, W, b, 7),
         "no weights": (x, W * 0, b, 7), "nearly equal latents": (x, close.t(), b * 0, 7),
-        "strided": (randn(33, 254)[:, ::2], W.contiguous(), b, 7), "tiny": (x * 1e-20, W, b * 0, 7),
-        "huge": (x * 1e15, W, b, 7),
+        "a spike in every row": (spikes, thorns.t(), b, 7), "all kept": (x, W[:, :200], b[:200], 200),
+        "blank latents beat negative ones": (x.abs(), late, b * 0, 5), "tiny": (x * 1e-20, W, b * 0, 7),
+        "strided": (randn(33, 254)[:, ::2], W.contiguous(), b, 7), "huge": (x * 1e15, W, b, 7),
     }  # fmt: skip
 
 
@@ -86,6 +90,27 @@ def test_the_selection_is_the_best(name, absolute):
     x, W, b, k = problems()[name]
     indices, values = kernels.choose_top_k(x, W, b, k, absolute=absolute)
     assert_best(x, W, b, k, indices, values, absolute)
+
+
+PROCESSORS = {"avx512bw": ["-march=skylake-avx512"], "avx2": ["-march=haswell"], "sse4_2": ["-march=nehalem"]}
+
+
+@needs_compiler
+@pytest.mark.parametrize("least", PROCESSORS)
+def test_what_other_processors_run_chooses_the_same(least):
+    """The encoder with neither 8-bit products nor, in turn, AVX512 and AVX2: this file's tests, compiled for those."""
+    info = Path("/proc/cpuinfo")
+    if least not in (info.read_text() if info.is_file() else "").split():
+        pytest.skip(f"this processor has no {least}")
+    asked = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", *PROCESSORS[least]]
+    code = (
+        f"import sys, pytest; from sae import native; native._flags = lambda: {asked}; "
+        "assert native.status().startswith('C++'), native.status(); "
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_native.py', '-k', "
+        "'(best and not activations) or first_latents or thousand or few_tokens or twins or formula or finite']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
 @needs_compiler
