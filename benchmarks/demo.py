@@ -33,7 +33,7 @@ def main() -> None:
         subprocess.run(["bash", "runs/demo.sh"], cwd=clone, check=True)
         seconds = time.perf_counter() - start
         report = json.loads((clone / "sae_models" / "layer_10" / "eval.json").read_text())
-        pages = len(list((clone / "sae_models" / "layer_10" / "features").glob("feature_*.html")))
+        pages = len((clone / "sae_models" / "layer_10" / "features" / "features.jsonl").read_text().splitlines())
     result = {
         "about": {
             "commit": git_commit(), "cores": os.cpu_count(), "machine": platform.machine(),

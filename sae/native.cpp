@@ -328,17 +328,19 @@ Row round_row(const float* row, int64_t D, int32_t offset, Integer* to, std::vec
   scratch.resize(D);
   float* rotated = scratch.data();
   rotate(row, D, rotated);
-  const float norm = std::sqrt(dot(row, row, D)), most = largest(rotated, D), room = 46338.0f - 0.5f * std::sqrt((float)D);
-  float unit = sizeof(Integer) == 1 ? most / 127.0f : std::max(norm / room, most / 32766.0f), error = 0;
-  if (!(unit > 0)) unit = 1;
-  const float per_unit = 1 / unit;
+  const float most = std::max(largest(rotated, D), 1e-30f), per_most = 1 / most;  // whose square may leave float32
+  float square = 0, error = 0;
+#pragma omp simd reduction(+ : square)
+  for (int64_t d = 0; d < D; d++) square += rotated[d] * per_most * (rotated[d] * per_most);
+  const float norm = most * std::sqrt(square), room = 46338.0f - 0.5f * std::sqrt((float)D);
+  const float unit = sizeof(Integer) == 1 ? most / 127.0f : std::max(norm / room, most / 32766.0f), per_unit = 1 / unit;
 #pragma omp simd reduction(+ : error)
   for (int64_t d = 0; d < D; d++) {
-    const float q = std::nearbyintf(rotated[d] * per_unit), left = rotated[d] - q * unit;
-    error += left * left;
+    const float units = rotated[d] * per_unit, q = std::nearbyintf(units);
+    error += (units - q) * (units - q);
     to[d] = (Integer)((int32_t)q + offset);
   }
-  return {unit, norm, std::sqrt(error) * 1.001f};
+  return {unit, norm, unit * std::sqrt(error) * 1.01f};
 }
 
 template <class Integer>

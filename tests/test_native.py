@@ -78,7 +78,7 @@ def problems():
         "all negative": (x, W, b - 1000, 7), "bias decides": (x * 1e-4, W, b, 7), "no activation": (x * 0, W, b, 7),
         "no weights": (x, W * 0, b, 7), "nearly equal latents": (x, close.t(), b * 0, 7),
         "a spike in every row": (spikes, thorns.t(), b, 7), "all kept": (x, W[:, :200], b[:200], 200),
-        "blank latents beat negative ones": (x.abs(), late, b * 0, 5), "tiny": (x * 1e-20, W, b * 0, 7),
+        "blank latents beat negative ones": (x.abs(), late, b * 0, 5), "tiny": (x * 1e-27, W, b * 0, 7),
         "strided": (randn(33, 254)[:, ::2], W.contiguous(), b, 7), "huge": (x * 1e15, W, b, 7),
     }  # fmt: skip
 
