@@ -97,7 +97,7 @@ def _compiled() -> tuple[Any, str]:
     except (RuntimeError, OSError) as e:  # no compiler, no ninja, no place to write: torch says which
         reason = str(e).strip().splitlines()[0]
         return None, (
-            f"plain torch, about half as fast: C++ ones could not be compiled ({reason}); they want a C++ compiler "
+            f"plain torch, less than half as fast: C++ ones could not be compiled ({reason}); they want a C++ compiler "
             "and ninja: pip install 'nanosae[fast]'"
         )
     return torch.ops.nanosae, f"C++, {torch.backends.cpu.get_cpu_capability()}"
