@@ -48,15 +48,16 @@ def train(job: dict[str, Any], seconds: float, step: float, lr: float, peers_pyt
     return {"lr": lr, "steps": steps, "seconds": sum(found["seconds"]), "fvu": found["fvu"]}
 
 
-def shares(shape: str, peer: dict[str, Any], best: float, step: float, peers_python: str) -> list[dict[str, Any]]:
-    """Our runs at the peer's step size, by share of its time: until one is as good as `best`, and two nearer to where
-    they become as good as this peer."""
+def shares(
+    job: dict[str, Any], most: float, peer: dict[str, Any], best: float, step: float, peers_python: str
+) -> list[dict[str, Any]]:
+    """Our runs of a job at the peer's step size, by share of its time, `most`: until one is as good as `best`, and two
+    nearer to where they become as good as this peer."""
     tried: dict[float, dict[str, Any]] = {}
 
     def attempt(share: float) -> dict[str, Any]:
-        size = {key: value for key, value in SHAPES[shape].items() if key != "steps"}
-        run = tried[share] = train(OURS | size, share * SECONDS[shape], step, peer["lr"], peers_python)
-        print(f"{shape} lr {peer['lr']:g}: sparsify {peer['fvu']:.4f} after {peer['seconds']:.1f} s; nanoSAE "
+        run = tried[share] = train(job, share * most, step, peer["lr"], peers_python)
+        print(f"D={job['D']} lr {peer['lr']:g}: sparsify {peer['fvu']:.4f} after {peer['seconds']:.1f} s; nanoSAE "
               f"{run['fvu']:.4f} after {run['seconds']:.1f} s", flush=True)  # fmt: skip
         return run
 
@@ -77,7 +78,7 @@ def compare(shape: str, peers_python: str) -> dict[str, Any]:
     peer_step, our_step = (step_seconds(one | size, peers_python) for one in (PEER, OURS))
     peers = [train(PEER | size, SECONDS[shape], peer_step, lr, peers_python) for lr in LEARNING_RATES[shape]]
     best = min(run["fvu"] for run in peers)
-    ours = [shares(shape, peer, best, our_step, peers_python) for peer in peers]
+    ours = [shares(OURS | size, SECONDS[shape], peer, best, our_step, peers_python) for peer in peers]
     rows = [{"lr": peer["lr"], "sparsify": peer, "nanosae": runs} for peer, runs in zip(peers, ours, strict=True)]
     same_lr = [min((r["seconds"] / row["sparsify"]["seconds"] for r in row["nanosae"]
                     if r["fvu"] <= row["sparsify"]["fvu"]), default=None) for row in rows]  # fmt: skip

@@ -22,7 +22,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -68,11 +67,19 @@ constexpr int64_t GROUP = 4 / sizeof(LatentInteger);  // products that add up in
 
 constexpr int TOKENS = 14;
 
-inline __m512i multiply_add(__m512i sum, __m512i x, __m512i w) {
+inline __m512i add_pairs(__m512i sum, __m512i a, __m512i b) {  // of 16-bit integers
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(sum, a, b);
+#else
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
+
+inline __m512i add_groups(__m512i sum, __m512i x, __m512i w) {
 #if defined(__AVX512VNNI__)
   return _mm512_dpbusd_epi32(sum, x, w);
 #else
-  return _mm512_add_epi32(sum, _mm512_madd_epi16(x, w));
+  return add_pairs(sum, x, w);
 #endif
 }
 
@@ -87,8 +94,8 @@ void tile(const TokenInteger* const* x, const LatentInteger* w, int64_t n_groups
       int32_t group;
       std::memcpy(&group, x[r] + GROUP * g, 4);
       const __m512i all = _mm512_set1_epi32(group);
-      low[r] = multiply_add(low[r], all, w0);
-      high[r] = multiply_add(high[r], all, w1);
+      low[r] = add_groups(low[r], all, w0);
+      high[r] = add_groups(high[r], all, w1);
     }
   }
 #pragma GCC unroll 14
@@ -319,6 +326,11 @@ struct Row {    // rotated, it is unit * (integers - offset), about
   float unit;
   float norm;
   float error;  // norm of what rounding changed, and a little
+
+  // How far a product with a row w can be from that of the rounded ones: per |w|, with what float32 itself can lose on the
+  // way, of rotations too, and per the norm of what rounding changed in w
+  float per_norm() const { return error + per_error() * 0x1p-19f; }
+  float per_error() const { return norm + error; }
 };
 
 // Any sum of products stays below 2^31: of 8 bits by their size, and no row of 16-bit integers has a norm above
@@ -447,9 +459,8 @@ struct Candidates {  // of a token, in the order of latents: intervals of the si
 
   Candidates(int64_t token_, const Row& row, int64_t capacity_, float threshold_)
       : token(token_), capacity(capacity_), unit(row.unit),
-        per_norm(row.error + row.norm * 0x1p-19f),  // what float32 itself can lose on the way, of rotations too
-        per_error(row.norm + row.error), threshold(threshold_), middle(capacity_), upper(capacity_), value(capacity_),
-        latent(capacity_) {}
+        per_norm(row.per_norm()), per_error(row.per_error()), threshold(threshold_), middle(capacity_),
+        upper(capacity_), value(capacity_), latent(capacity_) {}
 
   void grow() {
     capacity *= 2;
@@ -751,8 +762,7 @@ int32_t dot(const int16_t* x, const int8_t* w, int64_t D) {
   __m512i sums[4];
   for (__m512i& s : sums) s = _mm512_setzero_si512();
   const auto add = [&](__m512i& to, int64_t at) {
-    const __m512i a = _mm512_loadu_si512(x + at), b = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w + at)));
-    to = _mm512_add_epi32(to, _mm512_madd_epi16(a, b));
+    to = add_pairs(to, _mm512_loadu_si512(x + at), _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w + at))));
   };
   for (; d + 128 <= D; d += 128)
     for (int64_t q = 0; q < 4; q++) add(sums[q], d + 32 * q);
@@ -779,9 +789,9 @@ struct Screen {  // of all products x @ W^T + b: about what they are, and how fa
     by_blocks(F, 256, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; j++)
         for (int64_t i = 0; i < B; i++) {
-          const float size = tokens.rows[i].norm + tokens.rows[i].error, off = tokens.rows[i].error + size * 0x1p-19f;
-          about[i * F + j] = (float)dot(tokens.data + i * D, w + j * D, D) * unit[j] * tokens.rows[i].unit + b[j];
-          bound[i * F + j] = norm[j] * off + size * error[j] + std::fabs(b[j]) * 0x1p-21f;
+          const Row& token = tokens.rows[i];
+          about[i * F + j] = (float)dot(tokens.data + i * D, w + j * D, D) * unit[j] * token.unit + b[j];
+          bound[i * F + j] = norm[j] * token.per_norm() + error[j] * token.per_error() + std::fabs(b[j]) * 0x1p-21f;
         }
     });
   }
