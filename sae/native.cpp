@@ -22,7 +22,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -36,6 +38,7 @@ namespace {
 
 constexpr int64_t LANES = 32;   // latents in a tile
 constexpr int64_t PANEL = 252;  // tokens that a thread takes through all latents at a time
+constexpr float PART = 0.25f;  // of the largest possible error: products are hardly ever as far off
 constexpr int64_t PILOT = 28;   // tokens that tell what to expect of the others
 
 // f(begin, end) for all blocks of [0, n), of `least` to `most`. Each thread takes the next one left: some hold more work
@@ -409,63 +412,124 @@ struct RoundedLatents {  // in tiles, the last one filled up with latents of not
 // ------------------------------------------------------------------------------------------------
 // candidates
 
-// Which of a tile's values reach a threshold, as bits
-inline uint32_t reaching(const Line* values, float threshold) {
+// Which of LANES values reach a threshold, as bits
+inline uint32_t reaching(const float* values, float threshold) {
   uint32_t bits = 0;
 #if defined(__AVX512BW__)
   const __m512 least = _mm512_set1_ps(threshold);
-  bits = _mm512_cmp_ps_mask((__m512)values[0], least, _CMP_GE_OQ) |
-         (uint32_t)_mm512_cmp_ps_mask((__m512)values[1], least, _CMP_GE_OQ) << 16;
+  bits = _mm512_cmp_ps_mask(_mm512_loadu_ps(values), least, _CMP_GE_OQ) |
+         (uint32_t)_mm512_cmp_ps_mask(_mm512_loadu_ps(values + LINE), least, _CMP_GE_OQ) << LINE;
 #elif defined(__AVX2__)
   const __m256 least = _mm256_set1_ps(threshold);
-  for (int q = 0; q < 4; q++) {
-    const __m256 reached = _mm256_cmp_ps(load<__m256>((const float*)values + 8 * q), least, _CMP_GE_OQ);
-    bits |= (uint32_t)_mm256_movemask_ps(reached) << (8 * q);
-  }
+  for (int64_t l = 0; l < LANES; l += 8)
+    bits |= (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values + l), least, _CMP_GE_OQ)) << l;
 #else
-  for (int64_t l = 0; l < LANES; l++) bits |= (uint32_t)(((const float*)values)[l] >= threshold) << l;
+  for (int64_t l = 0; l < LANES; l++) bits |= (uint32_t)(values[l] >= threshold) << l;
 #endif
   return bits;
 }
 
-// The k-th largest of n numbers (there are at least k), by halving: to count is quicker than to sort.
-float kth_largest(const float* of, int64_t n, int64_t k) {
-  float least = FLT_MAX, most = -FLT_MAX;
-  for (int64_t p = 0; p < n; p++) least = std::min(least, of[p]), most = std::max(most, of[p]);
-  for (int64_t above = n; above != k;) {
-    const float middle = 0.5f * least + 0.5f * most;
-    if (!(least < middle && middle < most)) break;
-    int32_t count = 0;
-    for (int64_t p = 0; p < n; p++) count += of[p] >= middle;
-    above = count;
-    (above >= k ? least : most) = middle;
+// take(place) for all places below n whose bit is set; bits(first) are those of LANES places
+template <class Bits, class Take>
+inline void each_bit(int64_t n, const Bits& bits, const Take& take) {
+  for (int64_t first = 0; first < n; first += LANES) {
+    uint32_t set = bits(first);
+    if (n - first < LANES) set &= (1u << (n - first)) - 1;
+    for (; set; set &= set - 1) take(first + __builtin_ctz(set));
   }
-  float kth = FLT_MAX;
-  for (int64_t p = 0; p < n; p++) kth = of[p] >= least ? std::min(kth, of[p]) : kth;
-  return kth;
 }
 
-struct Scratch {
-  std::vector<float> lower;
-  std::vector<int32_t> places;
-};
+// A number of n that k to k + more of them reach (there are at least k; of equal ones it may be more), by halving: to count
+// is quicker than to sort. What lies behind them is overwritten, to the next line.
+float reached_by(float* of, int64_t n, int64_t k, int64_t more) {
+  const int64_t n_lines = (n + LINE - 1) / LINE;
+  std::fill(of + n, of + n_lines * LINE, std::numeric_limits<float>::quiet_NaN());  // no comparison holds
+  const auto each = [&](const auto& take) {
+    for (int64_t i = 0; i < n_lines; i++) take(load<Line>(of + i * LINE));
+  };
+  Line low = Line{} + FLT_MAX, high = -low;
+  each([&](const Line& line) { low = line < low ? line : low, high = line > high ? line : high; });
+  float least = FLT_MAX, most = -FLT_MAX;
+  for (int l = 0; l < LINE; l++) least = std::min(least, low[l]), most = std::max(most, high[l]);
+  for (int64_t above = n; above > k + more;) {
+    const float middle = 0.5f * least + 0.5f * most;
+    if (!(least < middle && middle < most)) break;
+    Integers counts = {};
+    each([&](const Line& line) { counts -= line >= middle; });
+    int32_t count = 0;
+    for (int l = 0; l < LINE; l++) count += counts[l];
+    if (count >= k) least = middle, above = count;
+    else most = middle;
+  }
+  low = Line{} + FLT_MAX;
+  each([&](const Line& line) { low = line >= least && line < low ? line : low; });
+  float number = FLT_MAX;
+  for (int l = 0; l < LINE; l++) number = std::min(number, low[l]);
+  return number;
+}
 
 struct Candidates {  // of a token, in the order of latents: intervals of the size of their pre-activations
-  int64_t token, capacity, n = 0;
+  int64_t token, n = 0, room;  // what a line writes may reach LANES beyond
   float unit, per_norm, per_error;  // of the token: an interval reaches per_norm * |w| + per_error * |w - w'| both ways
   float threshold;                  // none with an upper end below it was kept
-  std::vector<float> middle, upper, value;  // value: the pre-activation itself, where it was computed
-  std::vector<int32_t> latent;
+  std::unique_ptr<float[]> middle, upper;
+  std::unique_ptr<int32_t[]> latent;
 
-  Candidates(int64_t token_, const Row& row, int64_t capacity_, float threshold_)
-      : token(token_), capacity(capacity_), unit(row.unit),
-        per_norm(row.per_norm()), per_error(row.per_error()), threshold(threshold_), middle(capacity_),
-        upper(capacity_), value(capacity_), latent(capacity_) {}
+  Candidates(int64_t token_, const Row& row, int64_t room_, float threshold_)
+      : token(token_), room(room_), unit(row.unit), per_norm(row.per_norm()), per_error(row.per_error()),
+        threshold(threshold_), middle(new float[room_ + LANES]), upper(new float[room_ + LANES]),
+        latent(new int32_t[room_ + LANES]) {}
 
   void grow() {
-    capacity *= 2;
-    for (auto* list : {&middle, &upper, &value}) list->resize(capacity);
-    latent.resize(capacity);
+    const auto longer = [&](auto& list) {
+      auto old = std::exchange(list, nullptr);
+      list.reset(new std::decay_t<decltype(old[0])>[2 * room + LANES]);
+      std::copy(old.get(), old.get() + n, list.get());
+    };
+    longer(middle), longer(upper), longer(latent);
+    room *= 2;
+  }
+
+  // Adds a line of latents, of which found tells which as bits.
+  void add(const Line& middles, const Line& uppers, const Integers& latents, uint32_t found) {
+#if defined(__AVX512BW__)
+    const __mmask16 bits = found;
+    _mm512_storeu_ps(&middle[n], _mm512_maskz_compress_ps(bits, (__m512)middles));
+    _mm512_storeu_ps(&upper[n], _mm512_maskz_compress_ps(bits, (__m512)uppers));
+    _mm512_storeu_si512(&latent[n], _mm512_maskz_compress_epi32(bits, (__m512i)latents));
+    n += __builtin_popcount(found);
+#else
+    for (; found; found &= found - 1, n++) {
+      const int l = __builtin_ctz(found);
+      middle[n] = middles[l], upper[n] = uppers[l], latent[n] = latents[l];
+    }
+#endif
+  }
+
+  // Raises the threshold to what k latents reach, if their products are off by no more than part of what is possible, and
+  // drops what does not reach it.
+  void narrow(int64_t k, float part, std::vector<float>& scratch) {
+    scratch.resize(room + LANES);
+    for (int64_t p = 0; p < n; p++) scratch[p] = middle[p] - part * (upper[p] - middle[p]);
+    threshold = std::max(threshold, reached_by(scratch.data(), n, k, k / 4));
+    const int64_t end = std::exchange(n, 0);
+    each_bit(end, [&](int64_t p) { return reaching(&upper[p], threshold); }, [&](int64_t p) {
+      middle[n] = middle[p], upper[n] = upper[p], latent[n++] = latent[p];
+    });
+  }
+};
+
+struct Computed {  // of a token's candidates, the pre-activations that were computed
+  int64_t n;
+  std::vector<int32_t> places;         // of them among the candidates
+  std::vector<float> sizes;            // in the order of places
+  std::vector<float> values, by_place; // of all candidates: pre-activations, and their sizes, NaN where not computed
+
+  void start(int64_t n_candidates) {
+    n = 0;
+    const int64_t room = n_candidates + LANES;
+    if (room > (int64_t)places.size()) places.resize(room), sizes.resize(room), values.resize(room), by_place.resize(room);
+    std::fill(by_place.begin(), by_place.begin() + room, std::numeric_limits<float>::quiet_NaN());
   }
 };
 
@@ -515,80 +579,51 @@ struct Encoder {
         if (absolute) middle[h] = (Line)((Integers)middle[h] & 0x7fffffff);
         upper[h] = middle[h] + (norm[h] * c->per_norm + (error[h] * c->per_error + more[h]));
       }
-      const uint32_t found = reaching(upper, c->threshold);
+      const uint32_t found = reaching((const float*)upper, c->threshold);
       if (!found) continue;
-      float *to_middle = &c->middle[c->n], *to_upper = &c->upper[c->n];
-      int32_t* to_latent = &c->latent[c->n];
-      c->n += __builtin_popcount(found);
-#if defined(__AVX512BW__)
-      for (int h = 0; h < 2; h++) {
-        const __mmask16 half = found >> (16 * h);
-        _mm512_storeu_ps(to_middle, _mm512_maskz_compress_ps(half, (__m512)middle[h]));
-        _mm512_storeu_ps(to_upper, _mm512_maskz_compress_ps(half, (__m512)upper[h]));
-        const Integers latent = LANE + (int32_t)(t * LANES + h * LINE);
-        _mm512_storeu_si512(to_latent, _mm512_maskz_compress_epi32(half, (__m512i)latent));
-        const int count = __builtin_popcount(half);
-        to_middle += count, to_upper += count, to_latent += count;
-      }
-#else
-      for (uint32_t bits = found; bits; bits &= bits - 1) {
-        const int l = __builtin_ctz(bits);
-        *to_middle++ = ((const float*)middle)[l], *to_upper++ = ((const float*)upper)[l], *to_latent++ = t * LANES + l;
-      }
-#endif
+      for (int h = 0; h < 2; h++)
+        c->add(middle[h], upper[h], LANE + (int32_t)(t * LANES + h * LINE), found >> (16 * h) & 0xFFFF);
     }
   }
 
-  // Computes a list's places where condition(place) holds, which leaves no interval there.
-  template <class If>
-  void compute(Candidates& c, Scratch& s, const If& condition) const {
-    s.places.resize(c.n);
-    int64_t count = 0;
-    for (int64_t p = 0; p < c.n; p++) s.places[count] = p, count += condition(p);
+
+  // Computes a list's places, tile by tile those whose bits(place) are set; returns the k-th largest size computed so far.
+  template <class Bits>
+  float compute(const Candidates& c, Computed& s, const Bits& bits) const {
+    const int64_t first = s.n;
+    each_bit(c.n, bits, [&](int64_t p) { s.places[s.n++] = p; });
     dot_rows(
-        x + c.token * D, 0, count, D, [&](int64_t q) { return W + c.latent[s.places[q]] * D; },
+        x + c.token * D, first, s.n, D, [&](int64_t q) { return W + c.latent[s.places[q]] * D; },
         [&](int64_t q, float dot) {
           const int32_t p = s.places[q];
-          c.value[p] = dot + b[c.latent[p]];
-          c.middle[p] = c.upper[p] = absolute ? std::fabs(c.value[p]) : c.value[p];
+          s.values[p] = dot + b[c.latent[p]];
+          s.sizes[q] = s.by_place[p] = absolute ? std::fabs(s.values[p]) : s.values[p];
         });
-  }
-
-  // Computes the k likeliest of a list, and drops those that cannot be among the k best.
-  void narrow(Candidates& c, Scratch& s) const {
-    const float likely = kth_largest(c.middle.data(), c.n, k);
-    compute(c, s, [&](int64_t p) { return c.middle[p] >= likely && c.middle[p] < c.upper[p]; });
-    s.lower.resize(c.n);
-    for (int64_t p = 0; p < c.n; p++) s.lower[p] = 2 * c.middle[p] - c.upper[p];
-    c.threshold = std::max(c.threshold, kth_largest(s.lower.data(), c.n, k));
-    int64_t n = 0;
-    for (int64_t p = 0; p < c.n; p++) {
-      c.middle[n] = c.middle[p], c.upper[n] = c.upper[p], c.value[n] = c.value[p], c.latent[n] = c.latent[p];
-      n += c.upper[p] >= c.threshold;
-    }
-    c.n = n;
+    return reached_by(s.sizes.data(), s.n, k, 0);
   }
 
   // Writes the k best of a list, of equal ones the first latents; false if they may not be the k best of all.
-  bool finish(Candidates& c, Scratch& s) const {
+  bool finish(const Candidates& c, Computed& s) const {
     if (c.n < k) return false;
-    narrow(c, s);
-    if (c.n < k) return false;
-    compute(c, s, [&](int64_t p) { return c.middle[p] < c.upper[p]; });
-    const float kth = kth_largest(c.middle.data(), c.n, k);
+    s.start(c.n);
+    const float likely = reached_by(c.middle.get(), c.n, k, k / 8);
+    const auto is_likely = [&](int64_t p) { return reaching(&c.middle[p], likely); };
+    const float least = compute(c, s, is_likely);
+    const float kth = compute(c, s, [&](int64_t p) { return reaching(&c.upper[p], least) & ~is_likely(p); });
     int64_t equal = k, slot = c.token * k;
     const int64_t end = slot + k;
-    for (int64_t p = 0; p < c.n; p++) equal -= c.middle[p] > kth;
-    for (int64_t p = 0; p < c.n && slot < end; p++)
-      if (c.middle[p] > kth || (c.middle[p] == kth && equal-- > 0))
-        values[slot] = c.value[p], indices[slot++] = c.latent[p];
+    for (int64_t q = 0; q < s.n; q++) equal -= s.sizes[q] > kth;
+    each_bit(c.n, [&](int64_t p) { return reaching(&s.by_place[p], kth); }, [&](int64_t p) {
+      if (slot == end || (s.by_place[p] == kth && equal-- <= 0)) return;
+      values[slot] = s.values[p], indices[slot++] = c.latent[p];
+    });
     return slot == end && kth >= c.threshold;
   }
 
-  // Takes tokens through all latents; a list keeps the latents whose upper end reaches its threshold, which rises where
-  // only k are wanted.
-  void scan(std::vector<Candidates>& lists, bool only_k) const {
-    Scratch scratch;
+  // Takes tokens through all latents; a list keeps the latents whose upper end reaches its threshold, which rises by
+  // Candidates::narrow unless part is 0.
+  void scan(std::vector<Candidates>& lists, float part) const {
+    std::vector<float> scratch;
     alignas(64) int32_t sums[TOKENS * LANES];
     const TokenInteger* of[TOKENS];
     const int64_t n = lists.size();
@@ -601,9 +636,9 @@ struct Encoder {
         add(&lists[r0], end - r0, sums, t);
         for (int64_t r = r0; r < end; r++) {
           Candidates& c = lists[r];
-          if (c.n + LANES <= c.capacity) continue;
-          if (only_k) narrow(c, scratch);
-          if (2 * c.n > c.capacity) c.grow();
+          if (c.n + LANES <= c.room) continue;
+          if (part > 0) c.narrow(k, part, scratch);
+          if (2 * c.n > c.room) c.grow();
         }
       }
     }
@@ -611,14 +646,14 @@ struct Encoder {
 
   // The k best of some tokens. start: a token's first threshold, per unit of its norm, from `usual` on. failed: left
   // without proof.
-  void panel(const int64_t* rows, int64_t n, float start, std::vector<int64_t>& failed) const {
+  void panel(const int64_t* rows, int64_t n, float start, float part, std::vector<int64_t>& failed) const {
     std::vector<Candidates> lists;
     for (int64_t r = 0; r < n; r++) {
       const Row& row = tokens.rows[rows[r]];
       lists.emplace_back(rows[r], row, 8 * k + 4 * LANES, start == -FLT_MAX ? start : usual + start * row.norm);
     }
-    scan(lists, true);
-    Scratch scratch;
+    scan(lists, part);
+    Computed scratch;
     for (Candidates& c : lists)
       if (!finish(c, scratch)) failed.push_back(c.token);
   }
@@ -641,10 +676,10 @@ struct Encoder {
   };
 
   // All of rows, in parallel; returns the tokens left without proof, in order.
-  std::vector<int64_t> run(const std::vector<int64_t>& rows, float start) const {
+  std::vector<int64_t> run(const std::vector<int64_t>& rows, float start, float part) const {
     const Panels panels(rows.size());
     std::vector<std::vector<int64_t>> failed(panels.count);
-    panels.each([&](int64_t p, int64_t from, int64_t n) { panel(&rows[from], n, start, failed[p]); });
+    panels.each([&](int64_t p, int64_t from, int64_t n) { panel(&rows[from], n, start, part, failed[p]); });
     std::vector<int64_t> all;
     for (auto& f : failed) all.insert(all.end(), f.begin(), f.end());
     return all;
@@ -654,7 +689,7 @@ struct Encoder {
     std::vector<int64_t> pilot, rest;
     const int64_t every = std::max<int64_t>(1, B / PILOT);
     for (int64_t i = 0; i < B; i++) (i % every == 0 ? pilot : rest).push_back(i);
-    for (int64_t i : run(pilot, -FLT_MAX)) give_up(i);
+    for (int64_t i : run(pilot, -FLT_MAX, 1)) give_up(i);
     float start = FLT_MAX;  // what the pilot's k-th latents had, per norm, and some room
     if (!absolute) usual = std::accumulate(b, b + F, 0.0) / F;
     for (int64_t i : pilot) {
@@ -663,8 +698,8 @@ struct Encoder {
       if (tokens.rows[i].norm > 0) start = std::min(start, (least - usual) / tokens.rows[i].norm);
     }
     start = start < FLT_MAX ? start - 0.05f * std::fabs(start) : -FLT_MAX;
-    const std::vector<int64_t> again = run(rest, start);
-    for (int64_t i : run(again, -FLT_MAX)) give_up(i);
+    const std::vector<int64_t> again = run(rest, start, PART);
+    for (int64_t i : run(again, -FLT_MAX, 1)) give_up(i);
     return again.size();
   }
 
@@ -710,13 +745,15 @@ std::tuple<Tensor, Tensor, Tensor> encode_above(const Tensor& x, const Tensor& W
   panels.each([&](int64_t p, int64_t first, int64_t n) {
     std::vector<Candidates> lists;
     for (int64_t i = first; i < first + n; i++) lists.emplace_back(i, e.tokens.rows[i], 8 * LANES, 0.f);
-    e.scan(lists, false);
-    Scratch scratch;
-    for (Candidates& c : lists) {
-      e.compute(c, scratch, [](int64_t) { return true; });
-      for (int64_t q = 0; q < c.n; q++)
-        if (c.value[q] > at_least[c.latent[q]]) found[p].emplace_back(c.latent[q], c.value[q]), counts[c.token]++;
-    }
+    e.scan(lists, 0);
+    for (const Candidates& c : lists)
+      dot_rows(
+          e.x + c.token * D, 0, c.n, D, [&](int64_t q) { return e.W + c.latent[q] * D; },
+          [&](int64_t q, float dot) {
+            const int32_t latent = c.latent[q];
+            const float value = dot + e.b[latent];
+            if (value > at_least[latent]) found[p].emplace_back(latent, value), counts[c.token]++;
+          });
   });
   int64_t n = 0;
   for (int64_t i = 0; i < B; i++) {
