@@ -23,6 +23,7 @@ from torch import Tensor
 from sae import native
 
 Pair = tuple[Tensor, Tensor]
+AT_ONCE = 2**18  # numbers of a tensor that plain torch takes in hand at a time, which caches hold
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels then serve CPUs too, slowly
 
 
@@ -192,7 +193,8 @@ def tokens_at_once(n_latents: int, device: str) -> int:
 
 def _blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[Tensor]:
     """Pre-activations (some tokens, F), in order."""
-    parts, W = x.split(tokens_at_once(len(b_enc), x.device.type)), W_enc.t()
+    n_parts = -(-len(x) // tokens_at_once(len(b_enc), x.device.type))
+    parts, W = x.chunk(max(1, n_parts)), W_enc.t()  # alike in size: a product of few tokens is slow
     float32_here = x.device.type == "cpu" and x.dtype == W.dtype == torch.float32
     if float32_here and W.is_contiguous() and (linear := _onednn_linear()):
         return (linear(part, W, b_enc, "none", [], "") for part in parts)
@@ -463,9 +465,14 @@ def moments(x: Tensor, y: Tensor) -> Pair:
     """Sums in float64: per token |x|^2, |y|^2, x.y and |x - y|^2 as (4, B), and x over tokens (D,). x, y (B, D)."""
     if ops := compiled(x, y):
         return ops.moments(x.contiguous(), y.contiguous())
-    norms = (torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in (x, y, x - y))
-    x2, y2, e2 = (norm.square() for norm in norms)  # no float64 copy of x or y is made
-    return torch.stack([x2, y2, (x2 + y2 - e2) / 2, e2]), x.sum(0, dtype=torch.float64)
+    size = max(1, AT_ONCE // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
+    found = []
+    for part, other in zip(x.split(size), y.split(size), strict=True):  # in float64, of all it would be twice as large
+        norms = (torch.linalg.vector_norm(v, dim=-1, dtype=torch.float64) for v in (part, other, part - other))
+        x2, y2, e2 = (norm.square() for norm in norms)
+        found.append((torch.stack([x2, y2, (x2 + y2 - e2) / 2, e2]), part.sum(0, dtype=torch.float64)))
+    rows, totals = zip(*found, strict=True)
+    return torch.cat(rows, 1), torch.stack(totals).sum(0)
 
 
 def moments_reference(x: Tensor, y: Tensor) -> Pair:
