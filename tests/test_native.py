@@ -127,6 +127,21 @@ def test_ties_go_to_the_first_latents_as_in_the_twin(absolute, encoder):
 
 
 @needs_compiler
+def test_the_best_are_found_where_rounding_moves_products_as_far_as_it_can(encoder):
+    """Thresholds trust rounding not to; the proof at the end has to notice that they were too high."""
+    low = torch.tensor([127.0, 100.51]).repeat(700, 1)  # in units of 1 the products round up by .49
+    unit = 100.52 / 111.49
+    high = torch.tensor([127 * unit, 100.52]).repeat(300, 1)  # in units of this they round down by as much
+    x, W, b = torch.tensor([[0.0, 1.0]]).repeat(64, 1), torch.cat((low, high)).t(), torch.zeros(1000)
+    before = encoder.looks()[1]
+    indices, values = kernels.choose_top_k(x, W, b, 8)
+    assert (indices.sort(1).values == torch.arange(700, 708)).all()
+    assert (values == torch.tensor(100.52)).all()
+    if "avx512_vnni" in native._processor() and "-march=native" in native._flags():
+        assert encoder.looks()[1] - before > 0  # eight bits were tried, and refused
+
+
+@needs_compiler
 def test_equal_latents_by_the_thousand(encoder):
     x, W, b = randn(40, 8), torch.ones(8, 3000), torch.zeros(3000)
     indices, values = kernels.choose_top_k(x, W, b, 5)
