@@ -6,8 +6,8 @@ at hand:
 sparsify (with Adam, no warm-up, its step size falling to 0 at the end of its time, at each of a few peak step sizes)
 trains for 24 s on S and for 120 s on M. nanoSAE trains for a share of that, a whole schedule of its own, at the same
 step sizes and batches; the shares grow until its fraction of variance unexplained, on tokens held out from both, is no
-higher, and are then halved three times between the last that fell short and the first that did not. The time is that of the
-training steps, as measured, in processes of their own, one after the other. Writes
+higher, and are then halved three times between the last that fell short and the first that did not. The time is that
+of the training steps, as measured, in processes of their own, one after the other. Writes
 benchmarks/results/bench_quality.json.
 """
 
@@ -51,8 +51,8 @@ def train(job: dict[str, Any], seconds: float, step: float, lr: float, peers_pyt
 def shares(
     job: dict[str, Any], most: float, peer: dict[str, Any], best: float, step: float, peers_python: str
 ) -> list[dict[str, Any]]:
-    """Our runs of a job at the peer's step size, by share of its time, `most`: until one is as good as `best`, and three
-    nearer to where they become as good as this peer."""
+    """Our runs of a job at the peer's step size, by share of its time, `most`: until one is as good as `best`, and
+    three nearer to where they become as good as this peer."""
     tried: dict[float, dict[str, Any]] = {}
 
     def attempt(share: float) -> dict[str, Any]:
