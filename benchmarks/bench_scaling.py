@@ -36,7 +36,7 @@ BASE = {"B": 4096, "D": 384, "F": 6144, "K": 32}
 GROWS = {"F": (1536, 3072, 6144, 12288, 24576), "D": (96, 192, 384, 768), "B": (1024, 2048, 4096, 8192)}
 AROUND = {"M": {}, "L": {"D": 768, "F": 24576}}
 DEAD = (0.01, 0.1)  # shares of the latents
-ROUNDS = 9
+ROUNDS = 25
 BLOCK = 2**25  # pre-activations of a block that counts as needed: 128 MiB
 
 
