@@ -1,8 +1,10 @@
 """What a training step's time and memory grow with, on the CPU at hand:  python -m benchmarks.bench_scaling
 
-Steps of all cases take turns in one process, so that noise falls on all alike; medians. Around D=384 F=6144 k=32
-B=4096: one of F, D and B at a time (slopes fitted in log-log); and around it and D=768 F=24576: k doubled, AuxK with 1%
-and with 10% of the latents dead. And of each of bench_step's shapes, in a process of its own, the peak memory of a
+All cases take turns in one process, so that noise falls on all alike, a few steps at a time, of which the first, which
+finds another case's memory in the caches, doesn't count; medians. Around D=384 F=6144 k=32
+B=4096: one of F, D and B at a time (slopes fitted in log-log); and around it and D=768 F=24576: k doubled, and AuxK
+with 1% and with 10% of the latents dead, on and off by turns in one and the same SAE (two alike differ by up to a
+fifth). And of each of bench_step's shapes, in a process of its own, the peak memory of a
 step, beside what it cannot do without: weights, gradients, optimiser, inputs, and one block of 2^25 pre-activations, at
 most. Writes benchmarks/results/bench_scaling.json and .png.
 """
@@ -36,16 +38,16 @@ BASE = {"B": 4096, "D": 384, "F": 6144, "K": 32}
 GROWS = {"F": (1536, 3072, 6144, 12288, 24576), "D": (96, 192, 384, 768), "B": (1024, 2048, 4096, 8192)}
 AROUND = {"M": {}, "L": {"D": 768, "F": 24576}}
 DEAD = (0.01, 0.1)  # shares of the latents
-ROUNDS = 25
+ROUNDS, STEPS = 12, 4
 BLOCK = 2**25  # pre-activations of a block that counts as needed: 128 MiB
 
 
 class Case:
-    """A learner of some size, and the seconds of its steps."""
+    """A learner of some size, and the seconds of its steps without AuxK (False) and with it (True)."""
 
     def __init__(self, *, dead: float = 0.0, **size: int):
-        self.size, self.dead, self.step = BASE | size, dead, 0
-        self.seconds: list[float] = []
+        self.size, self.step = BASE | size, 0
+        self.seconds: dict[bool, list[float]] = {False: [], True: []}
         B, D, F, K = (self.size[key] for key in "BDFK")
         self.x = data(D, 2 * B).split(B)
         c = SAEConfig(d_in=D, d_sae=F, k=K, batch_size=B)
@@ -57,16 +59,22 @@ class Case:
                 self.learner.sae.b_enc[mask] -= 100.0
             self.learner.is_dead = lambda: mask  # type: ignore[method-assign]
             self.learner.list_dead()
+        self.n_dead = self.learner.n_dead
 
-    def take_step(self) -> None:
+    def take_turn(self, auxk: bool) -> None:
+        self.learner.n_dead = self.n_dead if auxk else 0
+        self.seconds[auxk] += [self.take_step() for _ in range(STEPS)][1:]
+
+    def take_step(self) -> float:
+        """Seconds."""
         start = time.perf_counter()
         self.learner.learn({"": self.x[self.step % 2]}, self.step)
         self.learner.update(self.step)
-        self.seconds.append(time.perf_counter() - start)
         self.step += 1
+        return time.perf_counter() - start
 
-    def result(self) -> dict[str, Any]:
-        return {**self.size, "dead": self.dead, "step_ms": 1e3 * statistics.median(self.seconds[2:])}
+    def ms(self, auxk: bool = False) -> float:
+        return 1e3 * statistics.median(self.seconds[auxk])
 
 
 def slope(points: list[tuple[int, float]]) -> float:
@@ -137,12 +145,11 @@ def main() -> None:
         cases |= {(name, share): Case(**size, dead=share) for share in DEAD}
     for _ in range(ROUNDS):
         for case in cases.values():
-            case.take_step()
-    found = {key: case.result() for key, case in cases.items()}
-    ratio = lambda name, key: found[name, key]["step_ms"] / found[name, 0]["step_ms"]
+            for auxk in (False, True) if case.n_dead else (False,):
+                case.take_turn(auxk)
     grows = {}
     for name, sizes in GROWS.items():
-        points = [(n, found[name, n]["step_ms"]) for n in sizes]
+        points = [(n, cases[name, n].ms()) for n in sizes]
         grows[name] = {"slope": slope(points), "points": points}
     used = {}
     for shape in SHAPES:
@@ -153,11 +160,14 @@ def main() -> None:
     results = {
         "about": {
             "commit": git_commit(), "cores": os.cpu_count(), "machine": platform.machine(), "kernels": native.status(),
-            "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"), "rounds": ROUNDS,
+            "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"), "rounds": ROUNDS, "steps": STEPS - 1,
         },
-        "base": {name: found[name, 0] for name in AROUND}, "grows": grows,
-        "k_doubled": {name: ratio(name, "K") for name in AROUND},
-        "auxk": {name: {str(share): ratio(name, share) for share in DEAD} for name in AROUND},
+        "base": {name: {**case.size, "step_ms": case.ms()} for name in AROUND for case in (cases[name, 0],)},
+        "grows": grows,
+        "k_doubled": {name: cases[name, "K"].ms() / cases[name, 0].ms() for name in AROUND},
+        "auxk": {
+            name: {str(dead): cases[name, dead].ms(True) / cases[name, dead].ms() for dead in DEAD} for name in AROUND
+        },
         "memory": used,
     }  # fmt: skip
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
