@@ -23,7 +23,6 @@ from torch import Tensor
 from sae import native
 
 Pair = tuple[Tensor, Tensor]
-AT_ONCE = 2**18  # numbers of a tensor that plain torch takes in hand at a time, which caches hold
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels then serve CPUs too, slowly
 
 
@@ -104,10 +103,9 @@ class Codes(NamedTuple):
         active = self.values != 0
         if self.indices is None:
             return active.sum(-1), active.sum(0)
-        fired = count(self.indices, n_latents, active)
-        if self.offsets is None:
-            return active.sum(-1), fired
-        return count(rows_of(self.indices, self.offsets), len(self.offsets), active), fired
+        at = self.offsets
+        l0 = active.sum(-1) if at is None else count(rows_of(self.indices, at), len(at), active)
+        return l0, count(self.indices, n_latents, active)
 
     def each(self, of_latents: Tensor) -> Tensor:
         """A number per latent (F,) at the place of each value (to be broadcast where values are dense)."""
@@ -193,8 +191,7 @@ def tokens_at_once(n_latents: int, device: str) -> int:
 
 def _blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[Tensor]:
     """Pre-activations (some tokens, F), in order."""
-    n_parts = -(-len(x) // tokens_at_once(len(b_enc), x.device.type))
-    parts, W = x.chunk(max(1, n_parts)), W_enc.t()  # alike in size: a product of few tokens is slow
+    parts, W = x.chunk(-(-len(x) // tokens_at_once(len(b_enc), x.device.type)) or 1), W_enc.t()  # alike in size
     float32_here = x.device.type == "cpu" and x.dtype == W.dtype == torch.float32
     if float32_here and W.is_contiguous() and (linear := _onednn_linear()):
         return (linear(part, W, b_enc, "none", [], "") for part in parts)
@@ -217,8 +214,7 @@ def choose_top_k(
     """
     with torch.no_grad():
         if packed is not None and packed.serves(x, W_enc, b_enc):
-            rows, about, _ = packed
-            return native.ops().packed_top_k(x.contiguous(), W_enc.t(), b_enc, rows, about, k, absolute)
+            return native.ops().packed_top_k(x.contiguous(), W_enc.t(), b_enc, *packed[:2], k, absolute)
         if k * 8 <= len(b_enc) and (ops := encoder(x, W_enc, b_enc)):
             return ops.encode_top_k(x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), k, absolute)[:2]
         found = []
@@ -270,8 +266,7 @@ def choose_above(
     """
     with torch.no_grad():
         if packed is not None and packed.serves(x, W_enc, b_enc):
-            rows, about, _ = packed
-            return native.ops().packed_above(x.contiguous(), W_enc.t(), b_enc, rows, about, threshold.contiguous())
+            return native.ops().packed_above(x.contiguous(), W_enc.t(), b_enc, *packed[:2], threshold.contiguous())
         if ops := encoder(x, W_enc, b_enc, threshold):
             return ops.encode_above(x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), threshold.contiguous())
         found, start = [], 0
@@ -465,14 +460,13 @@ def moments(x: Tensor, y: Tensor) -> Pair:
     """Sums in float64: per token |x|^2, |y|^2, x.y and |x - y|^2 as (4, B), and x over tokens (D,). x, y (B, D)."""
     if ops := compiled(x, y):
         return ops.moments(x.contiguous(), y.contiguous())
-    size = max(1, AT_ONCE // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
-    found = []
-    for part, other in zip(x.split(size), y.split(size), strict=True):  # in float64, of all it would be twice as large
-        norms = (torch.linalg.vector_norm(v, dim=-1, dtype=torch.float64) for v in (part, other, part - other))
-        x2, y2, e2 = (norm.square() for norm in norms)
-        found.append((torch.stack([x2, y2, (x2 + y2 - e2) / 2, e2]), part.sum(0, dtype=torch.float64)))
-    rows, totals = zip(*found, strict=True)
-    return torch.cat(rows, 1), torch.stack(totals).sum(0)
+    n = tokens_at_once(8 * x.shape[1], x.device.type)  # in float64, all of them would be twice as large
+    rows, total = [], x.new_zeros(x.shape[1], dtype=torch.float64)
+    for a, b in zip(x.split(n), y.split(n), strict=True):
+        x2, y2, e2 = (torch.linalg.vector_norm(v, dim=-1, dtype=torch.float64).square() for v in (a, b, a - b))
+        rows.append(torch.stack([x2, y2, (x2 + y2 - e2) / 2, e2]))
+        total += a.sum(0, dtype=torch.float64)
+    return torch.cat(rows, 1), total
 
 
 def moments_reference(x: Tensor, y: Tensor) -> Pair:
@@ -499,8 +493,7 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (error,) = ctx.saved_tensors
-        grad_y = error * (2 * grad)[:, None]
+        grad_y = ctx.saved_tensors[0] * (2 * grad)[:, None]
         return -grad_y if ctx.needs_input_grad[0] else None, grad_y if ctx.needs_input_grad[1] else None
 
 

@@ -19,6 +19,8 @@ from sae.config import SAEConfig, UserError
 from sae.distributed import ALONE, Axis
 from sae.schedules import adam_betas, peak_lr
 
+AT_ONCE = 2**18  # numbers of a tensor that plain torch takes in hand at a time, which caches hold
+
 
 class ScheduleFreeSignum(torch.optim.Optimizer):
     """Sign descent under schedule-free averaging (Defazio et al. 2024, arxiv.org/abs/2405.15682): no decay is needed.
@@ -188,7 +190,7 @@ def _across(g: Tensor, w: Tensor) -> Tensor:
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Some rows of each of tensors of one shape and layout at a time; of W_enc (D, F), rows are what lies together."""
     rows = [t.detach() if t.is_contiguous() else t.detach().t() for t in tensors]
-    size = max(1, kernels.AT_ONCE * len(rows[0]) // max(1, rows[0].numel())) if rows[0].ndim else 1
+    size = max(1, AT_ONCE * len(rows[0]) // max(1, rows[0].numel())) if rows[0].ndim else 1
     yield from zip(*(t.split(size) for t in rows), strict=True)
 
 
