@@ -1,12 +1,12 @@
 """What a training step's time and memory grow with, on the CPU at hand:  python -m benchmarks.bench_scaling
 
 All cases take turns in one process, so that noise falls on all alike, a few steps at a time, of which the first, which
-finds another case's memory in the caches, doesn't count; medians. Around D=384 F=6144 k=32
-B=4096: one of F, D and B at a time (slopes fitted in log-log); and around it and D=768 F=24576: k doubled, and AuxK
-with 1% and with 10% of the latents dead, on and off by turns in one and the same SAE (two alike differ by up to a
-fifth). And of each of bench_step's shapes, in a process of its own, the peak memory of a
-step, beside what it cannot do without: weights, gradients, optimiser, inputs, and one block of 2^25 pre-activations, at
-most. Writes benchmarks/results/bench_scaling.json and .png.
+finds another case's memory in the caches, doesn't count; medians. Around D=384 F=6144 k=32 B=4096: one of F, D and B at
+a time (slopes fitted in log-log); and around it and D=768 F=24576: k doubled, and AuxK with 1% and with 10% of the
+latents dead, on and off by turns in one and the same SAE (two alike differ by up to a fifth). And of each of
+bench_step's shapes, in a process of its own, the peak memory of a step, beside what it cannot do without: weights,
+gradients, optimiser, inputs, and one block of 2^25 pre-activations, at most. Writes
+benchmarks/results/bench_scaling.json and .png.
 """
 
 from __future__ import annotations

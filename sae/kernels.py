@@ -103,8 +103,8 @@ class Codes(NamedTuple):
         active = self.values != 0
         if self.indices is None:
             return active.sum(-1), active.sum(0)
-        at = self.offsets
-        l0 = active.sum(-1) if at is None else count(rows_of(self.indices, at), len(at), active)
+        starts = self.offsets
+        l0 = active.sum(-1) if starts is None else count(rows_of(self.indices, starts), len(starts), active)
         return l0, count(self.indices, n_latents, active)
 
     def each(self, of_latents: Tensor) -> Tensor:

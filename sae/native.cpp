@@ -38,7 +38,7 @@ namespace {
 
 constexpr int64_t LANES = 32;   // latents in a tile
 constexpr int64_t PANEL = 252;  // tokens that a thread takes through all latents at a time
-constexpr float PART = 0.25f;  // of the largest possible error: products are hardly ever as far off
+constexpr float PART = 0.25f;   // of the largest possible error: products are hardly ever as far off
 constexpr int64_t PILOT = 28;   // tokens that tell what to expect of the others
 
 // f(begin, end) for all blocks of [0, n), of `least` to `most`. Each thread takes the next one left: some hold more work
@@ -469,7 +469,7 @@ float reached_by(float* of, int64_t n, int64_t k, int64_t more) {
 }
 
 struct Candidates {  // of a token, in the order of latents: intervals of the size of their pre-activations
-  int64_t token, n = 0, room;  // what a line writes may reach LANES beyond
+  int64_t token, n = 0, room;       // for n; a tile is read at once, which may reach LANES beyond
   float unit, per_norm, per_error;  // of the token: an interval reaches per_norm * |w| + per_error * |w - w'| both ways
   float threshold;                  // none with an upper end below it was kept
   std::unique_ptr<float[]> middle, upper;
@@ -521,9 +521,9 @@ struct Candidates {  // of a token, in the order of latents: intervals of the si
 
 struct Computed {  // of a token's candidates, the pre-activations that were computed
   int64_t n;
-  std::vector<int32_t> places;         // of them among the candidates
-  std::vector<float> sizes;            // in the order of places
-  std::vector<float> values, by_place; // of all candidates: pre-activations, and their sizes, NaN where not computed
+  std::vector<int32_t> places;          // of them among the candidates
+  std::vector<float> sizes;             // in the order of places
+  std::vector<float> values, by_place;  // of all candidates: pre-activations, and their sizes, NaN where not computed
 
   void start(int64_t n_candidates) {
     n = 0;
@@ -585,7 +585,6 @@ struct Encoder {
         c->add(middle[h], upper[h], LANE + (int32_t)(t * LANES + h * LINE), found >> (16 * h) & 0xFFFF);
     }
   }
-
 
   // Computes a list's places, tile by tile those whose bits(place) are set; returns the k-th largest size computed so far.
   template <class Bits>
