@@ -161,11 +161,11 @@ class SAE(nn.Module):
         return self._times(codes, self.W_dec, self.b_dec)
 
     def _times(self, codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-        """(B, D): codes @ W_dec + b_dec, over the latents of all shards."""
+        """(B, D): codes @ W_dec + b_dec, of one row or of one for each token, over the latents of all shards."""
         shards = self.world.latents
         if shards.size == 1:
             return codes.times(W_dec, b_dec)
-        return shards.sum(codes.times(W_dec, torch.zeros_like(b_dec))) + shards.share(b_dec)
+        return shards.sum(codes.times(W_dec, W_dec.new_zeros(W_dec.shape[1]))) + shards.share(b_dec)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """(B, D) -> (B, F): the linear part of the encoder, before selection."""
@@ -241,27 +241,28 @@ class SAE(nn.Module):
         of the batch that x is a part of.
         """
         target = x if y is None else y
-        error = kernels.squared_error(target, out.x_hat).mean()
+        wrong = out.x_hat - target
+        error = kernels.square_norms(wrong).mean()
         reconstruction = error / variance
         extra = self.extra(x, target, out) / variance
         penalty = self.penalty(out, p=p, whole=whole)
         aux = out.x_hat.new_zeros(())
         total = recon_weight * (reconstruction + extra) + sparsity * penalty
         if dead is not None and self.uses_auxk and self.config.auxk_alpha > 0:
-            aux = self.dead_loss(x, out, dead, y=y, residual=residual, spare=spare)
+            aux = self.dead_loss(x, wrong.detach(), dead, residual=residual, spare=spare)
             total = total + self.config.auxk_alpha * aux
         return Losses(total, error, reconstruction, extra, penalty, aux)
 
     def dead_loss(
-        self, x: Tensor, out: Output, dead: Tensor, *, y: Tensor | None = None,
-        residual: float | Tensor | None = None, spare: Spare | None = None,
+        self, x: Tensor, wrong: Tensor, dead: Tensor, *, residual: float | Tensor | None = None,
+        spare: Spare | None = None,
     ) -> Tensor:  # fmt: skip
         """AuxK: let dead latents explain the residual (Gao et al. 2024, A.2, arxiv.org/abs/2406.04093).
 
-        dead (F,) bool. The k largest dead pre-activations of each token rebuild e = y - x_hat, which is held constant;
-        b_dec is in x_hat already and is not added again. (Of D/2, as there, each learns a little of everything and
-        wins nowhere: dev/LOG.md.) Returns error over residual energy, 0 when nothing is dead or nothing is left to
-        explain; never NaN.
+        wrong (B, D_out): x_hat - y, held constant. dead (F,) bool: the k largest dead pre-activations of each token are
+        to make up for it; b_dec is in x_hat already and is not added again. (Of D/2, as there, each learns a little of
+        everything and wins nowhere: dev/LOG.md.) Returns error over residual energy, 0 when nothing is dead or nothing
+        is left to explain; never NaN.
         """
         k, shards = min(self.config.k, self.d_sae), self.world.latents
         if spare is None:
@@ -272,11 +273,9 @@ class SAE(nn.Module):
         indices, values, offsets = self._largest(centred, encoder.t(), bias, some, asked)
         pre = kernels.gather_pre(centred, encoder.t(), bias, values, indices, offsets)
         values = (pre if self.signed else pre.relu()) * dead[ids][indices]
-        left = ((x if y is None else y) - out.x_hat).detach()
-        x_hat = shards.sum(kernels.decode(indices, values, decoder, offsets))
-        error = kernels.squared_error(left, x_hat).mean()
+        error = kernels.square_norms(self._times(Codes(indices, values, offsets), decoder, wrong)).mean()
         share = (shards.sum_(dead.sum()) / k).clamp(max=1.0)
-        energy = left.square().sum(-1).mean() if residual is None else torch.as_tensor(residual, device=x.device)
+        energy = kernels.square_norms(wrong).mean() if residual is None else torch.as_tensor(residual, device=x.device)
         return torch.where((share > 0) & (energy > 0), share * error / energy.clamp(min=1e-30), 0.0)
 
     def weights_of(self, latents: Tensor, n: int, n_all: int) -> Spare:

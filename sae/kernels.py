@@ -112,7 +112,7 @@ class Codes(NamedTuple):
         return of_latents if self.indices is None else of_latents[self.indices]
 
     def times(self, W: Tensor, bias: Tensor) -> Tensor:
-        """(B, D): the values times the rows of W (F, D), plus bias (D,)."""
+        """(B, D): the values times the rows of W (F, D), plus bias (D,) or (B, D)."""
         if self.indices is None:
             return self.values @ W + bias
         return decode(self.indices, self.values, W, self.offsets, bias=bias)
@@ -337,7 +337,8 @@ def _dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor
 
 
 def _bag(indices: Tensor, offsets: Tensor | None, values: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(B, D): for each token the sum of values[place] * rows[indices[place]] over its places, plus bias (D,)."""
+    """(B, D): for each token the sum of values[place] * rows[indices[place]] over its places, plus bias, (D,) or
+    (B, D)."""
     if ops := compiled(values, rows):
         return ops.bag(indices.contiguous(), offsets, values.contiguous(), rows.contiguous(), bias)
     weights = values.to(rows.dtype).contiguous()
@@ -391,6 +392,7 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, indices, values, W_dec, offsets, bias):
         ctx.save_for_backward(indices, values, W_dec, offsets)
+        ctx.bias = None if bias is None else bias.shape
         return _bag(indices, offsets, values, W_dec, bias)
 
     @staticmethod
@@ -405,7 +407,7 @@ class _Decode(torch.autograd.Function):
         elif ctx.needs_input_grad[2]:
             grad_W = _sum_by_latent(indices, offsets, values, grad, len(W_dec))
         if ctx.needs_input_grad[4]:
-            grad_bias = grad.sum(0)
+            grad_bias = grad.sum_to_size(ctx.bias)
         return None, grad_values, grad_W, None, grad_bias
 
 
@@ -442,7 +444,7 @@ def at(pre: Tensor, indices: Tensor, offsets: Tensor | None) -> Tensor:
 def decode(
     indices: Tensor, values: Tensor, W_dec: Tensor, offsets: Tensor | None = None, *, bias: Tensor | None = None
 ) -> Tensor:
-    """(B, D): the kept latents' decoder rows, weighted and summed, plus bias (D,).
+    """(B, D): the kept latents' decoder rows, weighted and summed, plus bias (D,), or (B, D), each token its own.
 
     indices, values (B, K), or (n,) and offsets (B,).
     """
@@ -484,22 +486,20 @@ def variance(x: Tensor) -> Tensor:
     return (x - x.mean(0)).square().sum(-1).mean()
 
 
-class _SquaredError(torch.autograd.Function):
+class _SquareNorms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y):
-        error = y - x
-        ctx.save_for_backward(error)
-        return torch.linalg.vector_norm(error, dim=-1).square()
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.linalg.vector_norm(x, dim=-1).square()
 
     @staticmethod
     def backward(ctx, grad):
-        grad_y = ctx.saved_tensors[0] * (2 * grad)[:, None]
-        return -grad_y if ctx.needs_input_grad[0] else None, grad_y if ctx.needs_input_grad[1] else None
+        return ctx.saved_tensors[0] * (2 * grad)[:, None]
 
 
-def squared_error(x: Tensor, y: Tensor) -> Tensor:
-    """(B,): |x - y|^2 per token, for x and y (B, D), in one pass either way."""
-    return _SquaredError.apply(x, y)
+def square_norms(x: Tensor) -> Tensor:
+    """(B,): |x|^2 per token of x (B, D), in one pass either way."""
+    return _SquareNorms.apply(x)
 
 
 def project_rows_(grad: Tensor, W: Tensor) -> None:

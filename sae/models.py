@@ -54,7 +54,7 @@ class TopK(SAE):
         k = min(K_MULTI * self.config.k, self.d_sae)
         inner = self._held_centre(x)
         x_hat = self._predict(x, self._codes(inner, *TopK._choose(self, inner, k, None)))
-        return kernels.squared_error(y, x_hat).mean() / 8
+        return kernels.square_norms(x_hat - y).mean() / 8
 
 
 class AbsTopK(TopK):
@@ -164,7 +164,7 @@ class Matryoshka(BatchTopK):
 
     def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
         left = y - x @ self.W_skip.t() if self.config.skip_connection else y
-        errors = [kernels.squared_error(left, self.partial(out.codes, n)).mean() for n in self.prefixes()]
+        errors = [kernels.square_norms(self.partial(out.codes, n) - left).mean() for n in self.prefixes()]
         return torch.stack(errors).sum() if errors else out.x_hat.new_zeros(())
 
 
@@ -249,7 +249,7 @@ class Gated(Penalised):
         x_hat = self._times(gate, self.W_dec.detach(), self.b_dec.detach())
         if self.config.skip_connection:
             x_hat = x_hat + x @ self.W_skip.detach().t()
-        return kernels.squared_error(y, x_hat).mean()
+        return kernels.square_norms(x_hat - y).mean()
 
     @torch.no_grad()
     def raise_threshold_(self, by: Tensor | float) -> None:

@@ -451,6 +451,7 @@ float reached_by(float* of, int64_t n, int64_t k, int64_t more) {
   each([&](const Line& line) { low = line < low ? line : low, high = line > high ? line : high; });
   float least = FLT_MAX, most = -FLT_MAX;
   for (int l = 0; l < LINE; l++) least = std::min(least, low[l]), most = std::max(most, high[l]);
+  if (k == 1) return most;
   for (int64_t above = n; above > k + more;) {
     const float middle = 0.5f * least + 0.5f * most;
     if (!(least < middle && middle < most)) break;
@@ -1003,14 +1004,16 @@ Tensor dot_at(const Tensor& indices, const c10::optional<Tensor>& offsets, const
   return out;
 }
 
-// (B, D): for each token the sum of values[place] * W[indices[place]] over its places, plus bias (D,) if there is one
+// (B, D): for each token the sum of values[place] * W[indices[place]] over its places, plus bias (D,) or (B, D) if there is
+// one
 Tensor bag(
     const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& values, const Tensor& W,
     const c10::optional<Tensor>& bias) {
   const Places places(indices, offsets, W.size(0));
   const int64_t D = W.size(1);
   TORCH_CHECK(values.is_contiguous() && W.is_contiguous() && values.numel() == places.n);
-  TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == D));
+  const bool own = bias && bias->dim() == 2;  // each token has a bias of its own
+  TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == (own ? places.B * D : D)));
   const float *v = values.const_data_ptr<float>(), *w = W.const_data_ptr<float>();
   const float* first = bias ? bias->const_data_ptr<float>() : nullptr;
   Tensor out = at::empty({places.B, D}, W.options());
@@ -1018,8 +1021,8 @@ Tensor bag(
   by_blocks(places.B, 128, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
       sum_rows(
-          to + i * D, first, places.begin(i), places.end(i), D, [&](int64_t p) { return w + places.at[p] * D; },
-          [&](int64_t p) { return v[p]; });
+          to + i * D, own ? first + i * D : first, places.begin(i), places.end(i), D,
+          [&](int64_t p) { return w + places.at[p] * D; }, [&](int64_t p) { return v[p]; });
   });
   return out;
 }

@@ -43,14 +43,14 @@ def _span(token, offsets, n, B, K, RAGGED: tl.constexpr):
 
 @triton.jit
 def _bag(
-    indices, offsets, values, W, bias, out, n, B, K, D,
+    indices, offsets, values, W, bias, out, n, B, K, D, bias_stride,
     RAGGED: tl.constexpr, BIAS: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     token, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     first, last = _span(token, offsets, n, B, K, RAGGED)
     total = tl.zeros((WIDE,), tl.float32)
     if BIAS:
-        total += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)
+        total += tl.load(bias + token * bias_stride + d, mask=d < D, other=0.0).to(tl.float32)
     for start in range(first, last, PLACES):
         at = start + tl.arange(0, PLACES)
         value = tl.load(values + at, mask=at < last, other=0.0).to(tl.float32)
@@ -62,14 +62,15 @@ def _bag(
 
 
 def bag(indices: Tensor, offsets: Tensor | None, values: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, D): for each token the sum of values[place] * W[indices[place]] over its places, plus bias (D,)."""
+    """(B, D): for each token the sum of values[place] * W[indices[place]] over its places, plus bias (D,) or (B, D)."""
     B, D = len(indices if offsets is None else offsets), W.shape[1]
     out = W.new_empty(B, D)
     wide = min(512, triton.next_power_of_2(D))
     if B:
         _bag[(B, triton.cdiv(D, wide))](
-            indices, offsets, values, W, bias, out, indices.numel(), B, 0 if offsets is not None else indices.shape[1],
-            D, RAGGED=offsets is not None, BIAS=bias is not None, PLACES=8, WIDE=wide,
+            indices, offsets, values, W, bias, out, indices.numel(), B, 0 if offsets is not None else indices.shape[1], D,
+            D if bias is not None and bias.ndim == 2 else 0, RAGGED=offsets is not None, BIAS=bias is not None, PLACES=8,
+            WIDE=wide,
         )  # fmt: skip
     return out
 

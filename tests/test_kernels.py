@@ -51,9 +51,10 @@ def test_the_centre_of_gather_pre_has_the_gradient_of_its_twin(dtype):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_decode_equals_its_twin(size, dtype):
+@pytest.mark.parametrize("of_each", [False, True])  # a token has a bias of its own
+def test_decode_equals_its_twin(size, dtype, of_each):
     _, _, _, W_dec, indices, values, grad = problem(*size, dtype=dtype)
-    bias = grad[0]
+    bias = 2 * grad if of_each else grad[0]
     run = lambda f: gradients(lambda v, W, b: f(indices, v, W, bias=b), values, W_dec, bias, out_grad=grad)
     for got, want in zip(run(kernels.decode), run(kernels.decode_reference), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 if dtype is torch.float32 else 1e-10)

@@ -195,14 +195,16 @@ def gradients(f, *inputs, out_grad):
     return [out.detach(), *(t.grad for t in inputs)]
 
 
+@pytest.mark.parametrize("of_each", [False, True])  # a token has a bias of its own
 @pytest.mark.parametrize("size", [(33, 127, 1001, 7), (3, 600, 40, 40), (7, 3, 2, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_equal_those_of_float64(size, dtype):
+def test_gradients_equal_those_of_float64(size, dtype, of_each):
     """Of a code and its decoding: choose_top_k, gather_pre, decode, against autograd of the plain formula."""
     B, D, n, K = size
     if dtype == torch.bfloat16:
         n = min(n, 150)
-    x, W_enc, b_enc, W_dec, b_dec = randn(B, D), randn(n, D) / D**0.5, randn(n) / 4, randn(n, D) / D**0.5, randn(D)
+    x, W_enc, b_enc, W_dec = randn(B, D), randn(n, D) / D**0.5, randn(n) / 4, randn(n, D) / D**0.5
+    b_dec = randn(B, D, seed=2) if of_each else randn(D)
     inputs = [t.to(dtype) for t in (x, W_enc, b_enc, W_dec, b_dec)]
     out_grad = randn(B, D, seed=1)
     chosen = kernels.choose_top_k(inputs[0], inputs[1].t(), inputs[2], K)
@@ -380,7 +382,7 @@ compile(encoder._round, [f, h, f, f, n, n, n], STORE=True, ROWS=4, BLOCK=1024)
 compile(encoder._sift, [i, f, f, f, i, i, i, n, n, n, n], TILE=128, ROOM=64, ROWS=2, BLOCK=1024)
 compile(encoder._rank, [h, h, f, i, i, i, i, l, f, n, n, n, n, n],
         ABSOLUTE=True, TILE=128, ROOM=64, N=32, STEP=32, DEPTH=128)
-compile(kernels._bag, [l, l, f, f, f, f, n, n, n, n], RAGGED=True, BIAS=True, PLACES=8, WIDE=512)
+compile(kernels._bag, [l, l, f, f, f, f, n, n, n, n, n], RAGGED=True, BIAS=True, PLACES=8, WIDE=512)
 compile(kernels._dot_at, [l, f, f, f, n, n, n, n], offsets=None, RAGGED=False, PLACES=32, DEPTH=128)
 compile(kernels._sum_pieces, [l, l, l, l, l, f, f, f, f, n, n], PIECE=128, PLACES=8, WIDE=512)
 compile(kernels._add_pieces, [l, f, f, n], WIDE=512)
