@@ -90,7 +90,7 @@ def timed(module: Any, name: str) -> list[float]:
 
 def nanosae(x: Tensor, job: dict[str, Any]) -> dict[str, Any]:
     """Learner.learn and update, its whole step; and pieces: its encoder, of the same steps, and the float32 product."""
-    from sae import kernels, native
+    from sae import native, selection
     from sae.config import SAEConfig
     from sae.learner import Learner
     from sae.models import create_sae
@@ -104,7 +104,7 @@ def nanosae(x: Tensor, job: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     learner.start_from({"": x[: 4 * job["B"]]})
     start = time.perf_counter() - start
-    encoder = timed(kernels, "choose_top_k") if "fvu" not in job else []  # there AuxK takes some of them
+    encoder = timed(selection, "choose_top_k") if "fvu" not in job else []  # there AuxK takes some of them
     batches = Stamped(x, job["B"], job["steps"])
     for step, batch in enumerate(batches):
         learner.learn({"": batch}, step)

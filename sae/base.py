@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sae import kernels, native
+from sae import kernels, native, selection
 from sae.config import PENALISED, SAEConfig, UserError, require
 from sae.distributed import ALONE, Axis, World
 from sae.kernels import Codes
@@ -312,9 +312,9 @@ class SAE(nn.Module):
         """
         shards = self.world.latents
         if shards.size == 1:
-            return *kernels.choose_top_k(x, W, b, min(k, len(b)), absolute=self.signed, packed=packed), None
+            return *selection.choose_top_k(x, W, b, min(k, len(b)), absolute=self.signed, packed=packed), None
         for room in sorted({min(k, -(-CAPACITY * k // shards.size)), k}):
-            indices, values = kernels.choose_top_k(x, W, b, min(room, len(b)), absolute=self.signed)
+            indices, values = selection.choose_top_k(x, W, b, min(room, len(b)), absolute=self.signed)
             size = values.abs() if self.signed else values
             if allowed is not None:
                 size = size.masked_fill(~allowed[indices], -torch.inf)

@@ -1,4 +1,5 @@
-"""Sparse encode and decode, forward and backward: tensors in, tensors out. Knows no module and no config.
+"""Sparse encode and decode of chosen latents (selection.py), forward and backward: tensors in, tensors out. Knows no
+module and no config.
 
 Each operation has a plain twin (`*_reference`) that defines it in dense autograd; tests hold them together.
 Only the K kept latents of a token take part in the backward pass: no (B, F) gradient, no (B*K, D) tensor is made.
@@ -11,9 +12,7 @@ Letters: B tokens in a batch, D width, F latents, K kept latents.
 from __future__ import annotations
 
 import functools
-import math
 import os
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -171,129 +170,9 @@ def count(indices: Tensor, n: int, weights: Tensor | None = None) -> Tensor:
     return torch.zeros(n, dtype=torch.int64, device=flat.device).index_add_(0, flat, ones)
 
 
-def top_k(pre: Tensor, k: int) -> Pair:
-    """The k largest of each row of pre (B, F), in no order: values and indices (B, K), as torch gives them."""
-    group = 8 if pre.shape[1] >= 128 * k else 4
-    n_groups = pre.shape[1] // group
-    if pre.device.type != "cpu" or pre.shape[1] % group or n_groups < 4 * k:
-        return pre.topk(k, dim=-1, sorted=False)
-    # the k groups with the largest maxima hold the k largest, and maxima are quicker to take than to sort
-    _, best = top_k(pre.view(-1, group, n_groups).amax(1), k)
-    among = (best[:, None] + torch.arange(0, pre.shape[1], n_groups)[:, None]).flatten(1)
-    values, places = pre.gather(1, among).topk(k, dim=-1, sorted=False)
-    return values, among.gather(1, places)
-
-
 def tokens_at_once(n_latents: int, device: str) -> int:
     """Tokens whose pre-activations are made at a time: on CPUs what caches hold, if a product runs well on so few."""
     return max(256, (2**21 if device == "cpu" else 2**25) // n_latents)
-
-
-def _blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[Tensor]:
-    """Pre-activations (some tokens, F), in order."""
-    parts, W = x.chunk(-(-len(x) // tokens_at_once(len(b_enc), x.device.type)) or 1), W_enc.t()  # alike in size
-    float32_here = x.device.type == "cpu" and x.dtype == W.dtype == torch.float32
-    if float32_here and W.is_contiguous() and (linear := _onednn_linear()):
-        return (linear(part, W, b_enc, "none", [], "") for part in parts)
-    return (torch.addmm(b_enc, part, W_enc) for part in parts)
-
-
-@functools.cache
-def _onednn_linear() -> Any:
-    """oneDNN's product, where torch has it: MKL's, which torch prefers, is a fifth slower on AMD's processors."""
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-
-
-def choose_top_k(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: bool = False, packed: native.Packed | None = None
-) -> Pair:
-    """The k largest pre-activations x @ W_enc + b_enc of each token: indices and values (B, k), in no particular order.
-
-    x (B, D), W_enc (D, F), b_enc (F,). absolute: largest in size, with their sign. packed: of W_enc, where there is
-    one. No graph; see gather_pre.
-    """
-    with torch.no_grad():
-        if packed is not None and packed.serves(x, W_enc, b_enc):
-            return native.ops().packed_top_k(x.contiguous(), W_enc.t(), b_enc, *packed[:2], k, absolute)
-        if k * 8 <= len(b_enc) and (ops := encoder(x, W_enc, b_enc)):
-            return ops.encode_top_k(x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), k, absolute)[:2]
-        found = []
-        for pre in _blocks(x, W_enc, b_enc):
-            values, indices = top_k(pre.abs() if absolute else pre, k)
-            found.append((indices, pre.gather(1, indices) if absolute else values))
-        every = [torch.cat(parts) for parts in zip(*found, strict=True)]
-        return every[0], every[1]
-
-
-def choose_top_k_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, absolute: bool = False) -> Pair:
-    """Twin of choose_top_k: all pre-activations, sorted; of equal ones the first latents."""
-    pre = x @ W_enc + b_enc
-    indices = (pre.abs() if absolute else pre).sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return indices, pre.gather(1, indices)
-
-
-def choose_batch_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The n largest pre-activations of a whole batch: indices and values (n,) in the order of tokens, offsets (B,).
-
-    x (B, D), W_enc (D, F), b_enc (F,). No graph; see gather_pre.
-    """
-    with torch.no_grad():
-        n = min(n, len(x) * len(b_enc))
-        if x.device.type != "cpu" and not encoder(x, W_enc, b_enc):  # a look at the number found makes the device wait
-            pre = torch.addmm(b_enc, x, W_enc)
-            flat = pre.flatten().topk(n, sorted=False).indices.sort().values
-            return flat % len(b_enc), pre.flatten()[flat], _offsets(flat // len(b_enc), len(x))
-        few = x[:: max(1, len(x) // 64)]  # these tell about where the cut is
-        pre = torch.addmm(b_enc, few, W_enc).flatten()
-        wanted = 1.2 * n * len(few) / len(x)
-        while True:
-            all_of_them = wanted > len(pre)
-            least = -math.inf if all_of_them else float(pre.topk(math.ceil(wanted), sorted=False).values.min())
-            indices, values, offsets = choose_above(x, W_enc, b_enc, torch.full_like(b_enc, least))
-            if len(values) >= n:  # all above the cut are there, so the best n of them are those of the batch
-                break
-            wanted *= 2
-        best = values.topk(n, sorted=False).indices.sort().values
-        return indices[best], values[best], _offsets(rows_of(indices, offsets)[best], len(x))
-
-
-def choose_above(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, packed: native.Packed | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where pre-activations exceed threshold (F,): indices and values (n,), offsets (B,). packed: of W_enc.
-
-    Reads the device; no graph, see gather_pre.
-    """
-    with torch.no_grad():
-        if packed is not None and packed.serves(x, W_enc, b_enc):
-            return native.ops().packed_above(x.contiguous(), W_enc.t(), b_enc, *packed[:2], threshold.contiguous())
-        if ops := encoder(x, W_enc, b_enc, threshold):
-            return ops.encode_above(x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), threshold.contiguous())
-        found, start = [], 0
-        for pre in _blocks(x, W_enc, b_enc):
-            rows, indices = (pre > threshold).nonzero(as_tuple=True)
-            found.append((indices, pre[rows, indices], rows + start))
-            start += len(pre)
-        indices, values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return indices, values, _offsets(rows, len(x))
-
-
-def choose_above_if_few(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, packed: native.Packed | None = None
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """choose_above where it is quicker than all pre-activations: on CPUs, for less than a tenth of them; else None."""
-    if packed is not None and packed.serves(x, W_enc, b_enc):
-        return choose_above(x, W_enc, b_enc, threshold, packed=packed)
-    if not encoder(x, W_enc, b_enc, threshold):
-        return None
-    with torch.no_grad():
-        few = x[:: max(1, len(x) // 16)]
-        share = (torch.addmm(b_enc, few, W_enc) > threshold).float().mean()
-    return choose_above(x, W_enc, b_enc, threshold) if share < 0.1 else None
-
-
-def _offsets(rows: Tensor, n: int) -> Tensor:
-    return torch.searchsorted(rows, torch.arange(n, device=rows.device))
 
 
 def _sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: Tensor, n_latents: int) -> Tensor:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sae import kernels
+from sae import kernels, selection
 from sae.base import SAE as SAE
 from sae.base import Output as Output
 from sae.config import SAEConfig, require
@@ -95,14 +95,14 @@ class BatchTopK(TopK):
 
     def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.training and whole is None:
-            return kernels.choose_batch_top_k(x, self.W_enc, self.b_enc, k * len(x))
+            return selection.choose_batch_top_k(x, self.W_enc, self.b_enc, k * len(x))
         # a part of a batch may hold any number of those that the whole keeps, the least one included
         least = (
             self.threshold
             if whole is None
             else whole.nextafter(torch.full_like(whole, -torch.inf)).repeat(len(self.own))
         )
-        return kernels.choose_above(x, self.W_enc, self.b_enc, least, packed=self.packed)
+        return selection.choose_above(x, self.W_enc, self.b_enc, least, packed=self.packed)
 
     @torch.no_grad()
     def survey(self, parts: list[Tensor], k: int | None = None, n_tokens: int | None = None) -> Tensor | None:
@@ -115,7 +115,7 @@ class BatchTopK(TopK):
         for room in sorted({min(n, -(-2 * n // team.size)), n}):
             best = parts[0].new_empty(0)
             for x in parts:
-                best = torch.cat((best, kernels.choose_batch_top_k(self._centre(x), self.W_enc, self.b_enc, room)[1]))
+                best = torch.cat((best, selection.choose_batch_top_k(self._centre(x), self.W_enc, self.b_enc, room)[1]))
                 best = best.topk(min(room, len(best)), sorted=False).values
             least = team.kth_largest(best, n)
             if room == n or not team.any((best > least).all() & (len(best) == room)):
@@ -179,7 +179,7 @@ class Penalised(SAE):
         """Places, and x's pre-activations there, with a graph: all that exceed floor (F,) at least; all of them, dense,
         where most do or where finding them would make the device wait."""
         inner = self._held_centre(x)
-        found = kernels.choose_above_if_few(inner, self.W_enc, bias, floor, packed=self.packed)
+        found = selection.choose_above_if_few(inner, self.W_enc, bias, floor, packed=self.packed)
         if found is None:
             pre = torch.addmm(bias, self._centre(x), self.W_enc)
             return Codes(None, pre), pre

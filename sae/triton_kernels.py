@@ -68,9 +68,9 @@ def bag(indices: Tensor, offsets: Tensor | None, values: Tensor, W: Tensor, bias
     wide = min(512, triton.next_power_of_2(D))
     if B:
         _bag[(B, triton.cdiv(D, wide))](
-            indices, offsets, values, W, bias, out, indices.numel(), B, 0 if offsets is not None else indices.shape[1], D,
-            D if bias is not None and bias.ndim == 2 else 0, RAGGED=offsets is not None, BIAS=bias is not None, PLACES=8,
-            WIDE=wide,
+            indices, offsets, values, W, bias, out, indices.numel(), B, 0 if offsets is not None else indices.shape[1],
+            D, D if bias is not None and bias.ndim == 2 else 0, RAGGED=offsets is not None, BIAS=bias is not None,
+            PLACES=8, WIDE=wide,
         )  # fmt: skip
     return out
 

@@ -6,7 +6,7 @@ Run: python -m pytest tests/test_kernels.py
 import pytest
 import torch
 
-from sae import kernels, native
+from sae import kernels, native, selection
 from sae.kernels import Codes
 
 SIZES = [(33, 127, 1001, 7), (1, 5, 9, 9), (64, 32, 64, 1), (7, 3, 2, 2)]  # B, D, F, K
@@ -100,15 +100,15 @@ def test_batch_top_k_and_above(enabled, monkeypatch):
     pre = x @ W + b
     ragged_to_dense = lambda found: Codes(found[0], found[1], found[2]).dense(301)
     for n in (1, 40, 2000, 90 * 301):
-        found = kernels.choose_batch_top_k(x, W, b, n)
+        found = selection.choose_batch_top_k(x, W, b, n)
         cut = pre.flatten().topk(n).values.min()
         assert len(found[0]) == n
         torch.testing.assert_close(ragged_to_dense(found), pre * (pre >= cut), rtol=1e-5, atol=1e-4)
-    assert len(kernels.choose_batch_top_k(x[:3], W, b, 10**6)[0]) == 3 * 301
+    assert len(selection.choose_batch_top_k(x[:3], W, b, 10**6)[0]) == 3 * 301
     for threshold in (torch.full((301,), 0.5), torch.linspace(-1, 30, 301), torch.full((301,), -torch.inf)):
-        found = kernels.choose_above(x, W, b, threshold)
+        found = selection.choose_above(x, W, b, threshold)
         torch.testing.assert_close(ragged_to_dense(found), pre * (pre > threshold), rtol=1e-5, atol=1e-4)
-    assert len(kernels.choose_above(x, W, b, torch.full((301,), 1e9))[0]) == 0
+    assert len(selection.choose_above(x, W, b, torch.full((301,), 1e9))[0]) == 0
 
 
 def test_a_latent_named_twice_counts_twice():
@@ -144,10 +144,10 @@ def test_the_path_for_other_devices_equals_the_fast_one():
 
 def test_top_k_with_ties_negatives_and_all():
     pre = torch.tensor([[1.0, 1.0, 1.0, 0.0], [-3.0, -1.0, -2.0, -4.0]])
-    values, picked = kernels.top_k(pre, 2)
+    values, picked = selection.top_k(pre, 2)
     assert torch.equal(pre.gather(1, picked), values)
     assert values.sort(1).values.tolist() == [[1.0, 1.0], [-2.0, -1.0]]
-    assert kernels.top_k(pre, 4)[1].sort(1).values.tolist() == [[0, 1, 2, 3]] * 2
+    assert selection.top_k(pre, 4)[1].sort(1).values.tolist() == [[0, 1, 2, 3]] * 2
 
 
 @pytest.mark.parametrize("how", ["plain", "ties", "all negative", "not finite"])
@@ -160,7 +160,7 @@ def test_top_k_by_groups_finds_what_sorting_finds(how, n_latents):
         pre = -pre.abs() - 1
     if how == "not finite":
         pre[3, 5], pre[4, 7] = torch.inf, -torch.inf
-    values, picked = kernels.top_k(pre, 16)
+    values, picked = selection.top_k(pre, 16)
     assert all(len(set(row)) == 16 for row in picked.tolist())
     want = pre.sort(1, descending=True).values[:, :16]
     assert torch.equal(values.sort(1, descending=True).values, want)
@@ -173,8 +173,8 @@ def test_pre_activations_in_blocks_are_those_of_one_product(onednn, transposed, 
     x, W, b, *_ = problem(600, 40, 9000, 8, dtype=torch.float32)
     W = W.t().contiguous().t() if transposed else W.contiguous()
     if not onednn:
-        monkeypatch.setattr(kernels, "_onednn_linear", lambda: None)
-    blocks = list(kernels._blocks(x, W, b))
+        monkeypatch.setattr(selection, "_onednn_linear", lambda: None)
+    blocks = list(selection._blocks(x, W, b))
     assert [len(block) for block in blocks] == [200, 200, 200]
     torch.testing.assert_close(torch.cat(blocks), torch.addmm(b, x, W))
 

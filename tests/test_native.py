@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae import hooks, kernels, native, optim
+from sae import hooks, kernels, native, optim, selection
 from sae.config import SAEConfig
 from sae.language_model import load_language_model
 from sae.learner import Learner
@@ -88,7 +88,7 @@ def problems():
 @pytest.mark.parametrize("name", problems())
 def test_the_selection_is_the_best(name, absolute):
     x, W, b, k = problems()[name]
-    indices, values = kernels.choose_top_k(x, W, b, k, absolute=absolute)
+    indices, values = selection.choose_top_k(x, W, b, k, absolute=absolute)
     assert_best(x, W, b, k, indices, values, absolute)
 
 
@@ -120,8 +120,8 @@ def test_ties_go_to_the_first_latents_as_in_the_twin(absolute, encoder):
     g = torch.Generator().manual_seed(0)
     x = torch.randint(-3, 4, (40, 16), generator=g).float()  # whole numbers: no rounding, and ties all over
     W, b = torch.randint(-2, 3, (200, 16), generator=g).float().t(), torch.zeros(200)
-    indices, values = kernels.choose_top_k(x, W, b, 9, absolute=absolute)
-    want, of = kernels.choose_top_k_reference(x, W, b, 9, absolute=absolute)
+    indices, values = selection.choose_top_k(x, W, b, 9, absolute=absolute)
+    want, of = selection.choose_top_k_reference(x, W, b, 9, absolute=absolute)
     assert torch.equal(indices.sort(1).values, want.sort(1).values)
     assert torch.equal(values.sort(1).values, of.sort(1).values)
 
@@ -134,7 +134,7 @@ def test_the_best_are_found_where_rounding_moves_products_as_far_as_it_can(encod
     high = torch.tensor([127 * unit, 100.52]).repeat(300, 1)  # in units of this they round down by as much
     x, W, b = torch.tensor([[0.0, 1.0]]).repeat(64, 1), torch.cat((low, high)).t(), torch.zeros(1000)
     before = encoder.looks()[1]
-    indices, values = kernels.choose_top_k(x, W, b, 8)
+    indices, values = selection.choose_top_k(x, W, b, 8)
     assert (indices.sort(1).values == torch.arange(700, 708)).all()
     assert (values == torch.tensor(100.52)).all()
     if "avx512_vnni" in native._processor() and "-march=native" in native._flags():
@@ -144,16 +144,16 @@ def test_the_best_are_found_where_rounding_moves_products_as_far_as_it_can(encod
 @needs_compiler
 def test_equal_latents_by_the_thousand(encoder):
     x, W, b = randn(40, 8), torch.ones(8, 3000), torch.zeros(3000)
-    indices, values = kernels.choose_top_k(x, W, b, 5)
+    indices, values = selection.choose_top_k(x, W, b, 5)
     assert torch.equal(indices.sort(1).values, torch.arange(5).expand(40, 5))
 
 
 @needs_compiler
 def test_every_other_path_chooses_the_same(monkeypatch):
     x, W, b, k = problems()["many tokens"]
-    fast, values = kernels.choose_top_k(x, W, b, k)
+    fast, values = selection.choose_top_k(x, W, b, k)
     monkeypatch.setattr(native, "enabled", False)
-    plain, of = kernels.choose_top_k(x, W, b, k)
+    plain, of = selection.choose_top_k(x, W, b, k)
     assert torch.equal(fast.sort(1).values, plain.sort(1).values)
     torch.testing.assert_close(values.sort(1).values, of.sort(1).values, rtol=1e-5, atol=1e-5)
 
@@ -171,10 +171,10 @@ def packed_problem(name):
 @pytest.mark.parametrize("absolute", [False, True])
 def test_eight_bits_choose_the_same_for_few_tokens(name, absolute):
     x, W, b, k, packed = packed_problem(name)
-    assert_best(x, W, b, k, *kernels.choose_top_k(x, W, b, k, absolute=absolute, packed=packed), absolute)
+    assert_best(x, W, b, k, *selection.choose_top_k(x, W, b, k, absolute=absolute, packed=packed), absolute)
     pre = x @ W + b
     floor = torch.full_like(b, float(pre.quantile(0.97)) if len(x) else 0.0)
-    indices, values, offsets = kernels.choose_above(x, W, b, floor, packed=packed)
+    indices, values, offsets = selection.choose_above(x, W, b, floor, packed=packed)
     blur = 1e-6 * float((x.norm(dim=1).max() * W.norm(dim=0).max() + b.abs().max()) if len(x) else 0)
     found = kernels.Codes(indices, values, offsets)
     dense = found.dense(len(b))
@@ -190,7 +190,7 @@ def test_eight_bits_of_other_weights_are_not_used(monkeypatch):
     assert not packed.serves(torch.cat((x, x)), W, b)
     bad = x.clone()
     bad[3], bad[17, 0] = torch.nan, torch.inf
-    indices, values = kernels.choose_top_k(bad, W, b, k, packed=packed)
+    indices, values = selection.choose_top_k(bad, W, b, k, packed=packed)
     good = [i for i in range(31) if i not in (3, 17)]
     assert_best(x[good], W, b, k, indices[good], values[good])
     assert values[3].isnan().all()
@@ -216,7 +216,7 @@ def test_a_token_that_is_not_finite_spoils_no_other():
     x, W, b, k = problems()["plain"]
     bad = x.clone()
     bad[3], bad[17, 0] = torch.nan, torch.inf
-    indices, values = kernels.choose_top_k(bad, W, b, k)
+    indices, values = selection.choose_top_k(bad, W, b, k)
     good = [i for i in range(33) if i not in (3, 17)]
     assert_best(x[good], W, b, k, indices[good], values[good])
     assert ((indices >= 0) & (indices < 1001)).all()
@@ -350,9 +350,9 @@ def test_bfloat16_products_and_doubles_take_the_plain_path():
     x, W, b, k = problems()["plain"]
     with torch.autocast("cpu", torch.bfloat16):
         assert native.ops(x) is None
-        indices, _ = kernels.choose_top_k(x, W, b, k)
+        indices, _ = selection.choose_top_k(x, W, b, k)
     assert native.ops(x.double()) is None and native.ops(x.bfloat16()) is None
-    exact, _ = kernels.choose_top_k(x.double(), W.double(), b.double(), k)
+    exact, _ = selection.choose_top_k(x.double(), W.double(), b.double(), k)
     shared = [len(set(p) & set(q)) for p, q in zip(indices.tolist(), exact.tolist(), strict=True)]
     assert sum(shared) > 0.9 * 33 * k
 
@@ -488,6 +488,6 @@ def test_the_selection_is_the_best_on_real_activations(model, layer, k, minilm_p
         learner.update(step)
     sae = learner.sae
     inner, W, b = x * learner.scale - sae.b_dec.detach(), sae.W_enc.detach(), sae.b_enc.detach()
-    assert_best(inner, W, b, k, *kernels.choose_top_k(inner, W, b, k))
+    assert_best(inner, W, b, k, *selection.choose_top_k(inner, W, b, k))
     if ops := native.encoder(inner, W, b):  # proven by the 16-bit bound at the first attempt, for most
         assert ops.encode_top_k(inner, W.t().contiguous(), b, k, False)[2] < len(x) / 2

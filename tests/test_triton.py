@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae import kernels, native
+from sae import kernels, native, selection
 from sae.config import SAEConfig
 from sae.learner import Learner
 from sae.models import create_sae
@@ -103,8 +103,8 @@ def test_the_selection_is_the_best(name, dtype):
 @pytest.mark.parametrize("absolute", [False, True])
 def test_the_twins_selection_at_odd_sizes_through_the_front_door(absolute):
     x, W, b = randn(33, 127), randn(1001, 127).t() / 11, randn(1001) / 10
-    indices, values = kernels.choose_top_k(x, W, b, 7, absolute=absolute)
-    want, of = kernels.choose_top_k_reference(x, W, b, 7, absolute=absolute)
+    indices, values = selection.choose_top_k(x, W, b, 7, absolute=absolute)
+    want, of = selection.choose_top_k_reference(x, W, b, 7, absolute=absolute)
     assert torch.equal(indices, want)  # in the twin's order, too, which plain torch does not promise
     torch.testing.assert_close(values, of, rtol=1e-5, atol=1e-5)
 
@@ -115,7 +115,7 @@ def test_ties_go_to_the_first_latents_as_in_the_twin(absolute):
     x = torch.randint(-3, 4, (8, 16), generator=g).float()  # whole numbers: no rounding, and ties all over
     W, b = torch.randint(-2, 3, (200, 16), generator=g).float().t(), torch.zeros(200)
     indices, values, _ = triton_encoder.encode_top_k(x, W.t(), b, 9, absolute)
-    want, of = kernels.choose_top_k_reference(x, W, b, 9, absolute=absolute)
+    want, of = selection.choose_top_k_reference(x, W, b, 9, absolute=absolute)
     assert torch.equal(indices, want)
     assert torch.equal(values, of)
 
@@ -175,12 +175,12 @@ def test_batch_top_k_and_above(monkeypatch):
     pre = x @ W + b
     ragged_to_dense = lambda found: kernels.Codes(*found).dense(301)
     for n in (1, 900):
-        found = kernels.choose_batch_top_k(x, W, b, n)
+        found = selection.choose_batch_top_k(x, W, b, n)
         cut = pre.flatten().topk(n).values.min()
         assert len(found[0]) == n
         torch.testing.assert_close(ragged_to_dense(found), pre * (pre >= cut), rtol=1e-5, atol=1e-4)
     for threshold in (torch.linspace(-1, 30, 301), torch.full((301,), -torch.inf), torch.full((301,), torch.inf)):
-        found = kernels.choose_above(x, W, b, threshold)
+        found = selection.choose_above(x, W, b, threshold)
         torch.testing.assert_close(ragged_to_dense(found), pre * (pre > threshold), rtol=1e-5, atol=1e-4)
 
 
@@ -207,7 +207,7 @@ def test_gradients_equal_those_of_float64(size, dtype, of_each):
     b_dec = randn(B, D, seed=2) if of_each else randn(D)
     inputs = [t.to(dtype) for t in (x, W_enc, b_enc, W_dec, b_dec)]
     out_grad = randn(B, D, seed=1)
-    chosen = kernels.choose_top_k(inputs[0], inputs[1].t(), inputs[2], K)
+    chosen = selection.choose_top_k(inputs[0], inputs[1].t(), inputs[2], K)
 
     def fast(x, W, b, W_dec, b_dec):
         pre = kernels.gather_pre(x, W.t(), b, chosen[1], chosen[0])
