@@ -27,12 +27,12 @@ LN_EPS = 1e-5  # added to the standard deviation, as OpenAI and SAELens do
 
 
 class Output(NamedTuple):
-    """What one forward gives: the reconstruction (B, D), the codes, and from kinds with a penalty the pre-activations
-    behind them, in the shape of the codes' values."""
+    """What one forward gives: the reconstruction (B, D), the codes, and what these were chosen from, where the loss
+    wants it: from kinds with a penalty the pre-activations at the same places, from multi-TopK the codes of 4k."""
 
     x_hat: Tensor
     codes: Codes
-    pre: Tensor | None
+    source: Codes | None
 
 
 class Losses(NamedTuple):
@@ -178,9 +178,9 @@ class SAE(nn.Module):
         """
         x = self._flat(x)
         inner, mean, std = self._normalise(x) if self.layer_norm else (x, None, None)
-        codes, pre = self.codes(inner, k=k, whole=whole)
+        codes, source = self.codes(inner, k=k, whole=whole)
         x_hat = self._predict(inner, codes)
-        return Output(x_hat if std is None or mean is None else x_hat * std + mean, codes, pre)
+        return Output(x_hat if std is None or mean is None else x_hat * std + mean, codes, source)
 
     def unit(self, x: Tensor) -> Tensor | None:
         """(B, 1): what a unit of the decoder's output is worth at each token of x (B, D); None for 1 everywhere."""
@@ -196,8 +196,8 @@ class SAE(nn.Module):
     # ----------------------------------------------------------------------------------------------
     # what a kind defines
 
-    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:
-        """Codes of x (B, D); kinds with a penalty also give the pre-activations they come from."""
+    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Codes | None]:
+        """Codes of x (B, D), and what they were chosen from (Output.source)."""
         raise NotImplementedError
 
     def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002

@@ -33,28 +33,35 @@ class TopK(SAE):
     def independent(self) -> bool:
         return False
 
-    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:
-        x = self._held_centre(x)
-        with torch.no_grad():
-            chosen = self._choose(x, k or self.config.k, whole)
-        return self._codes(x, *chosen), None
+    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Codes | None]:
+        x, k = self._held_centre(x), k or self.config.k
+        if not (self.config.multi_topk and self.training):
+            return self._codes(x, k, whole), None
+        if self.world.latents.size > 1:  # the largest of a shard need not be those of all
+            return self._codes(x, k, whole), self._codes(x, self._wide, whole)
+        most = self._codes(x, max(k, self._wide), whole)
+        return most.strongest(k), most.strongest(self._wide)
+
+    @property
+    def _wide(self) -> int:
+        return min(K_MULTI * self.config.k, self.d_sae)
 
     def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
         """The latents that the centred x (B, D) keeps and their pre-activations, flat with offsets if there are any."""
         return self._largest(x, self.W_enc, self.b_enc, k, packed=self.packed)
 
-    def _codes(self, x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor | None = None) -> Codes:
-        """Codes of chosen latents of the centred x (B, D), with a graph."""
+    def _codes(self, x: Tensor, k: int, whole: Tensor | None) -> Codes:
+        """Codes of the centred x (B, D), with a graph."""
+        with torch.no_grad():
+            indices, values, offsets = self._choose(x, k, whole)
         pre = kernels.gather_pre(x, self.W_enc, self.b_enc, values, indices, offsets, centre=self._centre_of_inputs)
         return Codes(indices, pre if self.signed else pre.relu(), offsets)
 
     def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
         if not self.config.multi_topk:
             return out.x_hat.new_zeros(())
-        k = min(K_MULTI * self.config.k, self.d_sae)
-        inner = self._held_centre(x)
-        x_hat = self._predict(x, self._codes(inner, *TopK._choose(self, inner, k, None)))
-        return kernels.square_norms(x_hat - y).mean() / 8
+        wide = out.source if out.source is not None else self.codes(x, k=self._wide)[0]
+        return kernels.square_norms(self._predict(x, wide) - y).mean() / 8
 
 
 class AbsTopK(TopK):
@@ -175,18 +182,17 @@ class Matryoshka(BatchTopK):
 class Penalised(SAE):
     """What these share: pre-activations are needed only from a little below a latent's threshold on."""
 
-    def _above(self, x: Tensor, bias: Tensor, floor: Tensor) -> tuple[Codes, Tensor]:
-        """Places, and x's pre-activations there, with a graph: all that exceed floor (F,) at least; all of them, dense,
-        where most do or where finding them would make the device wait."""
+    def _above(self, x: Tensor, bias: Tensor, floor: Tensor) -> Codes:
+        """x's pre-activations, with a graph: all that exceed floor (F,) at least; all of them, dense, where most do or
+        where finding them would make the device wait."""
         inner = self._held_centre(x)
         found = selection.choose_above_if_few(inner, self.W_enc, bias, floor, packed=self.packed)
         if found is None:
-            pre = torch.addmm(bias, self._centre(x), self.W_enc)
-            return Codes(None, pre), pre
+            return Codes(None, torch.addmm(bias, self._centre(x), self.W_enc))
         indices, values, offsets = found
         centre = self._centre_of_inputs
         pre = kernels.gather_pre(inner, self.W_enc, bias, values, indices, offsets, centre=centre)
-        return Codes(indices, pre, offsets), pre
+        return Codes(indices, pre, offsets)
 
 
 class ReLU(Penalised):
@@ -198,9 +204,9 @@ class ReLU(Penalised):
     uses_auxk = False
     unit_transcoder = True
 
-    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:  # noqa: ARG002
-        places, pre = self._above(x, self.b_enc, torch.zeros_like(self.b_enc))
-        return places._replace(values=pre.relu()), pre
+    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Codes | None]:  # noqa: ARG002
+        source = self._above(x, self.b_enc, torch.zeros_like(self.b_enc))
+        return source._replace(values=source.values.relu()), source
 
     def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
         f = out.codes.values
@@ -231,21 +237,21 @@ class Gated(Penalised):
         self.b_mag = nn.Parameter(torch.zeros(F))
         self.r_mag = nn.Parameter(torch.zeros(F))
 
-    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:  # noqa: ARG002
-        places, gate = self._above(x, self.b_gate, torch.zeros_like(self.b_gate))
-        projected = gate - places.each(self.b_gate)
-        magnitude = (projected * places.each(self.r_mag.exp()) + places.each(self.b_mag)).relu()
-        return places._replace(values=magnitude * (gate > 0)), gate
+    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Codes | None]:  # noqa: ARG002
+        gate = self._above(x, self.b_gate, torch.zeros_like(self.b_gate))
+        projected = gate.values - gate.each(self.b_gate)
+        magnitude = (projected * gate.each(self.r_mag.exp()) + gate.each(self.b_mag)).relu()
+        return gate._replace(values=magnitude * (gate.values > 0)), gate
 
     def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
-        assert out.pre is not None
-        f = out.pre.relu() * out.codes.each(self.W_dec.norm(dim=1))
+        assert out.source is not None
+        f = out.source.values.relu() * out.source.each(self.W_dec.norm(dim=1))
         return self.world.latents.sum(f.sum() / len(out.x_hat) / math.sqrt(self.d_in))
 
     def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
         # The decoder is held fixed here, or it would be bent towards the gate's unscaled values (eq. 8).
-        assert out.pre is not None
-        gate = out.codes._replace(values=out.pre.relu())
+        assert out.source is not None
+        gate = out.source._replace(values=out.source.values.relu())
         x_hat = self._times(gate, self.W_dec.detach(), self.b_dec.detach())
         if self.config.skip_connection:
             x_hat = x_hat + x @ self.W_skip.detach().t()
@@ -311,18 +317,18 @@ class JumpReLU(Penalised):
         super()._make_biases(F)
         self.threshold = nn.Parameter(torch.zeros(F))
 
-    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Tensor | None]:  # noqa: ARG002
-        places, pre = self._above(x, self.b_enc, self.threshold.detach() - self.config.bandwidth / 2)
-        threshold = places.each(self.threshold).expand_as(pre)
-        return places._replace(values=_Jump.apply(pre, threshold, self.config.bandwidth)), pre
+    def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Codes | None]:  # noqa: ARG002
+        source = self._above(x, self.b_enc, self.threshold.detach() - self.config.bandwidth / 2)
+        threshold = source.each(self.threshold).expand_as(source.values)
+        return source._replace(values=_Jump.apply(source.values, threshold, self.config.bandwidth)), source
 
     def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
         if self.config.jumprelu_penalty == "tanh":
             sizes = out.codes.values * out.codes.each(self.W_dec.norm(dim=1)) / math.sqrt(self.d_in)
             return self.world.latents.sum(torch.tanh(4 * sizes).sum() / len(out.x_hat))
-        assert out.pre is not None
-        threshold = out.codes.each(self.threshold).expand_as(out.pre)
-        l0 = _Step.apply(out.pre, threshold, self.config.bandwidth).sum() / len(out.x_hat)
+        assert out.source is not None
+        threshold = out.source.each(self.threshold).expand_as(out.source.values)
+        l0 = _Step.apply(out.source.values, threshold, self.config.bandwidth).sum() / len(out.x_hat)
         l0 = self.world.latents.sum(l0)
         if self.config.jumprelu_penalty == "step":
             return l0

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from sae import selection
 from sae.config import SAEConfig, UserError
 from sae.models import KINDS, create_sae
 from sae.trainer import train_sae_from_activations
@@ -211,6 +212,21 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(case):
         (parts.loss(part, out, y=target, variance=7.0, sparsity=0.1, whole=seen).total / 4).backward()
     for (name, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("k", [2, 4, 30])  # 30: k is annealed from more than the 4k of the second reconstruction
+def test_multi_topk_takes_both_reconstructions_from_one_choice(k, monkeypatch):
+    sae, x = make("topk", multi_topk=True), data()
+    want = make("topk").codes(x, k=k)[0].dense(40), make("topk").codes(x, k=20)[0].dense(40)
+    calls, choose = [], selection.choose_top_k
+    monkeypatch.setattr(selection, "choose_top_k", lambda *a, **kw: calls.append(a[3]) or choose(*a, **kw))
+    out = sae(x, k=k)
+    loss = sae.loss(x, out, variance=1.0)
+    assert calls == [max(k, 20)]
+    torch.testing.assert_close(out.codes.dense(40), want[0])
+    torch.testing.assert_close(out.source.dense(40), want[1])
+    later = sae.eval().loss(x, sae(x, k=k), variance=1.0)  # there one choice serves forward, which needs no other
+    torch.testing.assert_close(loss.extra, later.extra)
 
 
 def wrong(sae, x):
