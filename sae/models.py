@@ -79,9 +79,7 @@ class GroupMax(TopK):
         require(k % n == 0, f"groupmax keeps whole groups on a process; k={k} is no multiple of --shard_latents {n}")
 
     def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
-        size = self.d_sae // self.config.k
-        values, best = torch.addmm(self.b_enc, x, self.W_enc).view(len(x), -1, size).max(-1)
-        return best + torch.arange(0, len(self.own), size, device=best.device), values, None
+        return *selection.choose_group_max(x, self.W_enc, self.b_enc, self.d_sae // self.config.k), None
 
 
 class BatchTopK(TopK):

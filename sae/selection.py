@@ -76,6 +76,17 @@ def choose_top_k_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, a
     return indices, pre.gather(1, indices)
 
 
+def choose_group_max(x: Tensor, W_enc: Tensor, b_enc: Tensor, size: int) -> Pair:
+    """The largest pre-activation of each group of so many neighbouring latents: indices and values (B, F / size).
+
+    x (B, D), W_enc (D, F), b_enc (F,). No graph; see gather_pre.
+    """
+    with torch.no_grad():
+        found = [pre.view(len(pre), -1, size).max(-1) for pre in _blocks(x, W_enc, b_enc)]
+        values, best = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return best + torch.arange(0, len(b_enc), size, device=best.device), values
+
+
 def choose_batch_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """The n largest pre-activations of a whole batch: indices and values (n,) in the order of tokens, offsets (B,).
 
@@ -130,7 +141,7 @@ def choose_above_if_few(
     """choose_above where it is quicker than all pre-activations: on CPUs, for less than a tenth of them; else None."""
     if packed is not None and packed.serves(x, W_enc, b_enc):
         return choose_above(x, W_enc, b_enc, threshold, packed=packed)
-    if not kernels.encoder(x, W_enc, b_enc, threshold):
+    if x.device.type != "cpu" and not kernels.encoder(x, W_enc, b_enc, threshold):
         return None
     with torch.no_grad():
         few = x[:: max(1, len(x) // 16)]
