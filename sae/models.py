@@ -71,7 +71,7 @@ class AbsTopK(TopK):
 
 
 class GroupMax(TopK):
-    """Latents in k groups; the largest of each group, then ReLU (sparsify). Much cheaper to select than TopK."""
+    """Latents in k groups; the largest of each group, then ReLU (sparsify)."""
 
     def _check_shards(self) -> None:
         super()._check_shards()
