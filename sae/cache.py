@@ -142,10 +142,10 @@ def provenance(
 ) -> dict[str, Any]:
     """What decides activations, as a cache's manifest records it."""
     return {
-        "model": lm.name, "model_hash": lm.weights_hash, "tokenizer_hash": lm.tokenizer.content_hash(),
-        "dataset": dataset.name, "dataset_hash": dataset.fingerprint(), "text_column": dataset.text_column,
-        "split": dataset.split, "streaming": dataset.streaming, "ctx_len": min(ctx_len, lm.max_len),
-        "skip_first": skip_first, "exclude_tokens": sorted(exclude_tokens),
+        "model": lm.name, "model_hash": lm.weights_hash, "model_dtype": lm.dtype,
+        "tokenizer_hash": lm.tokenizer.content_hash(), "dataset": dataset.name, "dataset_hash": dataset.fingerprint(),
+        "text_column": dataset.text_column, "split": dataset.split, "streaming": dataset.streaming,
+        "ctx_len": min(ctx_len, lm.max_len), "skip_first": skip_first, "exclude_tokens": sorted(exclude_tokens),
     }  # fmt: skip
 
 
@@ -334,12 +334,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def refuse_stale(manifest: dict[str, Any], made_from: dict[str, Any], folder: str | Path) -> None:
     """Raise UserError unless the cache was made from exactly this model, tokenizer, text and cutting."""
+    has = {"model_dtype": "float32", **manifest}  # it was always so once
     for key, wanted in made_from.items():
         if key in ("model", "dataset"):
             continue  # names may differ; the hashes say what counts
-        if manifest.get(key) != wanted:
+        if has.get(key) != wanted:
             short = lambda v: str(v)[:12]
             raise UserError(
-                f"the cache '{folder}' is stale or foreign: its {key} is {short(manifest.get(key))}, "
+                f"the cache '{folder}' is stale or foreign: its {key} is {short(has.get(key))}, "
                 f"yours is {short(wanted)}; collect it again, or use what it was made from"
             )

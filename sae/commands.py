@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sae.config import at_least, knob, require
+from sae.config import ModelDtype, at_least, knob, require
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class ChatConfig:
         None, "the language model (default: the one the SAE was trained on)", alias=("checkpoint", "model_name")
     )
     dataset: str | None = knob(None, "where a nanoGPT checkpoint's meta.pkl lies (default: as in training)")
+    model_dtype: ModelDtype | None = knob(None, "what the language model computes in (default: as in training)")
     device: str | None = knob(None, "cpu, cuda, cuda:1, mps (default: the best there is)")
     no_sae: bool = knob(False, "the plain model: nothing watched, nothing steered")
     raw: bool = knob(False, "go on with the text instead of answering it (models without a chat do so anyway)")

@@ -21,6 +21,7 @@ from sae.flags import read_json as read_json
 
 VERSION = "0.1.0"
 
+ModelDtype = Literal["float32", "bfloat16", "float16"]
 PENALISED = ("relu", "gated", "jumprelu")  # sparse through a penalty; the other kinds keep k by selection
 
 
@@ -275,6 +276,7 @@ class DataConfig:
     data_preprocessing_num_proc: int = knob(1, "threads that tokenise")
     ctx_len: int = knob(256, "tokens per sequence (at most the model's context)")
     model_batch_size: int = knob(16, "sequences per forward of the language model")
+    model_dtype: ModelDtype = knob("float32", "what the language model computes in, and its weights are kept in")
     skip_first: bool = knob(False, "leave the first position of every sequence out of training and metrics")
     device: str | None = knob(None, "cpu, cuda, cuda:1, mps (default: the best there is)")
 
@@ -420,6 +422,7 @@ class EvalConfig:
     mean_tokens: int = knob(16_384, "leading tokens that give the mean used by mean ablation")
     ctx_len: int | None = knob(None, "tokens per sequence (default: as in training)", alias=("context_length",))
     model_batch_size: int = knob(16, "sequences per forward of the language model")
+    model_dtype: ModelDtype | None = knob(None, "what the language model computes in (default: as in training)")
     device: str | None = knob(None, "cpu, cuda, cuda:1, mps (default: the best there is)")
     output_dir: str | None = knob(None, "where eval.json and plots/ go (default: beside the SAE)")
 

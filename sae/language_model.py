@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sae import hooks
-from sae.config import UserError, read_json, require
+from sae.config import ModelDtype, UserError, read_json, require
 from sae.tokenizers import CharTokenizer, HFTokenizer, NanochatTokenizer, TiktokenTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +77,7 @@ class LanguageModel:
     causal:     next-token model (rows packed from documents) or encoder (each row wrapped in `wrap`)
     resume_fn:  (module, hookpoint, x (N, T, D)) -> logits from there on, or None where it cannot; a shortcut only
     step_fn:    (module, ids (N, T), cache or None) -> logits (N, T, V) and the cache with these tokens; a shortcut only
+    dtype:      what it was asked to compute in
     """
 
     module: nn.Module
@@ -91,6 +92,7 @@ class LanguageModel:
     pad_id: int = 0
     resume_fn: Callable[[nn.Module, str, Tensor], Tensor | None] | None = None
     step_fn: Callable[[nn.Module, Tensor, Any], tuple[Tensor, Any]] | None = None
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         self.module.eval().requires_grad_(False)
@@ -230,28 +232,31 @@ class LanguageModel:
 
 
 def load_language_model(
-    name: str = "pygpt", *, device: str | torch.device | None = None, dataset: str | None = None
-) -> LanguageModel:
+    name: str = "pygpt", *, device: str | torch.device | None = None, dataset: str | None = None,
+    dtype: str = "float32",
+) -> LanguageModel:  # fmt: skip
     """The model `name` means.
 
     pygpt; a nanoGPT ckpt.pt (or its folder); nanochat:base, nanochat:sft/d20, nanochat:rl/d20@000500, or a folder of
     nanochat's checkpoints (or one model_000500.pt); or a HuggingFace folder or id. A nanoGPT checkpoint is built by the
     model.py beside sae/, a nanochat one by the nanochat that Python finds.
 
-    dataset: a nanoGPT data folder, where a checkpoint's character table (meta.pkl) may lie.
+    dataset: a nanoGPT data folder, where a checkpoint's character table (meta.pkl) may lie. dtype: of its weights, and
+    so of its products and activations (float32, bfloat16, float16; of nanochat's, float32 is what nanochat chooses).
     Raises UserError for a missing, truncated, foreign or hostile file; nothing in it is ever executed.
     """
-    where = best_device(str(device) if device is not None else None)
+    where, known = best_device(str(device) if device is not None else None), get_args(ModelDtype)
+    require(dtype in known, f"dtype={dtype!r}; a model computes in {', '.join(known)}")
     if name.startswith("nanochat:"):
-        return _nanochat(name, None, where)
+        return _nanochat(name, None, where, dtype)
     path = PYGPT if name == "pygpt" else Path(name)
     if path.is_dir() and (path / "ckpt.pt").is_file():
-        return _nanogpt(path / "ckpt.pt", name, where, dataset)
+        return _nanogpt(path / "ckpt.pt", name, where, dataset, dtype)
     found = _nanochat_file(path)
     if found is not None:
-        return _nanochat(name, found, where)
+        return _nanochat(name, found, where, dtype)
     if path.is_file():
-        return _nanogpt(path, name, where, dataset)
+        return _nanogpt(path, name, where, dataset, dtype)
     if path.suffix in (".pt", ".pth", ".bin") or (path.parent != Path() and not path.exists() and name[0] in "./~"):
         raise UserError(f"model '{name}' does not exist; give a ckpt.pt, a HuggingFace folder or id, or pygpt")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -259,7 +264,7 @@ def load_language_model(
             f"folder '{name}' holds neither a ckpt.pt nor a HuggingFace config.json nor nanochat's model_*.pt; "
             "give another model"
         )
-    return _huggingface(name, where)
+    return _huggingface(name, where, dtype)
 
 
 def outline(name: str) -> LanguageModel:
@@ -321,7 +326,7 @@ def _nanogpt_step(module: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, A
     return module(ids, cache=cache)[0], cache
 
 
-def _nanogpt(path: Path, name: str, device: torch.device, dataset: str | None) -> LanguageModel:
+def _nanogpt(path: Path, name: str, device: torch.device, dataset: str | None, dtype: str) -> LanguageModel:
     checkpoint = read_plain(path)
     found = checkpoint if isinstance(checkpoint, dict) else {}
     if not all(isinstance(found.get(key), dict) for key in ("model", "model_args")):
@@ -340,8 +345,8 @@ def _nanogpt(path: Path, name: str, device: torch.device, dataset: str | None) -
             "put the checkpoint's own tokenizer.json or meta.pkl beside it"
         )
     return LanguageModel(
-        module=module.to(device), tokenizer=tokenizer, forward_fn=_nanogpt_forward, name=name,
-        d_model=config.n_embd, max_len=config.block_size,
+        module=module.to(device, getattr(torch, dtype)), tokenizer=tokenizer, forward_fn=_nanogpt_forward, name=name,
+        dtype=dtype, d_model=config.n_embd, max_len=config.block_size,
         resume_fn=_nanogpt_resume if ours else None,  # another forward may do more between its blocks
         step_fn=_nanogpt_step if ours else None,
     )  # fmt: skip
@@ -420,7 +425,7 @@ def _nanochat_forward(module: nn.Module, ids: Tensor, valid: Tensor) -> Tensor:
     return module(ids) if ids.shape[1] > 1 else module(F.pad(ids, (0, 1)))[:, :1]
 
 
-def _nanochat(name: str, file: Path | None, device: torch.device) -> LanguageModel:
+def _nanochat(name: str, file: Path | None, device: torch.device, dtype: str) -> LanguageModel:
     """nanochat:source/tag@step from where that checkout keeps its checkpoints, or one file with its meta."""
     asked = re.fullmatch(r"nanochat:(\w+)(?:/(\w[\w.-]*))?(?:@(\d+))?", name)
     if file is None and asked is None:
@@ -459,7 +464,8 @@ def _nanochat(name: str, file: Path | None, device: torch.device) -> LanguageMod
     # No resume_fn: between its blocks nanochat mixes the stream with the embeddings, and it subtracts the middle
     # layer's output at the end, so what follows a block depends on more than that block's output.
     return LanguageModel(
-        module=module, tokenizer=NanochatTokenizer(inner), forward_fn=_nanochat_forward, name=name,
+        module=module if dtype == "float32" else module.to(getattr(torch, dtype)), dtype=dtype, name=name,
+        tokenizer=NanochatTokenizer(inner), forward_fn=_nanochat_forward,
         d_model=module.config.n_embd, max_len=module.config.sequence_len,
     )  # fmt: skip
 
@@ -477,7 +483,7 @@ def _hf_step(module: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
     return out.logits, out.past_key_values
 
 
-def _huggingface(name: str, device: torch.device) -> LanguageModel:
+def _huggingface(name: str, device: torch.device, dtype: str) -> LanguageModel:
     try:
         import transformers
     except ImportError as e:
@@ -492,7 +498,7 @@ def _huggingface(name: str, device: torch.device) -> LanguageModel:
         config = transformers.AutoConfig.from_pretrained(name)
         causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ())
         loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-        module: nn.Module = loader.from_pretrained(name, dtype=torch.float32)
+        module: nn.Module = loader.from_pretrained(name, dtype=getattr(torch, dtype))
         module.to(device)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as e:
@@ -502,15 +508,11 @@ def _huggingface(name: str, device: torch.device) -> LanguageModel:
         ) from e
     encoder = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None and not causal
     return LanguageModel(
-        module=module,
-        tokenizer=HFTokenizer(tokenizer),
-        forward_fn=_hf_forward,
-        name=name,
+        module=module, tokenizer=HFTokenizer(tokenizer), forward_fn=_hf_forward, name=name, dtype=dtype,
         d_model=config.hidden_size,
         max_len=min(int(getattr(config, "max_position_embeddings", 0) or 1 << 20), tokenizer.model_max_length),
-        causal=not encoder,
-        has_head=causal,
+        causal=not encoder, has_head=causal,
         wrap=(tokenizer.cls_token_id, tokenizer.sep_token_id) if encoder else None,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         step_fn=_hf_step if causal else None,
-    )
+    )  # fmt: skip

@@ -40,7 +40,9 @@ def open_conversation(c: ChatConfig) -> Conversation:
     """The model and SAEs that a config means, with what is known of their features."""
     device = best_device(c.device)
     if c.no_sae:
-        return Conversation(load_language_model(c.model or "pygpt", device=device, dataset=c.dataset), {}, {})
+        dtype = c.model_dtype or "float32"
+        lm = load_language_model(c.model or "pygpt", device=device, dataset=c.dataset, dtype=dtype)
+        return Conversation(lm, {}, {})
     path = c.sae_path or str(formats.newest_run("sae_models"))
     folders = formats.sae_folders(path) if Path(path).is_dir() else {}
     if not folders:
@@ -51,7 +53,10 @@ def open_conversation(c: ChatConfig) -> Conversation:
     model = c.model or trained_on.get("model_name")
     require(model is not None, f"'{path}' does not say which model it belongs to; give --model")
     text = trained_on.get("dataset_path")
-    lm = load_language_model(str(model), device=device, dataset=c.dataset or (None if text == "embedded" else text))
+    lm = load_language_model(
+        str(model), device=device, dataset=c.dataset or (None if text == "embedded" else text),
+        dtype=c.model_dtype or trained_on.get("model_dtype", "float32"),
+    )  # fmt: skip
     notes = {name: Notes(at / "features", saes[name].d_sae) for name, at in folders.items()}
     return Conversation(lm, saes, notes)
 

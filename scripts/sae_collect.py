@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     folder = Path(c.output_dir)
     if folder.exists() and not c.overwrite:
         raise UserError(f"'{folder}' exists; choose another --output_dir or give --overwrite")
-    lm = load_language_model(c.model, device=best_device(c.device), dataset=c.dataset)
+    lm = load_language_model(c.model, device=best_device(c.device), dataset=c.dataset, dtype=c.model_dtype)
     layers = (c.layer,) if c.layer is not None else c.layers
     hookpoints = hooks.resolve(lm.module, hookpoints=c.hookpoints, layers=layers, hook_type=c.hook_type)
     if c.transcode:  # of each module what goes in and what comes out

@@ -48,7 +48,8 @@ def open_sae(c: EvalConfig, lm: LanguageModel | None = None) -> Opened:
         )
     name = trained_on.get("dataset_path")
     dataset_name = c.dataset if c.dataset is not None else None if name == "embedded" else name
-    lm = lm or load_language_model(model, device=device, dataset=dataset_name)
+    dtype = c.model_dtype or trained_on.get("model_dtype", "float32")
+    lm = lm or load_language_model(model, device=device, dataset=dataset_name, dtype=dtype)
     # how its own text was read says nothing about another
     how = {k: trained_on[k] for k in ("text_column", "split", "streaming") if k in trained_on and not c.dataset}
     dataset = open_dataset(dataset_name, **how)

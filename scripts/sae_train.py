@@ -53,8 +53,9 @@ def live_data(c: TrainConfig, lm: LanguageModel, hookpoints: list[str]) -> Data:
 
     origin = {
         "provenance": cache.provenance(lm, dataset, ctx_len=c.ctx_len, **left_out),
-        "model_name": lm.name, "dataset_path": dataset.name, "text_column": dataset.text_column,
-        "split": dataset.split, "streaming": dataset.streaming, "context_size": min(c.ctx_len, lm.max_len), **left_out,
+        "model_name": lm.name, "model_dtype": lm.dtype, "dataset_path": dataset.name,
+        "text_column": dataset.text_column, "split": dataset.split, "streaming": dataset.streaming,
+        "context_size": min(c.ctx_len, lm.max_len), **left_out,
     }  # fmt: skip
     return Data(source("train"), source("val"), c.max_tokens, c.num_epochs, origin)
 
@@ -101,7 +102,7 @@ def cache_origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
     model = manifest["model"] if c.model == TrainConfig.model else c.model
     dataset = c.dataset or (None if manifest["dataset"] == "embedded" else manifest["dataset"])
     try:
-        lm = load_language_model(model, device="cpu", dataset=dataset)
+        lm = load_language_model(model, device="cpu", dataset=dataset, dtype=manifest.get("model_dtype", "float32"))
         opened = open_dataset(
             dataset, text_column=manifest["text_column"], split=manifest["split"], streaming=manifest["streaming"]
         )
@@ -113,7 +114,8 @@ def cache_origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
         cache.refuse_stale(manifest, made_from, c.activations)
     return {
         "provenance": {key: manifest[key] for key in ("model_hash", "dataset_hash", "n_tokens")},
-        "model_name": manifest["model"], "dataset_path": manifest["dataset"], "text_column": manifest["text_column"],
+        "model_name": manifest["model"], "model_dtype": manifest.get("model_dtype", "float32"),
+        "dataset_path": manifest["dataset"], "text_column": manifest["text_column"],
         "split": manifest["split"], "streaming": manifest["streaming"], "context_size": manifest["ctx_len"],
         "skip_first": manifest["skip_first"], "exclude_tokens": manifest["exclude_tokens"],
     }  # fmt: skip
@@ -264,7 +266,7 @@ def open_data(c: TrainConfig, device: Any) -> tuple[LanguageModel | None, Data, 
             raise UserError(f"'{c.activations}' holds no '{missing[0]}@in'; collect with sae_collect --transcode")
         check_folder(c, run_folder(c, hookpoints))
         return None, data, hookpoints, run_folder(c, hookpoints)
-    lm = load_language_model(c.model, device=device, dataset=c.dataset)
+    lm = load_language_model(c.model, device=device, dataset=c.dataset, dtype=c.model_dtype)
     hookpoints = choose(c, lm)
     check_folder(c, run_folder(c, hookpoints))
     data = live_data(c, lm, hookpoints + [f"{name}@in" for name in hookpoints if c.transcode])
@@ -276,6 +278,7 @@ def say_plan(c: TrainConfig) -> None:
     n = int(os.environ.get("WORLD_SIZE", "1"))
     device = best_device(distributed.local_device(c.device))
     model_numbers = forward = 0
+    wide = 4 if c.model_dtype == "float32" else 2  # bytes
     if c.activations is not None:
         held = FileSource(c.activations) if is_activation_file(c.activations) else cache.CacheSource(c.activations)
         widths = {name: d for name, d in held.widths.items() if not c.hookpoints or name in c.hookpoints}
@@ -285,7 +288,7 @@ def say_plan(c: TrainConfig) -> None:
         hookpoints = choose(c, lm)
         widths = lm.widths(hookpoints + [f"{name}@in" for name in hookpoints if c.transcode])
         model_numbers = sum(p.numel() for p in lm.module.parameters())
-        forward = 64 * c.model_batch_size * min(c.ctx_len, lm.max_len) * lm.d_model  # what its blocks hold at once
+        forward = 16 * wide * c.model_batch_size * min(c.ctx_len, lm.max_len) * lm.d_model  # what its blocks hold
     configs = settings_of_saes(c, widths, hookpoints)
     shape = distributed.arrange(
         n, n_saes=len(configs), shard_latents=c.shard_latents, distribute_modules=c.distribute_modules
@@ -293,7 +296,7 @@ def say_plan(c: TrainConfig) -> None:
     costs = {name: float(n_latents(one) * (one.d_in or 0)) for name, one in configs.items()}
     owner = distributed.balance(costs, shape[0])
     groups = [[one for name, one in configs.items() if owner[name] == group] for group in range(shape[0])]
-    each = [plan.memory(c, saes, widths, 4 * model_numbers + forward, shape, device.type) for saes in groups]
+    each = [plan.memory(c, saes, widths, wide * model_numbers + forward, shape, device.type) for saes in groups]
     parts = max(each, key=lambda parts: sum(parts.values()))
     room = plan.machine_memory(device) / (n if device.type == "cpu" else 1)
     rate = plan.tokens_per_second(c, list(configs.values()), model_numbers, shape, plan.flops_here(device))

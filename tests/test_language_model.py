@@ -108,6 +108,36 @@ def test_huggingface_decoder(tmp_path):
     assert lm.tokenizer.encode_document("ab")[0] == lm.tokenizer.bos_id
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["gpt", "hf", "bert"])
+def test_models_in_half_precision(kind, dtype, gpt_path, minilm_path, tmp_path):
+    name = {"gpt": gpt_path, "hf": str(tmp_path), "bert": minilm_path}[kind]
+    if kind == "hf":
+        test_huggingface_decoder(tmp_path)
+    whole, half = (load_language_model(name, device="cpu", dtype=d) for d in ("float32", dtype))
+    assert (whole.dtype, half.dtype) == ("float32", dtype)
+    assert {str(p.dtype) for p in half.module.parameters()} == {f"torch.{dtype}"}
+    ids, valid = (t[:, :8] for t in batch(whole))
+    ids = ids % 50
+    hookpoint = hooks.at_layer(whole.module, 1, "resid_post")
+    x, close = (lm.hidden(ids, valid, [hookpoint])[hookpoint] for lm in (half, whole))
+    assert str(x.dtype) == f"torch.{dtype}"
+    assert float((x.float() - close).norm() / (close - close.mean((0, 1))).norm()) < 0.1
+    assert half.widths([hookpoint]) == whole.widths([hookpoint])
+    if kind == "bert":
+        return
+    torch.testing.assert_close(half.logits_replacing(ids, valid, hookpoint, x), half.logits(ids, valid))
+    torch.testing.assert_close(half.logits(ids, valid).float(), whole.logits(ids, valid), rtol=0.05, atol=0.05)
+    written = list(half.generate(ids[:1], 4, temperature=0))
+    assert len(written) == 4
+    assert half.logit_effects(torch.ones(1, half.d_model)).dtype == torch.float32
+
+
+def test_a_model_computes_in_what_models_compute_in(gpt_path):
+    with pytest.raises(UserError, match="dtype='int8'; a model computes in float32, bfloat16, float16"):
+        load_language_model(gpt_path, device="cpu", dtype="int8")
+
+
 def byte_level_tokenizer():
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

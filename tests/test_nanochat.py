@@ -499,12 +499,14 @@ def test_train_and_eval(base, text_file, tmp_path, monkeypatch):
     sae_eval.main(["--sae_path", "sae_models/cached", "--eval_tokens", "300"])
 
 
-def test_activations_in_bfloat16(base, text_file):
-    """As nanochat runs on a GPU: embeddings, and so all activations, in bfloat16."""
-    lm = load_language_model("nanochat:base", device="cpu")
-    lm.module.transformer.wte.bfloat16()
-    lm.module.value_embeds.bfloat16()
-    lm.module.cos, lm.module.sin = lm.module.cos.bfloat16(), lm.module.sin.bfloat16()
+@pytest.mark.parametrize("asked", [False, True])
+def test_activations_in_bfloat16(base, text_file, asked):
+    """As nanochat runs on a GPU: embeddings, and so all activations, in bfloat16; or all of it so, if asked."""
+    lm = load_language_model("nanochat:base", device="cpu", dtype="bfloat16" if asked else "float32")
+    if not asked:
+        lm.module.transformer.wte.bfloat16()
+        lm.module.value_embeds.bfloat16()
+        lm.module.cos, lm.module.sin = lm.module.cos.bfloat16(), lm.module.sin.bfloat16()
     ids, valid = batch(lm)
     for hook_type in HOOK_TYPES:
         name = hooks.at_layer(lm.module, 1, hook_type)

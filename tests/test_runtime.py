@@ -13,6 +13,8 @@ from torch import nn
 from sae import hooks
 from sae.config import SAEConfig, UserError
 from sae.edits import Condition, Edit, parse_condition, parse_edit
+from sae.kernels import Codes
+from sae.language_model import load_language_model
 from sae.models import KINDS, create_sae
 from sae.runtime import InterpretableModel
 
@@ -161,6 +163,24 @@ def test_steering_by_nothing_changes_no_bit(lm):
         assert not steering.stopped.any()
     with live.steer():
         assert torch.equal(logits(lm, ids), clean)
+
+
+def test_a_model_in_half_precision_is_watched_and_steered(gpt_path):
+    """The nanochat document's InterpretableModel could not: the SAE's float32 met the model's bfloat16."""
+    lm = load_language_model(gpt_path, device="cpu", dtype="bfloat16")
+    ids = prompt_ids(lm)
+    clean, x = logits(lm, ids), held(lm, ids)
+    for kind in KINDS:
+        sae = an_sae(kind)
+        live = InterpretableModel(lm, {HOOK: sae})
+        with live.steer("3:+0", "4:*1", "6:<1e6"), live.track(top_k=96) as seen:
+            assert torch.equal(logits(lm, ids), clean), kind
+        found = Codes(*(t.flatten(0, 1) for t in seen.features()))
+        torch.testing.assert_close(found.dense(96), sae.encode(x.float()).flatten(0, 1))
+        with live.steer("3:+8"):
+            assert not torch.equal(logits(lm, ids), clean)
+        moved = steered(live, lm, ids, "3:+8").float() - x.float()
+        torch.testing.assert_close(moved[0, 1:], (8 * sae.W_dec[3]).expand_as(moved[0, 1:]), rtol=0.05, atol=0.05)
 
 
 def steered(live, lm, ids, *edits, hook=HOOK):

@@ -13,7 +13,11 @@ import pytest
 import torch
 
 from sae import formats, log
+from sae.commands import ChatConfig
+from sae.config import EvalConfig
 from scripts import sae_collect, sae_eval, sae_train, sae_upload, sae_viz
+from scripts.chat import open_conversation
+from scripts.sae_eval import open_sae
 from tests.conftest import ROOT
 
 SCRIPTS = {
@@ -99,6 +103,29 @@ def test_collect_then_train(here, base, capsys):
     assert call(sae_train, "--activations", "acts", *SMALL, "--run_name", "stale") == 2
     assert "stale or foreign: its model_hash" in capsys.readouterr().err
     assert not (here / "sae_models" / "stale").exists()
+
+
+def test_a_model_in_half_precision_through_every_script(here, base, capsys):
+    half = ["--model_dtype", "bfloat16"]
+    assert call(sae_train, *base, "--layer", 1, *SMALL, *half, "--run_name", "live") == 0
+    for asked, got in ((None, "bfloat16"), ("float32", "float32")):  # as in training, unless asked otherwise
+        assert open_sae(EvalConfig(sae_path="sae_models/live", model_dtype=asked, device="cpu")).lm.dtype == got
+        chat_config = ChatConfig(sae_path="sae_models/live", model_dtype=asked, device="cpu")
+        assert open_conversation(chat_config).lm.dtype == got
+    assert call(sae_eval, "--eval_tokens", 200) == 0
+    assert call(sae_viz, "--eval_tokens", 200) == 0
+    assert call(sae_train, *base, "--layer", 1, *SMALL, *half, "--loss_fn", "kl", "--run_name", "kl") == 0
+    assert call(sae_collect, *base, "--layer", 1, "--max_tokens", 1500, "--output_dir", "acts", *half) == 0
+    assert call(sae_train, "--activations", "acts", *SMALL, "--run_name", "cached") == 0
+    assert open_sae(EvalConfig(sae_path="sae_models/cached", device="cpu")).lm.dtype == "bfloat16"
+    manifest = json.loads((here / "acts" / "manifest.json").read_text())
+    del manifest["model_dtype"]  # as of a cache from before there was a choice
+    (here / "acts" / "manifest.json").write_text(json.dumps(manifest))
+    assert call(sae_train, "--activations", "acts", *SMALL, "--run_name", "stale") == 2
+    assert "stale or foreign: its model_hash" in capsys.readouterr().err
+    assert call(sae_train, "--run_name", "live", "--resume") == 0
+    assert call(sae_train, "--run_name", "live", "--resume", "--model_dtype", "float32") == 2
+    assert "was trained with model_dtype=bfloat16 and float32 is asked now" in capsys.readouterr().err
 
 
 def test_a_text_column_goes_through_a_cache(here, gpt_path, text_file):
