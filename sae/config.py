@@ -321,6 +321,9 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
         "tokens to train on; text that ends sooner is repeated, collected activations are not",
         alias=("num_activations",),
     )
+    model_device: str | None = knob(
+        None, "device of the language model, whose forwards then run beside the SAEs' steps (default: --device)"
+    )
     buffer_tokens: int = knob(65_536, "tokens in the mixing buffer (half of it is fresh each time it is refilled)")
     val_tokens: int = knob(32_768, "held-out tokens kept for validation")
     activations: str | None = knob(
@@ -369,6 +372,10 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
             f"--loss_fn {self.loss_fn} runs the model; it goes not with --activations",
         )
         require(
+            not (end_to_end and self.model_device),
+            f"--loss_fn {self.loss_fn} trains through the model, on one device; give --device alone",
+        )
+        require(
             not (end_to_end and self.sweep),
             f"--loss_fn {self.loss_fn} trains one SAE per hookpoint; give one value to each flag",
         )
@@ -381,9 +388,9 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
 # Names that other tools use for what goes by another name, or does not exist, here.
 REPLACED = {
     "n_op_shards": "give --shard_latents", "n_replicas": "start as many processes with torchrun",
-    "auxk": "AuxK takes up to d_in / 2 latents by itself", "eps": "the optimiser's epsilon is fixed",
+    "auxk": "AuxK takes k latents by itself", "eps": "the optimiser's epsilon is fixed",
     "hf_token": "log in with `huggingface-cli login`", "revision": "give a folder with that revision",
-    "load_in_8bit": "give a folder with the weights you want", "max_examples": "give --max_tokens",
+    "load_in_8bit": "give --model_dtype bfloat16", "max_examples": "give --max_tokens",
     "data_args": "give the configuration as --dataset name:config",
     "wandb_name": "give --run_name", "feature_absorption": "sae_eval reports decoder similarity",
     "prepare_neuronpedia": "run scripts.sae_upload on the run",

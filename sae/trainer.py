@@ -417,8 +417,8 @@ RUN_FILES = (
 )
 # What may differ between the two halves of a resumed run.
 FREE_SETTINGS = {
-    "resume", "overwrite", "device", "save_dir", "run_name", "save_every", "log_to_wandb", "wandb_project", "assess",
-    "distribute_modules", "shard_latents", "plan",
+    "resume", "overwrite", "device", "model_device", "save_dir", "run_name", "save_every", "log_to_wandb",
+    "wandb_project", "assess", "distribute_modules", "shard_latents", "plan",
 }  # fmt: skip
 
 

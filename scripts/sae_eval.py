@@ -99,7 +99,8 @@ def assess_run(
     val: Acts = {}
     for hookpoint, folder in folders.items():
         if not formats.load_cfg(folder).get("activations_file"):
-            one = EvalConfig(sae_path=str(folder), device=c.device, model_batch_size=c.model_batch_size)
+            device = c.model_device or c.device
+            one = EvalConfig(sae_path=str(folder), device=device, model_batch_size=c.model_batch_size)
             opened = open_sae(one, lm)
             lm = opened.lm
             measure(one, opened, world)

@@ -266,7 +266,7 @@ def open_data(c: TrainConfig, device: Any) -> tuple[LanguageModel | None, Data, 
             raise UserError(f"'{c.activations}' holds no '{missing[0]}@in'; collect with sae_collect --transcode")
         check_folder(c, run_folder(c, hookpoints))
         return None, data, hookpoints, run_folder(c, hookpoints)
-    lm = load_language_model(c.model, device=device, dataset=c.dataset, dtype=c.model_dtype)
+    lm = load_language_model(c.model, device=c.model_device or device, dataset=c.dataset, dtype=c.model_dtype)
     hookpoints = choose(c, lm)
     check_folder(c, run_folder(c, hookpoints))
     data = live_data(c, lm, hookpoints + [f"{name}@in" for name in hookpoints if c.transcode])

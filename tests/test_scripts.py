@@ -128,6 +128,20 @@ def test_a_model_in_half_precision_through_every_script(here, base, capsys):
     assert "was trained with model_dtype=bfloat16 and float32 is asked now" in capsys.readouterr().err
 
 
+def test_the_model_can_have_a_device_of_its_own(here, base, capsys, monkeypatch):
+    devices, load = [], sae_train.load_language_model
+    monkeypatch.setattr(
+        sae_train, "load_language_model", lambda *a, **kw: devices.append(kw["device"]) or load(*a, **kw)
+    )
+    flags = [*base, "--layer", 1, *SMALL]
+    assert call(sae_train, *flags, "--device", "cpu", "--model_device", "cpu:0", "--assess") == 0
+    assert devices == ["cpu:0"]
+    assert call(sae_train, *flags, "--model_device", "cuda:99", "--run_name", "far") == 2
+    assert "device 'cuda:99' is not there" in capsys.readouterr().err
+    assert call(sae_train, *flags, "--model_device", "cpu", "--loss_fn", "kl", "--run_name", "kl") == 2
+    assert "trains through the model, on one device" in capsys.readouterr().err
+
+
 def test_a_text_column_goes_through_a_cache(here, gpt_path, text_file):
     rows = [json.dumps({"body": line}) for line in text_file.read_text().splitlines()]
     (here / "t.jsonl").write_text("\n".join(rows))
