@@ -144,6 +144,26 @@ def sweep() -> str:
     )
 
 
+def half() -> str:
+    """Runs on a language model in bfloat16 beside those in float32."""
+    result = load("bench_half")
+    about = result["about"]
+    lines = [
+        "| model | seed | computes in | tokens/s | forwards | explained variance | the same SAE in the float32 model | "
+        "CE score vs mean |", "|---" * 8 + "|",
+    ]  # fmt: skip
+    for r in result["rows"]:
+        score = r["in_float32"]["ce_score_mean"]
+        lines.append(
+            f"| {r['model']}, layer {r['layer']} | {r['seed']} | {r['dtype']} | {r['tokens_per_s']:,} | "
+            f"{r['forwards_s']:.1f} s | {r['own']['explained_variance']:.4f} | "
+            f"{r['in_float32']['explained_variance']:.4f} | {'no head' if score is None else f'{score:.4f}'} |"
+        )
+    return "\n".join(
+        [*lines, "", f"({about['tokens']:,} tokens; {about['cores']} {about['machine']} cores, {about['date']})"]
+    )
+
+
 def steps() -> str:
     """A training step, nanoSAE's and its peers'."""
     result = load("bench_step")
@@ -384,6 +404,7 @@ TABLES = {
     "steps": steps,
     "viz": viz,
     "time_to_quality": time_to_quality,
+    "half": half,
     "scaling": scaling,
     "meshes": meshes,
     "plans": plans,
