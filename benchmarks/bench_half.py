@@ -22,7 +22,7 @@ from sae.trainer import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "bench_half.json"
-TOKENS, SEEDS, DTYPES = 400_000, (0, 1), ("float32", "bfloat16")
+TOKENS, EVAL_TOKENS, SEEDS, DTYPES = 400_000, 65_536, (0, 1), ("float32", "bfloat16")
 PACE = re.compile(r"([\d,]+) tokens/s, (\d+)% of the bound \(forwards ([\d.]+) s, steps ([\d.]+) s of")
 KEYS = ("explained_variance", "dead_fraction", "ce_clean", "ce_sae", "ce_score_mean")
 
@@ -33,7 +33,7 @@ def script(name: str, *flags: object) -> str:
 
 
 def measured(run: Path, out: Path, dtype: str) -> dict[str, Any]:
-    script("sae_eval", "--sae_path", run, "--output_dir", out, "--model_dtype", dtype)
+    script("sae_eval", "--sae_path", run, "--output_dir", out, "--model_dtype", dtype, "--eval_tokens", EVAL_TOKENS)
     report = json.loads((out / "eval.json").read_text())
     return {key: report[key] for key in KEYS}
 
