@@ -112,7 +112,21 @@ class LanguageModel:
 
     @torch.no_grad()
     def hidden(self, ids: Tensor, valid: Tensor, hookpoints: Sequence[str]) -> dict[str, Tensor]:
-        """What the hookpoints hold, (N, T, D) each; the forward stops after the last of them."""
+        """What the hookpoints hold, (N, T, D) each; the forward stops after the last of them.
+
+        An encoder's rows are often short, a piece of one document each: they run with others of about their length, and
+        what lies behind them is 0.
+        """
+        found: dict[str, Tensor] = {}
+        groups = _by_length(valid) if self.wrap is not None else []
+        for rows, width in groups if len(groups) > 1 else []:
+            for name, x in self._hidden(ids[rows, :width], valid[rows, :width], hookpoints).items():
+                if x.shape[:2] != (len(rows), width):  # nothing that tokens have
+                    return self._hidden(ids, valid, hookpoints)
+                found.setdefault(name, x.new_zeros(*ids.shape, *x.shape[2:]))[rows, :width] = x
+        return found or self._hidden(ids, valid, hookpoints)
+
+    def _hidden(self, ids: Tensor, valid: Tensor, hookpoints: Sequence[str]) -> dict[str, Tensor]:
         ids, valid = ids.to(self.device), valid.to(self.device)
         seen = hooks.run(self.module, hookpoints, lambda: self.forward_fn(self.module, ids, valid))
         # forward_fn may have run on more positions, to the right
@@ -267,28 +281,12 @@ def load_language_model(
     return _huggingface(name, where, dtype)
 
 
-def outline(name: str) -> LanguageModel:
-    """The model `name` means without its weights, for shapes only: its module lies on the meta device.
-
-    nanoGPT's and HuggingFace's. Raises UserError for others.
-    """
-    path = PYGPT / "ckpt.pt" if name == "pygpt" else Path(name) / "ckpt.pt" if Path(name).is_dir() else Path(name)
-    forward: Callable[[nn.Module, Tensor, Tensor], Tensor | None]
-    with torch.device("meta"), redirect_stdout(sys.stderr):
-        if path.is_file() and path.suffix == ".pt" and "model_args" in (found := read_plain(path, mmap=True)):
-            model_py = beside("model.py")
-            module = model_py.GPT(model_py.GPTConfig(**found["model_args"]))
-            d_model, max_len, forward = module.config.n_embd, module.config.block_size, _nanogpt_forward
-        elif importlib.util.find_spec("transformers") and (Path(name) / "config.json").is_file():
-            import transformers
-
-            config = transformers.AutoConfig.from_pretrained(name)
-            causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ())
-            module = (transformers.AutoModelForCausalLM if causal else transformers.AutoModel).from_config(config)
-            d_model, max_len, forward = config.hidden_size, 1 << 20, _hf_forward
-        else:
-            raise UserError(f"'{name}' cannot be planned without loading it; --plan reads nanoGPT's and HuggingFace's")
-    return LanguageModel(module, None, forward, name, d_model, max_len)
+def _by_length(valid: Tensor) -> list[tuple[Tensor, int]]:
+    """Rows (n,) of valid (N, T) whose last real position lies below the same power of two, or T; and that bound."""
+    T = valid.shape[1]
+    lengths = (valid * torch.arange(1, T + 1, device=valid.device)).amax(1).tolist()
+    bounds = torch.tensor([min(T, 1 << max(3, (n - 1).bit_length())) for n in lengths], dtype=torch.int64)
+    return [((bounds == bound).nonzero()[:, 0], bound) for bound in bounds.unique().tolist()]
 
 
 def read_plain(path: Path, **options: Any) -> Any:

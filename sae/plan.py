@@ -5,20 +5,51 @@ Letters: B tokens in a batch, D width, F latents, R replicas, S shards of latent
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 
 from sae.base import CAPACITY
-from sae.config import SAEConfig, TrainConfig
+from sae.config import SAEConfig, TrainConfig, UserError
 from sae.distributed import DIGIT_BITS
 from sae.kernels import tokens_at_once
+from sae.language_model import PYGPT, LanguageModel, beside, read_plain
 from sae.schedules import n_latents, tokens_per_step
 
 BIASES = {"gated": 3, "jumprelu": 2}  # vectors (F,) of a kind that have a gradient; others have one
+
+
+def outline(name: str) -> LanguageModel:
+    """The model `name` means without its weights, for shapes only: its module lies on the meta device.
+
+    nanoGPT's and HuggingFace's. Raises UserError for others.
+    """
+    path = PYGPT / "ckpt.pt" if name == "pygpt" else Path(name) / "ckpt.pt" if Path(name).is_dir() else Path(name)
+    with torch.device("meta"), redirect_stdout(sys.stderr):
+        if path.is_file() and path.suffix == ".pt" and "model_args" in (found := read_plain(path, mmap=True)):
+            model_py = beside("model.py")
+            module = model_py.GPT(model_py.GPTConfig(**found["model_args"]))
+            d_model, max_len, forward = (
+                module.config.n_embd,
+                module.config.block_size,
+                lambda m, ids, _: m(ids, ids),
+            )
+        elif importlib.util.find_spec("transformers") and (Path(name) / "config.json").is_file():
+            import transformers
+
+            config = transformers.AutoConfig.from_pretrained(name)
+            causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ())
+            module = (transformers.AutoModelForCausalLM if causal else transformers.AutoModel).from_config(config)
+            d_model, max_len, forward = config.hidden_size, 1 << 20, lambda m, ids, _: m(ids)
+        else:
+            raise UserError(f"'{name}' cannot be planned without loading it; --plan reads nanoGPT's and HuggingFace's")
+    return LanguageModel(module, None, forward, name, d_model, max_len)
 
 
 def parameters(c: SAEConfig, shards: int = 1) -> int:

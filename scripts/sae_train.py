@@ -17,7 +17,7 @@ from sae.config import REPLACED, TrainConfig, UserError, from_cli, variants
 from sae.datasets import open_dataset
 from sae.distributed import World
 from sae.end_to_end import EndToEnd, RowStream, held_out
-from sae.language_model import LanguageModel, best_device, load_language_model, outline
+from sae.language_model import LanguageModel, best_device, load_language_model
 from sae.models import SAE, create_sae
 from sae.schedules import n_latents, tokens_per_step
 from sae.tokens import TokenRows
@@ -284,7 +284,7 @@ def say_plan(c: TrainConfig) -> None:
         widths = {name: d for name, d in held.widths.items() if not c.hookpoints or name in c.hookpoints}
         hookpoints = [name for name in widths if not (c.transcode and name.endswith("@in"))]
     else:
-        lm = outline(c.model)
+        lm = plan.outline(c.model)
         hookpoints = choose(c, lm)
         widths = lm.widths(hookpoints + [f"{name}@in" for name in hookpoints if c.transcode])
         model_numbers = sum(p.numel() for p in lm.module.parameters())

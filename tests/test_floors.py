@@ -21,7 +21,7 @@ FLOORS = {
     "datasets": 7, "records": 7, "syntax": 0, "directions": 0, "dashboard": 8, "explainer": 8, "neuronpedia_format": 8,
     "tokens": 8, "neuronpedia": 9,
     "buffer": 3, "activations": 9,
-    "plan": 5, "checkpoint": 7, "cache": 10, "evaluator": 10, "runtime": 10,
+    "plan": 7, "checkpoint": 7, "cache": 10, "evaluator": 10, "runtime": 10,
     "activation_files": 11, "learner": 11, "feature_tables": 11, "assessment": 11, "plots": 11,
     "labels": 12, "feature_viz": 13,
     "conversation": 11, "server": 12,

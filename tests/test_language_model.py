@@ -180,6 +180,28 @@ def test_real_bert(minilm_path):
     assert "".join(pieces) == " unaffable , it is" and len(pieces) > 5
 
 
+def test_short_rows_of_an_encoder_run_with_their_like(minilm_path):
+    lm = load_language_model(minilm_path, device="cpu")
+    lengths = [3, 40, 200, 7, 64, 33, 1, 8]
+    ids = torch.randint(1000, 20_000, (len(lengths), 200), generator=torch.Generator().manual_seed(0))
+    valid = torch.arange(200) < torch.tensor(lengths)[:, None]
+    names, widths, forward = ["encoder.layer.3", "encoder.layer.1.attention@in"], [], lm.forward_fn
+    want = lm._hidden(ids, valid, names)
+    lm.forward_fn = lambda module, ids, valid: widths.append(tuple(ids.shape)) or forward(module, ids, valid)
+    got = lm.hidden(ids, valid, names)
+    assert sorted(widths) == [(1, 200), (3, 64), (4, 8)]
+    for name in names:
+        assert got[name].shape == want[name].shape
+        torch.testing.assert_close(got[name][valid], want[name][valid], rtol=1e-4, atol=1e-5)
+        assert not got[name][0, 8:].any()
+    pooled = lm.hidden(ids, valid, ["pooler"])["pooler"]  # of rows, not of tokens
+    assert pooled.shape == (len(lengths), 384)
+    torch.testing.assert_close(pooled[1], lm.hidden(ids[1:2, :40], valid[1:2, :40], ["pooler"])["pooler"][0])
+    widths.clear()
+    lm.hidden(ids[:, :8], valid[:, :8] | True, names)
+    assert widths == [(8, 8)]
+
+
 def write(path, data: bytes):
     path.write_bytes(data)
     return path
