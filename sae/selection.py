@@ -19,9 +19,13 @@ from torch import Tensor
 from sae import kernels, native
 from sae.kernels import Pair
 
+FEW = 64  # of fewer latents all pre-activations are sooner made than bounds
+
 
 def top_k(pre: Tensor, k: int) -> Pair:
     """The k largest of each row of pre (B, F), in no order: values and indices (B, K), as torch gives them."""
+    if k == 1:
+        return pre.max(-1, keepdim=True)
     group = 8 if pre.shape[1] >= 128 * k else 4
     n_groups = pre.shape[1] // group
     if pre.device.type != "cpu" or pre.shape[1] % group or n_groups < 4 * k:
@@ -59,7 +63,7 @@ def choose_top_k(
     with torch.no_grad():
         if packed is not None and packed.serves(x, W_enc, b_enc):
             return native.ops().packed_top_k(x.contiguous(), W_enc.t(), b_enc, packed.rows, packed.about, k, absolute)
-        if k * 8 <= len(b_enc) and (ops := kernels.encoder(x, W_enc, b_enc)):
+        if max(8 * k, FEW) <= len(b_enc) and (ops := kernels.encoder(x, W_enc, b_enc)):
             return ops.encode_top_k(x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), k, absolute)[:2]
         found = []
         for pre in _blocks(x, W_enc, b_enc):
