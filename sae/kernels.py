@@ -219,6 +219,7 @@ def _bag(indices: Tensor, offsets: Tensor | None, values: Tensor, rows: Tensor, 
     """(B, D): for each token the sum of values[place] * rows[indices[place]] over its places, plus bias, (D,) or
     (B, D)."""
     if ops := compiled(values, rows):
+        bias = None if bias is None else bias.contiguous()
         return ops.bag(indices.contiguous(), offsets, values.contiguous(), rows.contiguous(), bias)
     weights = values.to(rows.dtype).contiguous()
     bags = F.embedding_bag(indices.contiguous(), rows, offsets, mode="sum", per_sample_weights=weights)

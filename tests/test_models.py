@@ -256,6 +256,8 @@ def test_auxk_equals_the_papers_formula(d_sae, chosen):
         f = torch.zeros(64, d_sae).scatter(1, indices, values.relu())
         want = (f @ sae.W_dec - e).square().sum() / e.square().sum() * min(1, int(dead.sum()) / k)
     torch.testing.assert_close(got, want)
+    across = wrong(sae, x).t().contiguous().t()  # the same, otherwise laid out
+    torch.testing.assert_close(sae.dead_loss(x, across, dead), want)
     halved = sae.dead_loss(x, wrong(sae, x), dead, residual=2 * float(e.square().sum(1).mean()))
     torch.testing.assert_close(halved, want / 2)
 
