@@ -313,6 +313,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("version") != CACHE_VERSION:
         raise UserError(f"'{folder}' was written by another version; collect it again with --overwrite")
+    manifest.setdefault("model_dtype", "float32")  # of folders from before there was a choice
     try:
         sizes = {h["file"]: h["d_in"] * DTYPES[manifest["dtype"]].itemsize for h in manifest["hookpoints"].values()}
         odd = [name for name in manifest["hookpoints"] if not HOOKPOINT.fullmatch(name) or ".." in name]
@@ -334,13 +335,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def refuse_stale(manifest: dict[str, Any], made_from: dict[str, Any], folder: str | Path) -> None:
     """Raise UserError unless the cache was made from exactly this model, tokenizer, text and cutting."""
-    has = {"model_dtype": "float32", **manifest}  # it was always so once
     for key, wanted in made_from.items():
         if key in ("model", "dataset"):
             continue  # names may differ; the hashes say what counts
-        if has.get(key) != wanted:
+        if manifest.get(key) != wanted:
             short = lambda v: str(v)[:12]
             raise UserError(
-                f"the cache '{folder}' is stale or foreign: its {key} is {short(has.get(key))}, "
+                f"the cache '{folder}' is stale or foreign: its {key} is {short(manifest.get(key))}, "
                 f"yours is {short(wanted)}; collect it again, or use what it was made from"
             )

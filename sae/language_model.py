@@ -117,14 +117,15 @@ class LanguageModel:
         An encoder's rows are often short, a piece of one document each: they run with others of about their length, and
         what lies behind them is 0.
         """
+        if self.wrap is None:
+            return self._hidden(ids, valid, hookpoints)
         found: dict[str, Tensor] = {}
-        groups = _by_length(valid) if self.wrap is not None else []
-        for rows, width in groups if len(groups) > 1 else []:
+        for rows, width in _by_length(valid):
             for name, x in self._hidden(ids[rows, :width], valid[rows, :width], hookpoints).items():
                 if x.shape[:2] != (len(rows), width):  # nothing that tokens have
                     return self._hidden(ids, valid, hookpoints)
                 found.setdefault(name, x.new_zeros(*ids.shape, *x.shape[2:]))[rows, :width] = x
-        return found or self._hidden(ids, valid, hookpoints)
+        return found
 
     def _hidden(self, ids: Tensor, valid: Tensor, hookpoints: Sequence[str]) -> dict[str, Tensor]:
         ids, valid = ids.to(self.device), valid.to(self.device)

@@ -52,8 +52,7 @@ class TopK(SAE):
 
     def _codes(self, x: Tensor, k: int, whole: Tensor | None) -> Codes:
         """Codes of the centred x (B, D), with a graph."""
-        with torch.no_grad():
-            indices, values, offsets = self._choose(x, k, whole)
+        indices, values, offsets = self._choose(x, k, whole)
         pre = kernels.gather_pre(x, self.W_enc, self.b_enc, values, indices, offsets, centre=self._centre_of_inputs)
         return Codes(indices, pre if self.signed else pre.relu(), offsets)
 

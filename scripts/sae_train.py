@@ -102,7 +102,7 @@ def cache_origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
     model = manifest["model"] if c.model == TrainConfig.model else c.model
     dataset = c.dataset or (None if manifest["dataset"] == "embedded" else manifest["dataset"])
     try:
-        lm = load_language_model(model, device="cpu", dataset=dataset, dtype=manifest.get("model_dtype", "float32"))
+        lm = load_language_model(model, device="cpu", dataset=dataset, dtype=manifest["model_dtype"])
         opened = open_dataset(
             dataset, text_column=manifest["text_column"], split=manifest["split"], streaming=manifest["streaming"]
         )
@@ -114,7 +114,7 @@ def cache_origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
         cache.refuse_stale(manifest, made_from, c.activations)
     return {
         "provenance": {key: manifest[key] for key in ("model_hash", "dataset_hash", "n_tokens")},
-        "model_name": manifest["model"], "model_dtype": manifest.get("model_dtype", "float32"),
+        "model_name": manifest["model"], "model_dtype": manifest["model_dtype"],
         "dataset_path": manifest["dataset"], "text_column": manifest["text_column"],
         "split": manifest["split"], "streaming": manifest["streaming"], "context_size": manifest["ctx_len"],
         "skip_first": manifest["skip_first"], "exclude_tokens": manifest["exclude_tokens"],

@@ -200,6 +200,9 @@ def test_short_rows_of_an_encoder_run_with_their_like(minilm_path):
     widths.clear()
     lm.hidden(ids[:, :8], valid[:, :8] | True, names)
     assert widths == [(8, 8)]
+    widths.clear()
+    lm.hidden(ids, valid & (torch.arange(200) < 8), names)  # all of them short
+    assert widths == [(8, 8)]
 
 
 def write(path, data: bytes):

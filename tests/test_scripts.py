@@ -99,6 +99,9 @@ def test_collect_then_train(here, base, capsys):
     assert "exists" in capsys.readouterr().err
     assert call(sae_collect, *base, "--layer", 0, "--max_tokens", 600, "--output_dir", "acts", "--overwrite") == 0
     manifest = json.loads((here / "acts" / "manifest.json").read_text())
+    old = {key: value for key, value in manifest.items() if key != "model_dtype"}  # it was float32 always
+    (here / "acts" / "manifest.json").write_text(json.dumps(old))
+    assert call(sae_train, "--activations", "acts", *SMALL, "--run_name", "old", "--max_tokens", 300) == 0
     (here / "acts" / "manifest.json").write_text(json.dumps({**manifest, "model_hash": "0" * 64}))
     assert call(sae_train, "--activations", "acts", *SMALL, "--run_name", "stale") == 2
     assert "stale or foreign: its model_hash" in capsys.readouterr().err
