@@ -105,7 +105,7 @@ def test_sigkill_and_resume_through_the_script(gpt_path, text_file, tmp_path):
     def command(name, *flags):
         return [
             sys.executable, "-m", "scripts.sae_train", "--model", gpt_path, "--dataset", str(text_file), "--layer", "1",
-            "--k", "4", "--batch_size", "64", "--buffer_tokens", "512", "--max_tokens", "24000", "--val_tokens", "500",
+            "--k", "4", "--batch_size", "64", "--buffer_tokens", "512", "--max_tokens", "60000", "--val_tokens", "500",
             "--save_every", "10", "--eval_every", "50", "--save_dir", str(tmp_path), "--run_name", name, *flags,
         ]  # fmt: skip
 
