@@ -307,6 +307,10 @@ class HookConfig:
         require(len(given) <= 1, f"{' and '.join(given)} were given; choose one of them")
         at_least(self, 1, "layer_stride")
         require(
+            not self.hookpoints or self.hook_type == HookConfig.hook_type,
+            f"--hook_type {self.hook_type} is a place in a layer; --hookpoints name their places themselves",
+        )
+        require(
             self.layer_stride == 1 or not (self.layers or self.layer is not None),
             "--layer_stride goes with all layers or with --hookpoints; with --layers name those you want",
         )

@@ -63,8 +63,10 @@ def live_data(c: TrainConfig, lm: LanguageModel, hookpoints: list[str]) -> Data:
 def cached_data(c: TrainConfig) -> Data:
     """The same from collected activations, once they are shown to be what they say."""
     assert c.activations is not None
-    if c.layer is not None or c.layers:
+    if said(c, "layer", "layers", "layer_stride", "hook_type"):
         raise UserError("--activations has its own hookpoints; choose among them with --hookpoints, not by layer")
+    if c.model_device and not c.assess:
+        raise UserError("--model_device is for a run of the model; --activations runs none but to --assess")
     options: dict[str, Any] = {
         "hookpoints": [*c.hookpoints, *(f"{name}@in" for name in c.hookpoints if c.transcode)],
         "val_split": c.val_split,
@@ -73,6 +75,7 @@ def cached_data(c: TrainConfig) -> Data:
     }  # fmt: skip
     source: cache.BlockSource
     if is_activation_file(c.activations):
+        refuse_other(c, {})
         source = FileSource(c.activations, hook_point=c.hook_point, **options)
         origin = {"provenance": source.provenance(), "activations_file": source.path.name}
     else:
@@ -92,13 +95,27 @@ def cached_data(c: TrainConfig) -> Data:
     return Data(source, held_out, n_tokens, uses, origin)
 
 
+def said(c: TrainConfig, *names: str) -> list[str]:
+    """Those of the settings that are not at their default."""
+    return [name for name in names if getattr(c, name) != getattr(TrainConfig, name)]
+
+
+def refuse_other(c: TrainConfig, manifest: dict[str, Any]) -> None:
+    """Raise UserError for a setting of the model's run that the activations at hand were not collected with.
+
+    manifest: how they were, as far as they say.
+    """
+    for name in said(c, "ctx_len", "skip_first", "exclude_tokens", "model_dtype"):
+        wanted = sorted(c.exclude_tokens) if name == "exclude_tokens" else getattr(c, name)
+        if wanted != manifest.get(name):
+            was = f"was collected with {name}={manifest[name]}" if name in manifest else "does not say"
+            raise UserError(f"--{name} {wanted}: '{c.activations}' {was}; leave the flag out, or collect again with it")
+
+
 def cache_origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
     """Where a cache's activations come from. Raises UserError if that is here and has changed."""
     assert c.activations is not None
-    if c.exclude_tokens and sorted(c.exclude_tokens) != manifest["exclude_tokens"]:
-        raise UserError(
-            f"'{c.activations}' was collected without --exclude_tokens {c.exclude_tokens}; collect it again"
-        )
+    refuse_other(c, manifest)
     model = manifest["model"] if c.model == TrainConfig.model else c.model
     dataset = c.dataset or (None if manifest["dataset"] == "embedded" else manifest["dataset"])
     try:

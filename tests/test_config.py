@@ -208,6 +208,7 @@ def test_settings_that_do_not_go_together():
         (["--loss_fn", "ce", "--k", "4", "8"], "one value to each flag"),
         (["--batch_size", "4", "--ctx_len", "512"], "--batch_size 2048"),
         (["--layers", "1", "2", "--layer_stride", "2"], "name those you want"),
+        (["--hookpoints", "h.1", "--hook_type", "mlp"], "name their places themselves"),
         (["--normalize_activations", "layer_norm", "--transcode"], "cannot be undone"),
         (["--k", "4", "4"], "the same value twice"),
         (["--n_replicas", "8"], "torchrun"),

@@ -406,7 +406,7 @@ def test_a_run_remembers_how_its_text_was_read(lm, gpt_path, tmp_path, monkeypat
     sae_train.main([*read, *small, "--run_name", "live"])
     sae_collect.main([*read, "--max_tokens", "1000", "--output_dir", "acts"])
     sae_train.main(["--activations", "acts", *small, "--run_name", "cached"])
-    with pytest.raises(UserError, match="collected without --exclude_tokens"):
+    with pytest.raises(UserError, match="was collected with exclude_tokens"):
         sae_train.main(["--activations", "acts", *small, "--run_name", "other", "--exclude_tokens", "7"])
     monkeypatch.setattr(sae_eval, "evaluate", seen := Recorder(sae_eval.evaluate))
     for run in ("live", "cached"):

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -153,6 +154,28 @@ def test_a_text_column_goes_through_a_cache(here, gpt_path, text_file):
     assert call(sae_train, "--activations", "acts", *SMALL, "--run_name", "c") == 0
     assert call(sae_eval, "--eval_tokens", 100) == 0
     assert call(sae_train, "--activations", "acts", *SMALL, "--layer", 2) == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        (["--skip_first"], "--skip_first True: 'acts' was collected with skip_first=False"),
+        (["--ctx_len", 32], "--ctx_len 32: 'acts' was collected with ctx_len=16"),
+        (["--model_dtype", "bfloat16"], "--model_dtype bfloat16: 'acts' was collected with model_dtype=float32"),
+        (["--hook_type", "mlp"], "choose among them with --hookpoints"),
+        (["--layer_stride", 2], "choose among them with --hookpoints"),
+        (["--model_device", "cpu"], "--activations runs none but to --assess"),
+    ],
+)
+def test_collected_activations_refuse_what_they_were_not_made_with(here, gpt_path, text_file, capsys, flag, told):
+    made = ["--model", gpt_path, "--dataset", text_file, "--ctx_len", 16]
+    assert call(sae_collect, *made, "--layer", 1, "--max_tokens", 1500, "--output_dir", "acts") == 0
+    assert call(sae_train, "--activations", "acts", *SMALL, *flag) == 2
+    assert told in capsys.readouterr().err
+    assert not (here / "sae_models").exists()
+    assert call(sae_train, "--activations", "acts", *SMALL, *made) == 0
+    np.save("rows.npy", np.ones((900, 8), np.float32))
+    assert call(sae_train, "--activations", "rows.npy", *SMALL, *flag, "--run_name", "rows") == 2
 
 
 def test_resume_refuses_a_changed_text(here, gpt_path, text_file, capsys):
