@@ -18,8 +18,9 @@ from sae.commands import ChatConfig
 from sae.config import UserError, build, from_cli, read_json, require
 from sae.conversation import Ask, Conversation, Feature, Notes, Token
 from sae.edits import parse_edit
-from sae.language_model import best_device, load_language_model
+from sae.language_model import best_device
 from sae.server import serve
+from scripts.sae_eval import trained_model
 
 HELP = """\
 /steer 12:+8 ...    edit features in what follows: +8 -8 add, =4 sets, *0 scales, |0 projects out, <4 caps;
@@ -40,9 +41,9 @@ def open_conversation(c: ChatConfig) -> Conversation:
     """The model and SAEs that a config means, with what is known of their features."""
     device = best_device(c.device)
     if c.no_sae:
-        dtype = c.model_dtype or "float32"
-        lm = load_language_model(c.model or "pygpt", device=device, dataset=c.dataset, dtype=dtype)
-        return Conversation(lm, {}, {})
+        bare = trained_model(c, {"model_name": "pygpt"}, device)
+        assert bare is not None
+        return Conversation(bare, {}, {})
     path = c.sae_path or str(formats.newest_run("sae_models"))
     folders = formats.sae_folders(path) if Path(path).is_dir() else {}
     if not folders:
@@ -50,13 +51,9 @@ def open_conversation(c: ChatConfig) -> Conversation:
         folders = {str(formats.load_cfg(path).get("hookpoint") or folder.name): folder}
     saes = {name: formats.load_sae(path if len(folders) == 1 else at, device=device) for name, at in folders.items()}
     trained_on = formats.load_cfg(next(iter(folders.values())))
-    model = c.model or trained_on.get("model_name")
-    require(model is not None, f"'{path}' does not say which model it belongs to; give --model")
-    text = trained_on.get("dataset_path")
-    lm = load_language_model(
-        str(model), device=device, dataset=c.dataset or (None if text == "embedded" else text),
-        dtype=c.model_dtype or trained_on.get("model_dtype", "float32"),
-    )  # fmt: skip
+    lm = trained_model(c, trained_on, device)
+    if lm is None:
+        raise UserError(f"'{path}' does not say which model it belongs to; give --model")
     notes = {name: Notes(at / "features", saes[name].d_sae) for name, at in folders.items()}
     return Conversation(lm, saes, notes)
 

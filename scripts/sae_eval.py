@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from sae import distributed, formats, hooks, log, plots
 from sae.activations import Acts, Source, gather
 from sae.assessment import assess, decoder_similarity
+from sae.commands import ChatConfig
 from sae.config import EvalConfig, TrainConfig, UserError, from_cli
 from sae.datasets import Dataset, open_dataset
 from sae.distributed import ALONE, World
@@ -28,6 +31,21 @@ class Opened(NamedTuple):
     folder: Path
 
 
+def text_of(c: EvalConfig | ChatConfig, trained_on: Mapping[str, Any]) -> str | None:
+    """The text that a config names, else the one an SAE was trained on; None is the embedded one."""
+    name = trained_on.get("dataset_path")
+    return c.dataset if c.dataset is not None else None if name == "embedded" else name
+
+
+def trained_model(
+    c: EvalConfig | ChatConfig, trained_on: Mapping[str, Any], device: torch.device
+) -> LanguageModel | None:
+    """The model that a config names, else the one an SAE was trained on, in the dtype of then; None if neither says."""
+    name = c.model or trained_on.get("model_name")
+    dtype = c.model_dtype or trained_on.get("model_dtype", "float32")
+    return load_language_model(name, device=device, dataset=text_of(c, trained_on), dtype=dtype) if name else None
+
+
 def open_sae(c: EvalConfig, lm: LanguageModel | None = None) -> Opened:
     """The SAE a config means and what it belongs to. lm: its model, where that is loaded already."""
     path = Path(c.sae_path) if c.sae_path else formats.newest_run("sae_models")
@@ -39,20 +57,16 @@ def open_sae(c: EvalConfig, lm: LanguageModel | None = None) -> Opened:
     hookpoint = trained_on.get("hookpoint")
     if not hookpoint:
         raise UserError(f"'{path}' does not say which hookpoint it belongs to; its cfg.json needs metadata.hookpoint")
-    model = c.model or trained_on.get("model_name")
-    if not model:
+    lm = lm or trained_model(c, trained_on, device)
+    if lm is None:
         origin = trained_on.get("activations_file", "activations")
         raise UserError(
             f"'{path}' was trained on '{origin}', which names no model; give --model and --dataset, and train with "
             f"--hook_point if '{hookpoint}' is not the module in it that the activations come from"
         )
-    name = trained_on.get("dataset_path")
-    dataset_name = c.dataset if c.dataset is not None else None if name == "embedded" else name
-    dtype = c.model_dtype or trained_on.get("model_dtype", "float32")
-    lm = lm or load_language_model(model, device=device, dataset=dataset_name, dtype=dtype)
     # how its own text was read says nothing about another
     how = {k: trained_on[k] for k in ("text_column", "split", "streaming") if k in trained_on and not c.dataset}
-    dataset = open_dataset(dataset_name, **how)
+    dataset = open_dataset(text_of(c, trained_on), **how)
     if "model_name" not in trained_on:
         hookpoint = hooks.resolve(lm.module, hookpoints=[hookpoint])[0]
     return Opened(lm, sae, hookpoint, dataset, trained_on, folder)
