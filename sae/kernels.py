@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sae import native
 
@@ -252,6 +253,7 @@ class _Gather(torch.autograd.Function):
         return values.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, W_enc, indices, offsets = ctx.saved_tensors
         n_latents = W_enc.shape[1]
@@ -276,6 +278,7 @@ class _Decode(torch.autograd.Function):
         return _bag(indices, offsets, values, W_dec, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         indices, values, W_dec, offsets = ctx.saved_tensors
         grad = grad.contiguous()

@@ -24,6 +24,7 @@
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -207,30 +208,31 @@ struct Pass {         // over rows of n floats
   template <int N, bool SUM, bool DOTS>
   void take() {
     Line sums[N] = {};
-    int64_t i = 0;
-    for (; i + LINE <= n; i += LINE) {
+    const auto line = [&](int64_t i, const auto& read, const auto& write) {
       Line sum = {}, x = {};
-      if (SUM && !fresh) sum = load<Line>(to + i);
-      if (DOTS) x = load<Line>(a + i);
+      if (SUM && !fresh) sum = read(to + i);
+      if (DOTS) x = read(a + i);
 #pragma GCC unroll 8
       for (int r = 0; r < N; r++) {
-        const Line row = load<Line>(rows[r] + i);
+        const Line row = read(rows[r] + i);
         if (SUM) sum += by[r] * row;
         if (DOTS) sums[r] += x * row;
       }
-      if (SUM) std::memcpy(to + i, &sum, sizeof(Line));
-    }
+      if (SUM) write(to + i, sum);
+    };
+    int64_t i = 0;
+    for (; i + LINE <= n; i += LINE)
+      line(i, load<Line>, [](float* at, const Line& sum) { std::memcpy(at, &sum, sizeof(Line)); });
+    if (i < n)  // the rest, filled up with zeros: a row's sum does not depend on how many are read with it
+      line(
+          i, [&](const float* from) {
+            Line part = {};
+            std::memcpy(&part, from, sizeof(float) * (n - i));
+            return part;
+          }, [&](float* at, const Line& sum) { std::memcpy(at, &sum, sizeof(float) * (n - i)); });
 #pragma GCC unroll 8
     for (int r = 0; r < N; r++)
       if (DOTS) dots[r] = sum_of(sums[r]);
-    for (; i < n; i++) {
-      float sum = SUM && !fresh ? to[i] : 0;
-      for (int r = 0; r < N; r++) {
-        if (SUM) sum += by[r] * rows[r][i];
-        if (DOTS) dots[r] += a[i] * rows[r][i];
-      }
-      if (SUM) to[i] = sum;
-    }
   }
 
   template <bool SUM, bool DOTS, int N = ROWS>
@@ -331,9 +333,13 @@ struct Row {    // rotated, it is unit * (integers - offset), about
   float error;  // norm of what rounding changed, and a little
 
   // How far a product with a row w can be from that of the rounded ones: per |w|, with what float32 itself can lose on the
-  // way, of rotations too, and per the norm of what rounding changed in w
-  float per_norm() const { return error + per_error() * 0x1p-19f; }
+  // way, and per the norm of what rounding changed in w
+  float per_norm(int64_t D) const { return error + per_error() * lost(D); }
   float per_error() const { return norm + error; }
+
+  // Of |x| |w|: a sum of D products adds D / LINE and at most 70 others in turn, rotating and rounding both rows loses 2^-24
+  // of a norm 23 times each, what is left 4 times.
+  static float lost(int64_t D) { return (D / LINE + 120) * 0x1p-24f; }
 };
 
 // Any sum of products stays below 2^31: of 8 bits by their size, and no row of 16-bit integers has a norm above
@@ -348,6 +354,10 @@ Row round_row(const float* row, int64_t D, int32_t offset, Integer* to, std::vec
 #pragma omp simd reduction(+ : square)
   for (int64_t d = 0; d < D; d++) square += rotated[d] * per_most * (rotated[d] * per_most);
   const float norm = most * std::sqrt(square), room = 46338.0f - 0.5f * std::sqrt((float)D);
+  if (!(norm <= FLT_MAX)) {  // has no bounds
+    std::fill(to, to + D, offset);
+    return {0, norm, norm};
+  }
   const float unit = sizeof(Integer) == 1 ? most / 127.0f : std::max(norm / room, most / 32766.0f), per_unit = 1 / unit;
 #pragma omp simd reduction(+ : error)
   for (int64_t d = 0; d < D; d++) {
@@ -469,6 +479,16 @@ float reached_by(float* of, int64_t n, int64_t k, int64_t more) {
   return number;
 }
 
+// The k largest (values, latents) in front, of equal ones the first latents; NaN is as large as can be.
+void to_front(std::vector<std::pair<float, int64_t>>& of, int64_t k, bool absolute) {
+  const auto size = [&](float v) {
+    return std::isnan(v) ? std::numeric_limits<float>::infinity() : absolute ? std::fabs(v) : v;
+  };
+  std::nth_element(of.begin(), of.begin() + (k - 1), of.end(), [&](const auto& p, const auto& q) {
+    return size(p.first) != size(q.first) ? size(p.first) > size(q.first) : p.second < q.second;
+  });
+}
+
 struct Candidates {  // of a token, in the order of latents: intervals of the size of their pre-activations
   int64_t token, n = 0, room;       // for n; a tile is read at once, which may reach LANES beyond
   float unit, per_norm, per_error;  // of the token: an interval reaches per_norm * |w| + per_error * |w - w'| both ways
@@ -476,8 +496,8 @@ struct Candidates {  // of a token, in the order of latents: intervals of the si
   std::unique_ptr<float[]> middle, upper;
   std::unique_ptr<int32_t[]> latent;
 
-  Candidates(int64_t token_, const Row& row, int64_t room_, float threshold_)
-      : token(token_), room(room_), unit(row.unit), per_norm(row.per_norm()), per_error(row.per_error()),
+  Candidates(int64_t token_, const Row& row, int64_t D, int64_t room_, float threshold_)
+      : token(token_), room(room_), unit(row.unit), per_norm(row.per_norm(D)), per_error(row.per_error()),
         threshold(threshold_), middle(new float[room_ + LANES]), upper(new float[room_ + LANES]),
         latent(new int32_t[room_ + LANES]) {}
 
@@ -650,7 +670,7 @@ struct Encoder {
     std::vector<Candidates> lists;
     for (int64_t r = 0; r < n; r++) {
       const Row& row = tokens.rows[rows[r]];
-      lists.emplace_back(rows[r], row, 8 * k + 4 * LANES, start == -FLT_MAX ? start : usual + start * row.norm);
+      lists.emplace_back(rows[r], row, D, 8 * k + 4 * LANES, start == -FLT_MAX ? start : usual + start * row.norm);
     }
     scan(lists, part);
     Computed scratch;
@@ -689,7 +709,7 @@ struct Encoder {
     std::vector<int64_t> pilot, rest;
     const int64_t every = std::max<int64_t>(1, B / PILOT);
     for (int64_t i = 0; i < B; i++) (i % every == 0 ? pilot : rest).push_back(i);
-    for (int64_t i : run(pilot, -FLT_MAX, 1)) give_up(i);
+    for (int64_t i : run(pilot, -FLT_MAX, 1)) without_bounds(i);
     float start = FLT_MAX;  // what the pilot's k-th latents had, per norm, and some room
     if (!absolute) usual = std::accumulate(b, b + F, 0.0) / F;
     for (int64_t i : pilot) {
@@ -699,15 +719,16 @@ struct Encoder {
     }
     start = start < FLT_MAX ? start - 0.05f * std::fabs(start) : -FLT_MAX;
     const std::vector<int64_t> again = run(rest, start, PART);
-    for (int64_t i : run(again, -FLT_MAX, 1)) give_up(i);
+    for (int64_t i : run(again, -FLT_MAX, 1)) without_bounds(i);
     return again.size();
   }
 
-  void give_up(int64_t i) const {  // a token that is not finite: any k latents, with its own NaN
-    for (int64_t s = 0; s < k; s++) {
-      indices[i * k + s] = s;
-      values[i * k + s] = dot(x + i * D, W + s * D, D) + b[s];
-    }
+  void without_bounds(int64_t i) const {
+    std::vector<std::pair<float, int64_t>> all(F);
+    dot_rows(
+        x + i * D, 0, F, D, [&](int64_t f) { return W + f * D; }, [&](int64_t f, float dot) { all[f] = {dot + b[f], f}; });
+    to_front(all, k, absolute);
+    for (int64_t s = 0; s < k; s++) std::tie(values[i * k + s], indices[i * k + s]) = all[s];
   }
 };
 
@@ -744,7 +765,7 @@ std::tuple<Tensor, Tensor, Tensor> encode_above(const Tensor& x, const Tensor& W
   int64_t* counts = offsets.mutable_data_ptr<int64_t>();
   panels.each([&](int64_t p, int64_t first, int64_t n) {
     std::vector<Candidates> lists;
-    for (int64_t i = first; i < first + n; i++) lists.emplace_back(i, e.tokens.rows[i], 8 * LANES, 0.f);
+    for (int64_t i = first; i < first + n; i++) lists.emplace_back(i, e.tokens.rows[i], D, 8 * LANES, 0.f);
     e.scan(lists, 0);
     for (const Candidates& c : lists)
       dot_rows(
@@ -828,7 +849,7 @@ struct Screen {  // of all products x @ W^T + b: about what they are, and how fa
         for (int64_t i = 0; i < B; i++) {
           const Row& token = tokens.rows[i];
           about[i * F + j] = (float)dot(tokens.data + i * D, w + j * D, D) * unit[j] * token.unit + b[j];
-          bound[i * F + j] = norm[j] * token.per_norm() + error[j] * token.per_error() + std::fabs(b[j]) * 0x1p-21f;
+          bound[i * F + j] = norm[j] * token.per_norm(D) + error[j] * token.per_error() + std::fabs(b[j]) * 0x1p-21f;
         }
     });
   }
@@ -858,10 +879,11 @@ std::tuple<Tensor, Tensor> packed_top_k(
     best.clear();
     for (int64_t j = 0; j < s.F; j++)
       if (size(about[j]) + bound[j] >= tops[k - 1]) best.emplace_back(s.exact(i, j), j);
-    for (int64_t j = 0; (int64_t)best.size() < k; j++) best.emplace_back(s.exact(i, j), j);  // x is not finite: any k
-    std::nth_element(best.begin(), best.begin() + (k - 1), best.end(), [&](const auto& p, const auto& q) {
-      return size(p.first) != size(q.first) ? size(p.first) > size(q.first) : p.second < q.second;
-    });
+    if ((int64_t)best.size() < k) {  // what is not finite has no bounds
+      best.clear();
+      for (int64_t j = 0; j < s.F; j++) best.emplace_back(s.exact(i, j), j);
+    }
+    to_front(best, k, absolute);
     for (int64_t p = 0; p < k; p++) {
       values.mutable_data_ptr<float>()[i * k + p] = best[p].first;
       indices.mutable_data_ptr<int64_t>()[i * k + p] = best[p].second;

@@ -14,6 +14,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("native.cpp")
 enabled = True  # set by --kernels
+_loading = threading.Lock()
 
 
 def ops(*tensors: Tensor) -> Any:
@@ -42,26 +44,28 @@ def encoder(x: Tensor, *tensors: Tensor) -> Any:
 
 class Packed(NamedTuple):
     """A copy of W_enc in 8 bits: rows (F, D) int8; of each its unit, norm and rounding error (3, F). It serves the
-    weights it was made of, which `version` tells, for batches of few tokens."""
+    weights it was made of, `of` and not changed since `version`, for batches of few tokens."""
 
     rows: Tensor
     about: Tensor
+    of: Tensor  # also keeps their memory from being others'
     version: int
 
     def serves(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> bool:
         """Whether it is quicker than W_enc itself, and still its copy."""
-        return len(x) < 32 and self.version == W_enc._version and ops(x, W_enc, b_enc) is not None
+        same = self.of.data_ptr() == W_enc.data_ptr() and self.version == W_enc._version
+        return same and len(x) < 32 and ops(x, W_enc, b_enc) is not None
 
 
 def pack(W_enc: Tensor) -> Packed | None:
     """W_enc (D, F) in 8 bits, for operations that find latents with it and compute what they find from W_enc itself;
     None where there are none."""
     rows = W_enc.detach().t()
-    compiled = ops(W_enc) if rows.is_contiguous() else None
+    compiled = ops(W_enc) if rows.is_contiguous() and not W_enc.is_inference() else None  # whose changes none counts
     if compiled is None:
         return None
     integers, about = compiled.pack(rows)
-    return Packed(integers, about, W_enc._version)
+    return Packed(integers, about, W_enc.detach(), W_enc._version)
 
 
 def status() -> str:
@@ -92,8 +96,9 @@ def ready() -> bool:
 @functools.cache
 def _compiled() -> tuple[Any, str]:
     try:
-        if not hasattr(torch.ops.nanosae, "moments"):
-            _load()
+        with _loading:  # a second copy of the operations would end the process
+            if not hasattr(torch.ops.nanosae, "moments"):
+                _load()
     except (RuntimeError, OSError) as e:  # no compiler, no ninja, no place to write: torch says which
         reason = str(e).strip().splitlines()[0]
         return None, (

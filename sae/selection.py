@@ -86,7 +86,7 @@ def choose_group_max(x: Tensor, W_enc: Tensor, b_enc: Tensor, size: int) -> Pair
     x (B, D), W_enc (D, F), b_enc (F,). No graph; see gather_pre.
     """
     with torch.no_grad():
-        found = [pre.view(len(pre), -1, size).max(-1) for pre in _blocks(x, W_enc, b_enc)]
+        found = [pre.view(len(pre), len(b_enc) // size, size).max(-1) for pre in _blocks(x, W_enc, b_enc)]
         values, best = (torch.cat(parts) for parts in zip(*found, strict=True))
         return best + torch.arange(0, len(b_enc), size, device=best.device), values
 
@@ -98,20 +98,20 @@ def choose_batch_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> tuple
     """
     with torch.no_grad():
         n = min(n, len(x) * len(b_enc))
-        if x.device.type != "cpu" and not kernels.encoder(x, W_enc, b_enc):  # a look at the number found would wait
-            pre = torch.addmm(b_enc, x, W_enc)
-            flat = pre.flatten().topk(n, sorted=False).indices.sort().values
-            return flat % len(b_enc), pre.flatten()[flat], _offsets(flat // len(b_enc), len(x))
         few = x[:: max(1, len(x) // 64)]  # these tell about where the cut is
         pre = torch.addmm(b_enc, few, W_enc).flatten()
-        wanted = 1.2 * n * len(few) / len(x)
-        while True:
-            all_of_them = wanted > len(pre)
-            least = -math.inf if all_of_them else float(pre.topk(math.ceil(wanted), sorted=False).values.min())
+        wanted = 1.2 * n * len(few) / max(1, len(x))
+        # on a GPU without such an encoder, a look at the number found would wait
+        while wanted < len(pre) and (x.device.type == "cpu" or kernels.encoder(x, W_enc, b_enc)):
+            least = float(pre.topk(math.ceil(wanted), sorted=False).values.min())
             indices, values, offsets = choose_above(x, W_enc, b_enc, torch.full_like(b_enc, least))
             if len(values) >= n:  # all above the cut are there, so the best n of them are those of the batch
                 break
             wanted *= 2
+        else:
+            pre = torch.addmm(b_enc, x, W_enc)
+            flat = pre.flatten().topk(n, sorted=False).indices.sort().values
+            return flat % len(b_enc), pre.flatten()[flat], _offsets(flat // len(b_enc), len(x))
         best = values.topk(n, sorted=False).indices.sort().values
         return indices[best], values[best], _offsets(kernels.rows_of(indices, offsets)[best], len(x))
 

@@ -105,6 +105,9 @@ def test_batch_top_k_and_above(enabled, monkeypatch):
         assert len(found[0]) == n
         torch.testing.assert_close(ragged_to_dense(found), pre * (pre >= cut), rtol=1e-5, atol=1e-4)
     assert len(selection.choose_batch_top_k(x[:3], W, b, 10**6)[0]) == 3 * 301
+    assert len(selection.choose_batch_top_k(x[:0], W, b, 40)[0]) == 0
+    assert selection.choose_batch_top_k(x * torch.nan, W, b, 40)[1].isnan().all()  # the loss then shows it
+    assert selection.choose_group_max(x[:0], W, b, 7)[0].shape == (0, 43)
     for threshold in (torch.full((301,), 0.5), torch.linspace(-1, 30, 301), torch.full((301,), -torch.inf)):
         found = selection.choose_above(x, W, b, threshold)
         torch.testing.assert_close(ragged_to_dense(found), pre * (pre > threshold), rtol=1e-5, atol=1e-4)
@@ -116,6 +119,18 @@ def test_a_latent_named_twice_counts_twice():
     indices, values = torch.tensor([[1, 1]]), torch.tensor([[2.0, 3.0]])
     assert kernels.decode(indices, values, W_dec).tolist() == [[0.0, 5.0, 0.0]]
     assert kernels.decode_reference(indices, values, W_dec).tolist() == [[0.0, 5.0, 0.0]]
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    x, W_enc, b_enc, W_dec, indices, values, _ = problem(5, 6, 9, 2, dtype=torch.float32)
+    uses = {
+        W_enc.requires_grad_(): lambda W: kernels.gather_pre(x, W, b_enc, values, indices),
+        W_dec.requires_grad_(): lambda W: kernels.decode(indices, values, W),
+    }
+    for weights, use in uses.items():
+        (grad,) = torch.autograd.grad(use(weights).square().sum(), weights, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
 
 
 def test_backward_is_deterministic_to_the_bit():

@@ -49,7 +49,8 @@ def test_it_compiles_here():
 def assert_best(x, W, b, k, indices, values, absolute=False):
     """No latent left out is better than one chosen, by more than what float32 can tell; values are those at indices."""
     exact = x.double() @ W.double() + b.double()
-    blur = 1e-6 * (x.double().norm(dim=1, keepdim=True) * W.double().norm(dim=0).max() + b.abs().max())
+    size = x.double().norm(dim=1, keepdim=True) * W.double().norm(dim=0).max() + b[b.isfinite()].abs().max()
+    blur = (1e-6 + len(W) * 2.0**-28) * size
     assert indices.shape == values.shape == (len(x), k)
     if not len(x):
         return
@@ -69,6 +70,7 @@ def problems():
     close = W.t()[:1].repeat(1001, 1) + 1e-6 * randn(1001, 127)
     spikes = x + 500 * torch.eye(33, 127)
     thorns = W.t() + 20 * torch.eye(1001, 127)
+    steep = torch.full((600, 8192), 0.1) * (1 - 2 * (torch.arange(600) < 50))[:, None]
     late = -W.abs() * (torch.arange(1001) < 500)
     return {
         "plain": (x, W, b, 7), "k = 1": (x, W, b, 1), "one token": (x[:1], W, b, 7),
@@ -79,6 +81,7 @@ def problems():
         "no weights": (x, W * 0, b, 7), "nearly equal latents": (x, close.t(), b * 0, 7),
         "a spike in every row": (spikes, thorns.t(), b, 7), "all kept": (x, W[:, :200], b[:200], 200),
         "blank latents beat negative ones": (x.abs(), late, b * 0, 5), "tiny": (x * 1e-27, W, b * 0, 7),
+        "float32 loses what it can": (torch.ones(40, 8192) * torch.rand(40, 1), steep.t(), torch.zeros(600), 7),
         "strided": (randn(33, 254)[:, ::2], W.contiguous(), b, 7), "huge": (x * 1e15, W, b, 7),
     }  # fmt: skip
 
@@ -108,7 +111,8 @@ def test_what_other_processors_run_chooses_the_same(least):
         f"import sys, pytest; from sae import native; native._flags = lambda: {asked}; "
         "assert native.status().startswith('C++'), native.status(); "
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_native.py', '-k', "
-        "'(best and not activations) or first_latents or thousand or few_tokens or twins or formula or finite']))"
+        "'(best and not activations) or first_latents or thousand or few_tokens or twins or formula or finite "
+        "or bounds or rules_out or read_with']))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
@@ -206,6 +210,14 @@ def test_eight_bits_of_other_weights_are_not_used(monkeypatch):
     assert sae.pack_().packed.serves(few, sae.W_enc, sae.b_enc)
     torch.testing.assert_close(sae.encode(few), plain.encode(few))
     assert sae.train().packed is None
+    other = create_sae(SAEConfig(d_in=16, d_sae=64, k=4), generator=torch.Generator().manual_seed(1)).eval()
+    sae.eval().pack_().load_state_dict(other.state_dict(), assign=True)
+    assert not sae.packed.serves(few, sae.W_enc, sae.b_enc)
+    sae.pack_().W_enc.data = plain.W_enc.detach().clone(memory_format=torch.preserve_format)
+    assert not sae.packed.serves(few, sae.W_enc, sae.b_enc)
+    with torch.inference_mode():
+        fresh = create_sae(SAEConfig(d_in=16, d_sae=64, k=4)).eval()
+        assert fresh.pack_().packed is None
     assert native.pack(W.contiguous()) is None  # lies the other way: nothing would be saved
     monkeypatch.setattr(native, "enabled", False)
     assert native.pack(W) is None
@@ -221,6 +233,40 @@ def test_a_token_that_is_not_finite_spoils_no_other():
     assert_best(x[good], W, b, k, indices[good], values[good])
     assert ((indices >= 0) & (indices < 1001)).all()
     assert values[3].isnan().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("every", [20, 250])
+def test_latents_that_the_bias_rules_out(every):
+    x, W, b, k = problems()["plain"]
+    b = torch.where(torch.arange(1001) % every == 3, b, -torch.inf)  # fewer than k, and more
+    for at, packed in ((33, None), (5, native.pack(W))):
+        assert_best(x[:at], W, b, k, *selection.choose_top_k(x[:at], W, b, k, packed=packed))
+
+
+@needs_compiler
+@pytest.mark.parametrize("absolute", [False, True])
+def test_what_has_no_bounds_is_chosen_as_in_torch(absolute):
+    x, W, b, k = problems()["plain"]
+    bad = x.clone()
+    bad[3], bad[17, 0], bad[20, :3] = torch.nan, torch.inf, torch.tensor([torch.inf, -torch.inf, 1.0])
+    for few in (False, True):
+        packed = native.pack(W) if few else None
+        at = [3, 17, 20, 5] if few else list(range(33))
+        indices, values = selection.choose_top_k(bad[at], W, b, k, absolute=absolute, packed=packed)
+        pre = bad[at] @ W + b
+        sizes = lambda v: (v.abs() if absolute else v).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        torch.testing.assert_close(sizes(values).sort(1).values, sizes(pre).topk(k).values.flip(1))
+        assert all(len(set(row)) == k for row in indices.tolist())
+
+
+@needs_compiler
+def test_a_rows_product_does_not_depend_on_how_many_are_read_with_it():
+    for D in (1, 15, 97, 100, 111, 127):
+        x, W = randn(4, D), randn(1, D).expand(40, D).contiguous()
+        for n in range(1, 40):
+            dots = torch.ops.nanosae.dot_at(torch.arange(n).repeat(4, 1), None, x, W)
+            assert (dots == dots[:, :1]).all(), (D, n)
 
 
 @needs_compiler
@@ -373,6 +419,20 @@ def test_no_compiler_is_one_clear_sentence_and_all_goes_on(monkeypatch, tmp_path
         learner.update(0)
     finally:
         native._compiled.cache_clear()
+
+
+@needs_compiler
+def test_two_threads_compile_once(tmp_path):
+    code = (
+        "import threading, torch; from sae import native; flags = native._flags()[1:]\n"
+        "native._flags = lambda: ['-O0', *flags]\n"
+        "found = []; use = lambda: found.append(native.ops(torch.ones(1)) is not None)\n"
+        "threads = [threading.Thread(target=use) for _ in range(2)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]; print(found)"
+    )
+    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "[True, True]\n"), run.stderr[-2000:]
 
 
 @needs_compiler
