@@ -157,12 +157,11 @@ class SAETrainer:
     def train(self, num_epochs: int | None = None, verbose: bool = True) -> dict[str, float]:
         """Train to the end of the stream and return the last validation (or the last logged) metrics.
 
-        num_epochs: passes over a tensor of activations, instead of the config's.
+        num_epochs: passes over a tensor of activations, instead of the config's, before the first step. Raises
+        UserError once the run has begun, and for a stream, which has its own length.
         """
-        if num_epochs is not None and self.step == 0 and isinstance(self._activations, dict):
-            self.stream = self._stream(num_epochs)
-            for learner in self.learners.values():
-                learner.n_steps = self.stream.n_batches
+        if num_epochs is not None and num_epochs != self.config.num_epochs:
+            self._set_epochs(num_epochs)
         started, given = time.perf_counter(), self.stream.n_given
         if self.step == 0:
             self._begin_run()
@@ -172,6 +171,19 @@ class SAETrainer:
         if verbose and self.stream.n_given > given:
             log.say(self._pace(self.stream.n_given - given, time.perf_counter() - started))
         return metrics
+
+    def _set_epochs(self, n: int) -> None:
+        """As if the config had said so: the optimiser's memory and all schedules follow the length of the run."""
+        if self.step or not isinstance(self._activations, dict):
+            raise UserError(
+                f"num_epochs={n}, but this run has {self.config.num_epochs} and "
+                + ("has begun; make a new trainer" if self.step else "trains on a stream, whose length is its own")
+            )
+        self.config = replace(self.config, num_epochs=n)
+        self.stream = self._stream(n)
+        for name, x in self.learners.items():
+            config = replace(x.config, num_epochs=n)
+            self.learners[name] = Learner(x.sae, config, self.stream.n_batches, self.device, x.hookpoint)
 
     def _pace(self, n_tokens: int, seconds: float) -> str:
         """How quick a run was, and how near to what it cannot do without: the forwards and the steps alone, one after

@@ -280,6 +280,25 @@ def test_num_epochs_and_bfloat16():
     assert t.train_losses[-1]["fvu"] < t.train_losses[0]["fvu"]
 
 
+def test_epochs_of_the_call_are_those_of_a_config(tmp_path):
+    x, _ = planted(640, 16, 32, 3)
+    asked = SAETrainer(create_sae(config(num_epochs=12)), config(num_epochs=12), x)
+    asked.train(verbose=False)
+    t = SAETrainer(create_sae(config()), config(), x, save_dir=tmp_path / "run")
+    t.train(num_epochs=12, verbose=False)
+    assert torch.equal(t.sae.W_dec, asked.sae.W_dec)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["num_epochs"] == 12
+    with pytest.raises(UserError, match="has begun; make a new trainer"):
+        t.train(num_epochs=13)
+    other = SAETrainer(create_sae(config()), config(), x, save_dir=tmp_path / "run")
+    with pytest.raises(UserError, match="num_epochs"):
+        other.load_checkpoint()
+    stream = Stream(TensorSource({"": x}), n_tokens=640, batch_size=64, buffer_tokens=128)
+    streamed = SAETrainer(create_sae(config()), config(), stream)
+    with pytest.raises(UserError, match="whose length is its own"):
+        streamed.train(num_epochs=3)
+
+
 def test_overwriting_takes_the_old_runs_hookpoints_away(lm, text_file, tmp_path):
     def run(names, **kwargs):
         c = TrainConfig(k=4, batch_size=64, buffer_tokens=256, max_tokens=640)
