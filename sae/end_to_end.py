@@ -19,6 +19,7 @@ from sae import hooks
 from sae.activations import Acts, ModelSource, gather
 from sae.config import UserError
 from sae.distributed import ALONE, World
+from sae.evaluator import divergence
 from sae.language_model import LanguageModel
 from sae.learner import Learner, Terms
 
@@ -189,7 +190,7 @@ class EndToEnd:
         assert logits is not None
         if clean is None:
             return F.nll_loss(pick(logits), ids[:, 1:].flatten()[at], reduction="sum")
-        return F.kl_div(pick(logits), pick(clean), reduction="sum", log_target=True)
+        return divergence(pick(logits), pick(clean)).sum()
 
 
 def _counted(rows: Rows) -> Tensor:

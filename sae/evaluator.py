@@ -222,6 +222,11 @@ class SAEEvaluator:
         return self.totals(activations, batch_size=batch_size).metrics()
 
 
+def divergence(new: Tensor, clean: Tensor) -> Tensor:
+    """(n,): KL(clean || new) of log-probabilities (n, V). A token that clean rules out (-inf) has no share in it."""
+    return torch.where(clean > -torch.inf, clean.exp() * (clean - new), 0.0).sum(-1)
+
+
 class _Loss:
     """Sums of cross entropy and KL over counted positions, for one way of running the model."""
 
@@ -232,7 +237,7 @@ class _Loss:
         """logits (n, V) at the counted positions, clean (n, V) log-probabilities there, next_ids (n,)."""
         new = logits.float().log_softmax(-1)
         self.ce += float(F.nll_loss(new, next_ids, reduction="none").double().sum())
-        self.kl += float(F.kl_div(new, clean, reduction="none", log_target=True).sum(-1).double().sum())
+        self.kl += float(divergence(new, clean).double().sum())
 
 
 def evaluate(

@@ -168,13 +168,17 @@ def _register(model: nn.Module, name: str, see: Callable[[Tensor], Tensor | None
         new = see(_tensor(name, output))
         if new is None:
             return None
-        return (new, *output[1:]) if isinstance(output, (tuple, list)) else new
+        if not isinstance(output, (tuple, list)):
+            return new
+        make = getattr(output, "_make", type(output))  # a named tuple stays one
+        return make((new, *output[1:]))
 
     def on_input(_module: nn.Module, args: tuple, kwargs: dict) -> Any:
         if args:
             new = see(_tensor(name, args))
             return None if new is None else ((new, *args[1:]), kwargs)
-        key = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+        streams = [k for k, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim == 3]
+        key = "hidden_states" if "hidden_states" in kwargs else next(iter(streams or kwargs))
         new = see(_tensor(name, kwargs[key]))
         return None if new is None else (args, {**kwargs, key: new})
 
@@ -220,6 +224,23 @@ def replace(model: nn.Module, edits: Mapping[str, Callable[[Tensor], Tensor]]) -
     """Within the block, what a hookpoint returns becomes `edits[hookpoint](it)`."""
     with hooked(model, edits):
         yield
+
+
+def check_once(model: nn.Module, hookpoints: Sequence[str], forward: Callable[[], Any]) -> None:
+    """Raise UserError for a module that one forward runs several times (ALBERT's): which of them would be meant?"""
+    times = dict.fromkeys(hookpoints, 0)
+
+    def counter(name: str) -> Callable[[Tensor], None]:
+        def see(_x: Tensor) -> None:
+            times[name] += 1
+
+        return see
+
+    with hooked(model, {name: counter(name) for name in times}):
+        forward()
+    for name, n in times.items():
+        if n > 1:
+            raise UserError(f"the model runs '{name}' {n} times in one forward; choose a module that runs once")
 
 
 def run(model: nn.Module, hookpoints: Sequence[str], forward: Callable[[], Any]) -> dict[str, Tensor]:

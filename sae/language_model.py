@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sae import hooks
+from sae import hooks, nanochat
 from sae.config import ModelDtype, UserError, read_json, require
 from sae.tokenizers import CharTokenizer, HFTokenizer, NanochatTokenizer, TiktokenTokenizer
 
@@ -174,9 +174,13 @@ class LanguageModel:
             window = torch.cat((window, token), 1)
 
     def widths(self, hookpoints: Sequence[str]) -> dict[str, int]:
-        """Width of what each hookpoint holds, from one tiny forward."""
+        """Width of what each hookpoint holds, from two tiny forwards."""
         ids = torch.full((1, 2), max(0, self.pad_id), dtype=torch.int64)
-        found = self.hidden(ids, torch.ones_like(ids, dtype=torch.bool), hookpoints)
+        valid = torch.ones_like(ids, dtype=torch.bool)
+        found = self.hidden(ids, valid, hookpoints)
+        at = ids.to(self.device), valid.to(self.device)
+        with torch.no_grad():
+            hooks.check_once(self.module, hookpoints, lambda: self.forward_fn(self.module, *at))
         for name, x in found.items():
             if x.ndim != 3 or x.shape[:2] != ids.shape or not x.is_floating_point():
                 raise UserError(
@@ -267,7 +271,7 @@ def load_language_model(
     path = PYGPT if name == "pygpt" else Path(name)
     if path.is_dir() and (path / "ckpt.pt").is_file():
         return _nanogpt(path / "ckpt.pt", name, where, dataset, dtype)
-    found = _nanochat_file(path)
+    found = nanochat.newest_checkpoint(path)
     if found is not None:
         return _nanochat(name, found, where, dtype)
     if path.is_file():
@@ -400,22 +404,7 @@ def _nanogpt_tokenizer(path: Path, checkpoint: dict, dataset: str | None) -> Any
 
 
 # --------------------------------------------------------------------------------------------------
-# nanochat: built by its own code, which the user has put where Python finds it
-
-
-def _nanochat_file(path: Path) -> Path | None:
-    """The newest model_000500.pt of a folder of nanochat's checkpoints (or that file, beside its meta), else None."""
-    step = lambda p: int(p.stem.removeprefix("model_"))
-    files = [p for p in (path, *path.glob("model_*.pt")) if re.fullmatch(r"model_\d{6,}\.pt", p.name) and p.is_file()]
-    newest = max(files, key=step, default=None)
-    if newest is None:
-        return None
-    meta = newest.with_name(f"meta_{step(newest):06d}.json")
-    if meta.is_file():
-        return newest
-    if newest == path:  # a nanoGPT checkpoint may have any name
-        return None
-    raise UserError(f"'{newest}' lies there without {meta.name}; copy both from nanochat's checkpoints")
+# nanochat (nanochat.py)
 
 
 def _nanochat_forward(module: nn.Module, ids: Tensor, valid: Tensor) -> Tensor:
@@ -425,47 +414,14 @@ def _nanochat_forward(module: nn.Module, ids: Tensor, valid: Tensor) -> Tensor:
 
 
 def _nanochat(name: str, file: Path | None, device: torch.device, dtype: str) -> LanguageModel:
-    """nanochat:source/tag@step from where that checkout keeps its checkpoints, or one file with its meta."""
-    asked = re.fullmatch(r"nanochat:(\w+)(?:/(\w[\w.-]*))?(?:@(\d+))?", name)
-    if file is None and asked is None:
-        raise UserError(
-            f"'{name}' names no nanochat model; give nanochat:base, nanochat:sft/d20 or nanochat:rl/d20@500"
-        )
     if file is not None:
         read_plain(file, mmap=True)  # before nanochat's own loader, which under old versions of torch runs pickles
-    try:
-        manager = importlib.import_module("nanochat.checkpoint_manager")
-    except ImportError as e:
-        if e.name == "nanochat":
-            raise UserError(
-                f"'{name}' is built by nanochat's own code; put its checkout on the path (PYTHONPATH=path/to/nanochat)"
-            ) from e
-        raise UserError(f"nanochat cannot be imported ({e}); run in the environment of its checkout") from e
-    try:
-        if file is not None:
-            step = int(file.stem.removeprefix("model_"))
-            module, inner, _ = manager.build_model(str(file.parent), step, device, phase="eval")
-            name = str(file)  # a folder's newest checkpoint today may not be the newest tomorrow
-        else:
-            assert asked is not None
-            source, tag, at = asked.groups()
-            module, inner, meta = manager.load_model(
-                source, device, phase="eval", model_tag=tag, step=int(at) if at else None
-            )
-            if at is None and isinstance(meta.get("step"), int):
-                name += f"@{meta['step']:06d}"
-    except Exception as e:
-        reason = (str(e).strip().splitlines() or [""])[0]
-        raise UserError(
-            f"nanochat cannot load '{name}' ({type(e).__name__}: {reason}); "
-            "check the source, tag and step, and that the files are whole and belong to this checkout"
-        ) from e
+    built = nanochat.build(name, file, device, dtype)
     # No resume_fn: between its blocks nanochat mixes the stream with the embeddings, and it subtracts the middle
     # layer's output at the end, so what follows a block depends on more than that block's output.
     return LanguageModel(
-        module=module if dtype == "float32" else module.to(getattr(torch, dtype)), dtype=dtype, name=name,
-        tokenizer=NanochatTokenizer(inner), forward_fn=_nanochat_forward,
-        d_model=module.config.n_embd, max_len=module.config.sequence_len,
+        module=built.module, dtype=built.dtype, name=built.name, tokenizer=NanochatTokenizer(built.tokenizer),
+        forward_fn=_nanochat_forward, d_model=built.module.config.n_embd, max_len=built.module.config.sequence_len,
     )  # fmt: skip
 
 
@@ -480,6 +436,13 @@ def _hf_forward(module: nn.Module, ids: Tensor, valid: Tensor) -> Tensor | None:
 def _hf_step(module: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
     out = module(input_ids=ids, past_key_values=cache, use_cache=True)
     return out.logits, out.past_key_values
+
+
+def _positions(module: nn.Module, config: Any) -> int:
+    """The most tokens that its positions allow. RoBERTa's begin behind the one of its padding."""
+    most = int(getattr(config, "max_position_embeddings", 0) or 1 << 20)
+    tables = [m for m in module.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == most]
+    return most - max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
 
 
 def _huggingface(name: str, device: torch.device, dtype: str) -> LanguageModel:
@@ -509,7 +472,7 @@ def _huggingface(name: str, device: torch.device, dtype: str) -> LanguageModel:
     return LanguageModel(
         module=module, tokenizer=HFTokenizer(tokenizer), forward_fn=_hf_forward, name=name, dtype=dtype,
         d_model=config.hidden_size,
-        max_len=min(int(getattr(config, "max_position_embeddings", 0) or 1 << 20), tokenizer.model_max_length),
+        max_len=min(_positions(module, config), tokenizer.model_max_length),
         causal=not encoder, has_head=causal,
         wrap=(tokenizer.cls_token_id, tokenizer.sep_token_id) if encoder else None,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from sae.config import SAEConfig, UserError
 from sae.datasets import open_dataset
-from sae.evaluator import SAEEvaluator, Totals, evaluate, summary
+from sae.evaluator import SAEEvaluator, Totals, divergence, evaluate, summary
 from sae.kernels import Codes
 from sae.models import KINDS, SAE, Output, create_sae
 from sae.tokens import TokenRows, kept_positions
@@ -178,3 +178,16 @@ def test_encoders_have_no_cross_entropy(minilm_path, text_file):
 def test_the_wrong_width_is_told(lm, text_file):
     with pytest.raises(UserError, match="is 32 wide and the SAE reads 8"):
         run(lm, create_sae(SAEConfig(d_in=8, k=4)), text_file)
+
+
+def test_kl_of_a_masked_vocabulary_is_that_of_the_rest():
+    clean, new = torch.randn(5, 12), torch.randn(5, 12)
+    masked = [torch.cat((x, torch.full((5, 4), -torch.inf)), 1).log_softmax(-1) for x in (new, clean)]
+    want = torch.nn.functional.kl_div(
+        new.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    masked[0].requires_grad_()
+    got = divergence(*masked)
+    torch.testing.assert_close(got, want)
+    got.sum().backward()
+    assert masked[0].grad.isfinite().all()

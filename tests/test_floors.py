@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "flags": 0, "native": 0, "stopwatch": 0, "triton_kernels": 0,
     "config": 1, "triton_encoder": 1,
-    "commands": 2, "kernels": 2, "log": 2, "schedules": 2, "distributed": 2,
+    "commands": 2, "kernels": 2, "log": 2, "nanochat": 2, "schedules": 2, "distributed": 2,
     "edits": 2,
     "hooks": 3, "selection": 3, "tokenizers": 3,
     "base": 4,

@@ -3,6 +3,8 @@
 Run: python -m pytest tests/test_hooks.py
 """
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -149,3 +151,55 @@ def test_what_is_no_tensor_is_refused():
     with pytest.raises(UserError, match="handles dict"), hooks.capture(odd, ["part"]):
         odd(torch.zeros(1))
     assert n_hooks(odd) == 0
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    cache: str
+
+
+@pytest.mark.parametrize("kind", [tuple, list, Pair])
+def test_outputs_keep_their_type(kind):
+    class Part(nn.Module):
+        def forward(self, x):
+            return Pair(x, "cache") if kind is Pair else kind((x, "cache"))
+
+    part = nn.Sequential(Part())
+    with hooks.replace(part, {"0": torch.zeros_like}):
+        out = part(torch.ones(2, 3))
+    assert type(out) is kind
+    assert not out[0].any()
+    assert out[1] == "cache"
+
+
+def test_an_input_by_name_is_the_stream_and_not_a_mask():
+    class Part(nn.Module):
+        def forward(self, *, mask, x):
+            return x * mask[:, 0]
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = Part()
+
+        def forward(self, x):
+            return self.part(mask=torch.ones(2, 1, 1, 1), x=x)
+
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(hooks.run(whole := Whole(), ["part@in"], lambda: whole(x))["part@in"], x)
+
+
+def test_a_module_that_runs_several_times_is_refused():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.last(self.part(self.part(x)))
+
+    model, x = Shared(), torch.randn(2, 3, 4)
+    hooks.check_once(model, ["last"], lambda: model(x))
+    with pytest.raises(UserError, match="runs 'part' 2 times in one forward"):
+        hooks.check_once(model, ["last", "part"], lambda: model(x))
+    assert n_hooks(model) == 0

@@ -138,6 +138,27 @@ def test_a_model_computes_in_what_models_compute_in(gpt_path):
         load_language_model(gpt_path, device="cpu", dtype="int8")
 
 
+@pytest.mark.parametrize("kind", ["Roberta", "Albert"])
+def test_encoders_of_other_families(kind, tmp_path):
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    small = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**small, max_position_embeddings=66, pad_token_id=1)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    inner = Tokenizer(models.WordLevel({f"t{i}": i for i in range(99)}, unk_token="t9"))
+    special = {"unk_token": "t9", "cls_token": "t0", "sep_token": "t2", "pad_token": "t1"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(tmp_path)
+    lm = load_language_model(str(tmp_path), device="cpu")
+    if kind == "Albert":  # one block, run for every layer
+        with pytest.raises(UserError, match=r"runs 'encoder.albert_layer_groups.0' 2 times in one forward"):
+            lm.widths(["encoder.albert_layer_groups.0"])
+        return
+    assert lm.max_len == 64  # positions begin behind the padding's
+    ids = torch.randint(5, 99, (2, lm.max_len))
+    assert lm.hidden(ids, torch.ones_like(ids).bool(), ["encoder.layer.1"])["encoder.layer.1"].shape == (2, 64, 32)
+
+
 def byte_level_tokenizer():
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -28,7 +28,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from nanochat import common
 
+TABLES = getattr(common, "COMPUTE_DTYPE", torch.bfloat16)
 SEEN = {}  # what was computed, under the names of the hook types; the tests compare the hooks with it
 
 
@@ -123,12 +125,13 @@ class GPT(nn.Module):
         half = self.config.n_embd // self.config.n_head // 2
         angles = torch.outer(torch.arange(10.0 * self.config.sequence_len), 100 ** -torch.linspace(0, 1, half))
         angles = torch.cat((angles, angles), -1)[None, :, None, :]
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("cos", angles.cos().to(TABLES), persistent=False)
+        self.register_buffer("sin", angles.sin().to(TABLES), persistent=False)
 
     def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean"):
         B, T = idx.shape
-        x = norm(self.transformer.wte(idx))
+        assert self.cos.dtype == TABLES, f"Rotary embeddings must be in {TABLES}"
+        x = norm(self.transformer.wte(idx).to(getattr(common, "COMPUTE_DTYPE", self.transformer.wte.weight.dtype)))
         if kv_cache is None:
             assert T > 1, "Training forward pass should have T > 1"
             gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, 1:, :8]))
@@ -136,7 +139,7 @@ class GPT(nn.Module):
         x0, middle = x, None
         for i, block in enumerate(self.transformer.h):
             x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
-            ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
+            ve = self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
             x = block(x, ve, (self.cos[:, :T], self.sin[:, :T]), (-1, 0), kv_cache)
             if i == self.config.n_layer // 2:
                 middle = x
@@ -258,6 +261,10 @@ def load_model(source, *args, **kwargs):
 
 COMMON = """
 import os
+import torch
+
+if "NANOCHAT_DTYPE" in os.environ:  # newer ones compute in a dtype of their own choice; older ones have no such name
+    COMPUTE_DTYPE = getattr(torch, os.environ["NANOCHAT_DTYPE"])
 
 
 def get_base_dir():
@@ -278,8 +285,13 @@ def encoding() -> tiktoken.Encoding:
 
 
 @pytest.fixture
-def nanochat(tmp_path, monkeypatch):
-    """A checkout on the path and its base directory with a tokenizer; yields the package's checkpoint_manager."""
+def nanochat(tmp_path, monkeypatch, request):
+    """A checkout on the path and its base directory with a tokenizer; yields the package's checkpoint_manager.
+
+    Its parameter: the dtype that nanochat computes in, if it is one that chooses.
+    """
+    if getattr(request, "param", None):
+        monkeypatch.setenv("NANOCHAT_DTYPE", request.param)
     package, base = tmp_path / "checkout" / "nanochat", tmp_path / "base"
     package.mkdir(parents=True)
     files = {"__init__": "", "common": COMMON, "gpt": GPT, "tokenizer": TOKENIZER, "checkpoint_manager": MANAGER}
@@ -499,14 +511,15 @@ def test_train_and_eval(base, text_file, tmp_path, monkeypatch):
     sae_eval.main(["--sae_path", "sae_models/cached", "--eval_tokens", "300"])
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_activations_in_bfloat16(base, text_file, asked):
-    """As nanochat runs on a GPU: embeddings, and so all activations, in bfloat16; or all of it so, if asked."""
-    lm = load_language_model("nanochat:base", device="cpu", dtype="bfloat16" if asked else "float32")
-    if not asked:
-        lm.module.transformer.wte.bfloat16()
-        lm.module.value_embeds.bfloat16()
-        lm.module.cos, lm.module.sin = lm.module.cos.bfloat16(), lm.module.sin.bfloat16()
+@pytest.mark.parametrize(
+    ("nanochat", "asked"),
+    [(None, "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")],
+    indirect=["nanochat"],
+)
+def test_activations_in_bfloat16(nanochat, asked, base, text_file):
+    """In its weights where nanochat leaves that open, and where it does not, as it chooses itself, on a GPU say."""
+    lm = load_language_model("nanochat:base", device="cpu", dtype=asked)
+    assert lm.dtype == "bfloat16"
     ids, valid = batch(lm)
     for hook_type in HOOK_TYPES:
         name = hooks.at_layer(lm.module, 1, hook_type)
@@ -517,6 +530,13 @@ def test_activations_in_bfloat16(base, text_file, asked):
     report, _ = evaluate(lm, sae, "transformer.h.1", open_dataset(str(text_file)), n_tokens=200, ctx_len=32)
     assert 0 < report.ce_clean < float("inf")
     assert report.ce_zero != report.ce_clean
+
+
+@pytest.mark.parametrize("nanochat", ["float32"], indirect=True)
+def test_a_nanochat_that_chooses_its_dtype_is_not_overruled(nanochat, base):
+    assert load_language_model("nanochat:base", device="cpu").dtype == "float32"
+    with pytest.raises(UserError, match="computes in float32; set NANOCHAT_DTYPE=bfloat16"):
+        load_language_model("nanochat:base", device="cpu", dtype="bfloat16")
 
 
 def test_missing_things_are_one_sentence(base, nanochat, monkeypatch):
