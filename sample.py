@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="sample.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     pygpt = Path(__file__).resolve().parent / "assets" / "pygpt"
     parser.add_argument("--checkpoint", type=Path, default=pygpt, help="a ckpt.pt or its folder")
-    parser.add_argument("--start", default="def ", help="the text to go on from (default: 'def ')")
+    parser.add_argument("--start", help="the text to go on from (default: 'def ')")
     parser.add_argument("--ask", help="a question to answer, in place of --start")
     parser.add_argument("--num_samples", type=int, help="(default: 3, or 1 with --ask)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="per sample (default: 200)")
@@ -58,7 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1337, help="(default: 1337)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
+    if args.ask is not None and args.start is not None:
+        parser.error("--ask and --start were both given; choose one")
+    start = "def " if args.start is None else args.start
     try:
+        if args.temperature < 0 or args.top_k < 1 or args.max_new_tokens < 0:
+            got = f"--temperature {args.temperature}, --top_k {args.top_k}, --max_new_tokens {args.max_new_tokens}"
+            raise ValueError(f"{got}: >= 0, >= 1 and >= 0 were wanted")
         device, checkpoint = find_device(args.device), read_checkpoint(args.checkpoint)
         model = GPT.from_checkpoint_dict(checkpoint, str(args.checkpoint)).to(device)
         tokenizer = find_tokenizer(args.checkpoint, checkpoint, model.config.vocab_size)
@@ -66,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if have > known:
             raise ValueError(f"the tokenizer has {have} tokens, the model {known}; give the model's own")
         if args.ask is None:
-            prompt = tokenizer.encode_document(args.start)
+            prompt = tokenizer.encode_document(start)
         elif set(CHAT_TOKENS) <= tokenizer.specials.keys():
             prompt = tokenizer.render_chat([{"role": "user", "content": args.ask}], reply=True)
         else:
@@ -76,13 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         n, t, k = args.max_new_tokens, args.temperature, args.top_k
         for _ in range(args.num_samples or (3 if args.ask is None else 1)):
             tokens = model.generate(idx, n, temperature=t, top_k=k, generator=rng)
-            print(args.start if args.ask is None else "", end="")
+            print(start if args.ask is None else "", end="")
             for piece in pieces(tokenizer, map(int, tokens)):
                 print(piece, end="", flush=True)
             print("\n" + "-" * 20 if args.ask is None else "")
     except (ValueError, OSError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -17,10 +17,11 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
@@ -323,8 +324,25 @@ def check(config: TrainConfig, size: int) -> None:
         raise ValueError(f"{config.out_dir}/ckpt.pt exists; add --resume, --overwrite or another --out_dir")
 
 
-def train(config: TrainConfig, place: Place) -> Validation:
-    """Train to max_steps (or to the time limit) and return the last validation."""
+@contextmanager
+def ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Within the block the first Ctrl-C only makes the function given return True; the second interrupts."""
+    pressed: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train(config: TrainConfig, place: Place, pressed: Callable[[], bool] = lambda: False) -> Validation:
+    """Train to max_steps (or to the time limit) and return the last validation; if pressed() save and interrupt."""
     check(config, place.size)
     run = Run(config, place, open_data(config, place))
     tokens_per_step = config.batch_size * config.block_size
@@ -332,7 +350,7 @@ def train(config: TrainConfig, place: Place) -> Validation:
     bar = tqdm(total=config.max_steps, initial=run.step, disable=not run.is_main, mininterval=1.0)
     stop, previous, validation = False, None, None
     mark, mark_step = time.monotonic(), run.step
-    while run.step < config.max_steps and not stop:
+    while run.step < config.max_steps and not stop and not pressed():
         loss = run.train_step()
         bar.update()
         if run.step % config.log_every == 0 and previous is not None:
@@ -352,6 +370,11 @@ def train(config: TrainConfig, place: Place) -> Validation:
                 bar.write(f"step {run.step}: val loss {nats:.4f}, {bits:.4f} bits per byte")
             run.save(validation)
             mark, mark_step = time.monotonic(), run.step
+    if run.step < config.max_steps and not stop:
+        if previous is None or not previous.isfinite():  # as logs refuse nan
+            raise KeyboardInterrupt
+        run.save(Validation(math.inf, math.inf))
+        raise KeyboardInterrupt(f"after step {run.step}, which is saved; --resume --out_dir {run.out} goes on")
     if run.is_main:
         bar.write(f"saved in {run.out}; next: python sample.py --checkpoint {run.out / 'ckpt.pt'}")
     bar.close()
@@ -426,11 +449,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if config.export:
             export(config.out_dir, config.export)
-        else:
+        elif "RANK" in os.environ:  # several processes might end their steps apart
             train(config, find_place(config))
+        else:
+            with ctrl_c() as pressed:
+                train(config, find_place(config), pressed)
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as e:
+        print(f"\nstopped {e}".rstrip(), file=sys.stderr)
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with tmp.open("wb") as f:
+            mode = os.fstat(f.fileno()).st_mode  # as the umask wants; safetensors' files are for their owner alone
         write(tmp)
+        tmp.chmod(stat.S_IMODE(mode))
         with tmp.open("rb+") as f:
             os.fsync(f.fileno())
         tmp.replace(path)

@@ -5,13 +5,16 @@ Computes nothing. On several processes only rank 0 speaks, but of errors that ar
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import secrets
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +138,34 @@ def _wandb_log(run: Any, record: dict[str, Any]) -> None:
         run.log({f"{k}{place}": v for k, v in record.items() if k not in ("step", "hookpoint")}, step=step)
 
 
+@contextlib.contextmanager
+def stop_asked(*, listen: bool = True) -> Iterator[Callable[[], bool]]:
+    """Within the block the first Ctrl-C interrupts nothing: the function given says whether it came. The second does.
+
+    Not if listen is False, outside of the main thread, or where somebody else handles it.
+    """
+    asked: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    listen = listen and threading.current_thread() is threading.main_thread()
+    if not listen or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run a script's main; bad input ends it with one sentence on stderr and exit code 2, Ctrl-C with 130."""
+    if argv is None and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # from scripts/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as e:

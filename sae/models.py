@@ -138,7 +138,7 @@ class BatchTopK(TopK):
 
 class Matryoshka(BatchTopK):
     """Nested dictionaries: each prefix of the latents must reconstruct alone, so that the first ones learn the
-    general features (Bussmann et al. 2025, arxiv.org/abs/2503.17547). The loss is the mean over prefixes and the whole.
+    general features (Bussmann et al. 2025, arxiv.org/abs/2503.17547). The loss is the sum over prefixes and the whole.
     """
 
     @property

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -166,8 +166,10 @@ class SAETrainer:
         if self.step == 0:
             self._begin_run()
         path = self.save_dir / "metrics.jsonl" if self.save_dir is not None else None
-        with log.MetricLog(path, resume_step=self.step, wandb=self.wandb) as metric_log:
-            metrics = self._loop(metric_log, verbose)
+        # Ctrl-C waits for the end of a step and saves; several processes might end theirs at different steps
+        stopping = log.stop_asked(listen=self.world.everyone.size == 1)
+        with log.MetricLog(path, resume_step=self.step, wandb=self.wandb) as metric_log, stopping as stop:
+            metrics = self._loop(metric_log, verbose, stop)
         if verbose and self.stream.n_given > given:
             log.say(self._pace(self.stream.n_given - given, time.perf_counter() - started))
         return metrics
@@ -200,14 +202,14 @@ class SAETrainer:
         looks = f"; {twice:.1%} of tokens were encoded twice, for proof" if twice else ""
         return f"{rate} ({parts} {steps:.1f} s of {seconds:.1f} s){looks}"
 
-    def _loop(self, metric_log: log.MetricLog, verbose: bool) -> dict[str, float]:
+    def _loop(self, metric_log: log.MetricLog, verbose: bool, stop: Callable[[], bool]) -> dict[str, float]:
         c, n_steps = self.config, self.stream.n_batches
         total = n_steps * self.stream.batch_size
         bar = log.progress(total, "training", initial=self.stream.n_given, quiet=not verbose)
         last: dict[str, float] = {}
         clock, clock_step = time.perf_counter(), self.step
 
-        while self.step < n_steps:
+        while self.step < n_steps and not stop():
             batch = next(self.stream)
             with self.watch:
                 self._step(batch)
@@ -232,6 +234,10 @@ class SAETrainer:
             if self.save_dir is not None and (self.step % c.save_every == 0 or done):
                 self.save()
         bar.close()
+        if self.step < n_steps:
+            if self.save_dir is not None:
+                self.save()
+            raise KeyboardInterrupt
         return last
 
     def _step(self, batch: Any) -> None:
@@ -417,16 +423,9 @@ class SAETrainer:
 
 
 RUN_FILES = (
-    "config.json",
-    "metrics.jsonl",
-    "checkpoint_step*.pt",
-    "best_model.pt",
-    "eval.json",
-    "final_assessment.json",
-    "wandb_run_id",
-    formats.CFG,
-    formats.WEIGHTS,
-)
+    "config.json", "metrics.jsonl", "checkpoint_step*.pt", "best_model.pt", "eval.json", "final_assessment.json",
+    "wandb_run_id", formats.CFG, formats.WEIGHTS,
+)  # fmt: skip
 # What may differ between the two halves of a resumed run.
 FREE_SETTINGS = {
     "resume", "overwrite", "device", "model_device", "save_dir", "run_name", "save_every", "log_to_wandb",
@@ -463,6 +462,7 @@ def _refuse_other_settings(then: dict[str, Any], now: dict[str, Any], path: str 
         before, asked = then.get(name), json.loads(json.dumps(now[name]))
         before = list(before) if isinstance(before, tuple) else before
         if before != asked:
+            before = "(none given)" if before is None else before
             raise UserError(
                 f"'{path}' was trained with {name}={before} and {asked} is asked now; use the same settings"
             )
@@ -477,13 +477,9 @@ def git_commit() -> str | None:
     """The commit this code is at, or None outside a checkout."""
     try:
         got = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10,
             check=False,
-        )
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
     return got.stdout.strip() or None

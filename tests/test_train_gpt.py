@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -728,6 +729,28 @@ def test_time_limit_saves(data_dir, tmp_path):
     assert read_checkpoint(tmp_path)["iter_num"] == 2  # the first step that has a line to write
 
 
+def test_ctrl_c_saves_the_step_it_ends(data_dir, tmp_path, monkeypatch, capsys):
+    assert train.main(flags(data_dir, tmp_path / "whole", max_steps=12)) == 0
+    step, argv = train.Run.train_step, flags(data_dir, tmp_path / "cut", max_steps=12)
+
+    def interrupted(run):
+        if run.step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return step(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "train_step", interrupted)
+        assert train.main(argv) == 130
+    assert "stopped after step 7, which is saved; --resume" in capsys.readouterr().err
+    assert read_checkpoint(tmp_path / "cut")["iter_num"] == 7
+    assert train.main([*argv, "--resume"]) == 0
+    whole, cut = (read_checkpoint(tmp_path / name)["model"] for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    monkeypatch.setattr(train.Run, "train_step", lambda _: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    assert train.main(flags(data_dir, tmp_path / "twice", max_steps=12)) == 130
+    assert not (tmp_path / "twice" / "ckpt.pt").exists()
+
+
 # ---- The command line --------------------------------------------------------------------------------------
 def test_a_finished_run_is_not_overwritten(data_dir, tmp_path, capsys):
     argv = flags(data_dir, tmp_path, max_steps=2)
@@ -951,6 +974,7 @@ def test_bad_samples_are_one_line(trained, data_dir, tmp_path, capsys, monkeypat
         (["--checkpoint", str(trained)], "tokenizer"),  # there is no data/tiny here
         (["--checkpoint", str(both)], "330 tokens"),
         (["--checkpoint", str(chars), "--start", "xyz"], "characters"),
+        (["--checkpoint", str(chars), "--start", "a", "--max_new_tokens", "-1"], "max_new_tokens"),
         (["--checkpoint", str(chars), "--start", ""], "prompt"),
         (["--checkpoint", str(chars), "--ask", "a"], "--ask"),
         (["--checkpoint", str(chars), "--start", "a", "--top_k", "0"], "top_k"),

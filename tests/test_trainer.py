@@ -130,6 +130,41 @@ def test_sigkill_and_resume_through_the_script(gpt_path, text_file, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("save", [True, False])
+def test_ctrl_c_ends_after_a_step_and_saves_it(save, tmp_path, monkeypatch):
+    whole = trainer(config(save_every=1000), tmp_path / "whole")
+    whole.train(verbose=False)
+    folder = tmp_path / "stopped" if save else None
+    t = trainer(config(save_every=1000), folder)
+    step = t._step
+
+    def interrupted(batch):
+        if t.step == 7:
+            signal.raise_signal(signal.SIGINT)
+        step(batch)
+
+    monkeypatch.setattr(t, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        t.train(verbose=False)
+    assert t.step == 8
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if folder is None:
+        return
+    assert [p.name for p in checkpoints(folder)] == ["checkpoint_step8.pt"]
+    again = trainer(config(save_every=1000), folder)
+    again.load_checkpoint()
+    again.train(verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+
+
+def test_ctrl_c_twice_does_not_wait(monkeypatch):
+    t = trainer(config())
+    monkeypatch.setattr(t, "_step", lambda _: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
+        t.train(verbose=False)
+    assert t.step == 0
+
+
 @pytest.mark.parametrize("activation", ALL)
 def test_every_parameter_moves_and_the_loss_falls(activation):
     c = config(activation=activation)

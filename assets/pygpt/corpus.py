@@ -198,7 +198,10 @@ def main(argv: list[str] | None = None) -> None:
     if not 261 <= args.vocab_size <= 2**16:
         parser.error(f"--vocab_size {args.vocab_size} is outside 261 (bytes and specials) to 65536 (uint16)")
     out = Path(args.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        parser.error(f"cannot make '{out}': {e.strerror}; choose another --out_dir")
 
     texts = (d if isinstance(d, str) else "\n".join(m["content"] for m in d) for d in documents("train"))
     tokenizer = BPETokenizer.train(texts, args.vocab_size)
