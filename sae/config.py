@@ -22,6 +22,7 @@ from sae.flags import read_json as read_json
 VERSION = "0.1.0"
 
 ModelDtype = Literal["float32", "bfloat16", "float16"]
+SELECTING = ("topk", "batchtopk", "groupmax", "abstopk", "matryoshka")
 PENALISED = ("relu", "gated", "jumprelu")  # sparse through a penalty; the other kinds keep k by selection
 
 
@@ -190,8 +191,7 @@ class SAEConfig:
             require(not self.skip_connection, "--skip_connection is for transcoders; give --transcode too")
             require(
                 self.d_out in (None, self.d_in),
-                f"d_out={self.d_out} differs from d_in={self.d_in}: an SAE gives back what it reads, so make d_in "
-                f"{self.d_out}; a transcoder need not (--transcode)",
+                f"d_out={self.d_out}, but an SAE gives back what it reads; leave it out, or train a --transcode",
             )
 
     def _check_combinations(self) -> None:
@@ -316,6 +316,14 @@ class HookConfig:
         )
 
 
+# Kinds of SAE that a setting does something for.
+ONLY_FOR = {
+    "l1_coefficient": PENALISED, "l1_weighting": ("relu",), "jumprelu_penalty": ("jumprelu",),
+    "bandwidth": ("jumprelu",), "matryoshka_prefixes": ("matryoshka",), "matryoshka_base": ("matryoshka",),
+    "k_decay_steps": SELECTING,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TrainConfig(SAEConfig, DataConfig, HookConfig):
     """One training run: what is learned (SAEConfig), from which activations, and where the results go."""
@@ -383,10 +391,28 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
             not (end_to_end and self.sweep),
             f"--loss_fn {self.loss_fn} trains one SAE per hookpoint; give one value to each flag",
         )
+        self._check_idle()
         known = {f.name for f in dataclasses.fields(self) if f.metadata.get("sweep")}
         for name, values in self.sweep.items():
             require(name in known, f"'{name}' cannot be swept; choose among {', '.join(sorted(known))}")
             require(len(set(values)) == len(values), f"--{name} got the same value twice: {values}")
+
+    def _check_idle(self) -> None:
+        """Raise UserError for a setting that would do nothing beside the others."""
+        said = lambda name: getattr(self, name) != getattr(TrainConfig, name)
+        for name, kinds in ONLY_FOR.items():
+            fits = self.activation in kinds
+            require(fits or not said(name), f"--{name} is for --activation {', '.join(kinds)}, not {self.activation}")
+        for name, does, other in (
+            ("fvu_coefficient", self.loss_fn in ("ce", "kl"), "--loss_fn ce or kl; fvu and mse are that error"),
+            ("val_split", self.activations, "--activations; of text a twentieth is held out"),
+            ("wandb_project", self.log_to_wandb, "--log_to_wandb"),
+            *(
+                (name, self.dataset or self.activations, "a --dataset")
+                for name in ("text_column", "split", "streaming")
+            ),
+        ):
+            require(bool(does) or not said(name), f"--{name} goes with {other}")
 
 
 # Names that other tools use for what goes by another name, or does not exist, here.
@@ -466,6 +492,11 @@ class VizConfig(EvalConfig):
         require(
             (self.explainer_url is None) == (self.explainer_model is None),
             "--explainer_url and --explainer_model go together; give both or neither",
+        )
+        require(not (self.feature and self.all_features), "--feature and --all_features were both given; choose one")
+        said = self.explainer_limit != VizConfig.explainer_limit
+        require(
+            bool(self.explainer_url) or not said, "--explainer_limit goes with --explainer_url and --explainer_model"
         )
         for i in self.feature:
             require(i >= 0, f"feature {i} was asked for; features are numbered from 0")

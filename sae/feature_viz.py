@@ -331,6 +331,6 @@ def collect_features(
     """
     config = VizConfig(
         eval_tokens=n_tokens, ctx_len=ctx_len, model_batch_size=model_batch_size, feature=tuple(features or ()),
-        all_features=True, top_k=top_k, context_tokens=context_tokens,
+        all_features=not features, top_k=top_k, context_tokens=context_tokens,
     )  # fmt: skip
     return FeatureVisualizer(sae, config, lm=lm, hookpoint=hookpoint, dataset=dataset, skip_first=skip_first).records

@@ -95,6 +95,9 @@ def cached_data(c: TrainConfig) -> Data:
     return Data(source, held_out, n_tokens, uses, origin)
 
 
+COLLECTED = ("ctx_len", "skip_first", "exclude_tokens", "model_dtype", "text_column", "split", "streaming")
+
+
 def said(c: TrainConfig, *names: str) -> list[str]:
     """Those of the settings that are not at their default."""
     return [name for name in names if getattr(c, name) != getattr(TrainConfig, name)]
@@ -105,7 +108,7 @@ def refuse_other(c: TrainConfig, manifest: dict[str, Any]) -> None:
 
     manifest: how they were, as far as they say.
     """
-    for name in said(c, "ctx_len", "skip_first", "exclude_tokens", "model_dtype"):
+    for name in said(c, *COLLECTED):
         wanted = sorted(c.exclude_tokens) if name == "exclude_tokens" else getattr(c, name)
         if wanted != manifest.get(name):
             was = f"was collected with {name}={manifest[name]}" if name in manifest else "does not say"
@@ -140,8 +143,11 @@ def cache_origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def run_folder(c: TrainConfig, hookpoints: list[str]) -> Path:
     """sae_models/<run_name>, or layer_10, layer_10_mlp, layers_0_4_8, or the hookpoint asked for."""
-    if c.run_name:
-        return Path(c.save_dir) / c.run_name
+    if c.run_name is not None:
+        inside = Path(c.run_name)
+        if not inside.parts or ".." in inside.parts or inside.is_absolute():
+            raise UserError(f"--run_name '{c.run_name}' names no folder inside --save_dir; give a name such as mine")
+        return Path(c.save_dir) / inside
     if c.hookpoints or c.activations:
         name = hookpoints[0] if len(hookpoints) == 1 else re.sub(r"[^\w.@-]", "_", (c.hookpoints or hookpoints)[0])
         return Path(c.save_dir) / name
@@ -201,11 +207,14 @@ def check_folder(c: TrainConfig, folder: Path) -> None:
 def settings_of_saes(c: TrainConfig, widths: dict[str, int], hookpoints: list[str]) -> dict[str, TrainConfig]:
     """A config for every hookpoint and combination of swept settings, by name."""
     configs = {}
+    if len(said(c, "d_sae", "expansion_factor")) == 2:
+        raise UserError("--d_sae and --expansion_factor both say how many latents; give one of them")
     for hookpoint in hookpoints:
         d_out = widths[hookpoint]
         d_in = widths[f"{hookpoint}@in"] if c.transcode else d_out
-        if c.d_in is not None and c.d_in != d_in:
-            raise UserError(f"--d_in {c.d_in} was given and '{hookpoint}' is {d_in} wide; leave --d_in out")
+        for flag, given, width in (("d_in", c.d_in, d_in), ("d_out", c.d_out, d_out)):
+            if given not in (None, width):
+                raise UserError(f"--{flag} {given} was given and '{hookpoint}' is {width} wide; leave --{flag} out")
         for label, one in variants(c).items():
             name = f"{hookpoint}/{label}" if label else hookpoint
             configs[name] = replace(one, d_in=d_in, d_out=d_out, hook_point=hookpoint)
@@ -405,6 +414,9 @@ def announce(configs: dict[str, TrainConfig], trainer: SAETrainer) -> None:
     device, stream = trainer.device, trainer.stream
     if device.type == "cpu" and not native.ready():
         log.say("compiling the C++ kernels, once")
+    for name in ("warmup_steps", "k_decay_steps"):
+        if (getattr(trainer.config, name) or 0) > stream.n_batches:
+            log.say(f"--{name} {getattr(trainer.config, name)} is more than the run has steps: it ends on the way")
     log.say(f"{stream.n_batches} steps of {stream.batch_size} tokens on {device} (kernels: {kernels.status(device)})")
 
 

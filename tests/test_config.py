@@ -208,6 +208,15 @@ def test_settings_that_do_not_go_together():
         (["--loss_fn", "ce", "--k", "4", "8"], "one value to each flag"),
         (["--batch_size", "4", "--ctx_len", "512"], "--batch_size 2048"),
         (["--layers", "1", "2", "--layer_stride", "2"], "name those you want"),
+        (["--l1_coefficient", "1"], "--l1_coefficient is for --activation relu, gated, jumprelu, not topk"),
+        (["--bandwidth", "1"], "is for --activation jumprelu"),
+        (["--activation", "relu", "--k_decay_steps", "9"], "is for --activation topk"),
+        (["--matryoshka_prefixes", "0.5"], "is for --activation matryoshka"),
+        (["--fvu_coefficient", "0.5"], "goes with --loss_fn ce or kl"),
+        (["--val_split", "0.5"], "goes with --activations"),
+        (["--wandb_project", "x"], "goes with --log_to_wandb"),
+        (["--text_column", "x"], "goes with a --dataset"),
+        (["--streaming"], "goes with a --dataset"),
         (["--hookpoints", "h.1", "--hook_type", "mlp"], "name their places themselves"),
         (["--normalize_activations", "layer_norm", "--transcode"], "cannot be undone"),
         (["--k", "4", "4"], "the same value twice"),
@@ -292,8 +301,11 @@ def test_every_flag_of_the_documents_this_grew_from_is_taken(flag):
         "--batch_size": ["64"], "--dead_percentage_threshold": ["0.0005"], "--num_latents": ["64"], "--ctx_len": ["64"],
     }  # fmt: skip
     for argv in ([flag, *values.get(flag, ["1"])], [flag.replace("_", "-"), *values.get(flag, ["1"])]):
-        extra = ["--transcode"] if flag == "--skip_connection" else []
-        from_cli(TrainConfig, argv + extra, replaced=REPLACED)
+        extra = {
+            "--skip_connection": ["--transcode"], "--l1_coefficient": ["--activation", "relu"],
+            **dict.fromkeys(("--text_column", "--split", "--streaming"), ["--dataset", "x"]),
+        }  # fmt: skip
+        from_cli(TrainConfig, argv + extra.get(flag, []), replaced=REPLACED)
 
 
 def test_a_place_is_said_once_and_resume_is_not_inherited(tmp_path):

@@ -222,7 +222,7 @@ def test_resume_needs_no_flags(here, base, capsys):
         assert all(torch.equal(after[n][p], before[n][p]) for n in before for p in before[n]), more
     assert (run / "checkpoint_step8.pt").is_file()
     assert call(sae_train, "--resume", "--lr", 0.5) == 2
-    assert "trained with learning_rate=None and 0.5 is asked" in capsys.readouterr().err
+    assert "trained with learning_rate=(none given) and 0.5 is asked" in capsys.readouterr().err
     assert call(sae_train, "--resume", "--save_dir", "elsewhere") == 2
     assert "no run to resume in 'elsewhere'" in capsys.readouterr().err
 
@@ -259,6 +259,11 @@ def bad_model(folder, gpt_path, how):
         (["--dataset", "empty.txt"], "gave 0 tokens"),
         (["--dataset", "one.txt"], "gave 0 tokens"),
         (["--save_dir", "empty.txt"], "choose another --save_dir"),
+        (["--run_name", ""], "names no folder inside --save_dir"),
+        (["--run_name", "../x"], "names no folder inside --save_dir"),
+        (["--run_name", "/x"], "names no folder inside --save_dir"),
+        (["--d_sae", "64", "--expansion_factor", "4"], "say how many latents; give one"),
+        (["--d_out", "7", "--transcode"], "--d_out 7 was given and 'transformer.h.1' is 32 wide"),
         (["--d_in", "7"], "--d_in 7 was given and 'transformer.h.1' is 32 wide"),
         (["--activations", "nowhere"], "is not a cache of activations"),
         (["--device", "cuda:7"], "try --device cpu"),
