@@ -108,6 +108,7 @@ def _from_files(name: str, path: Path, column: str | None) -> Dataset:
     hidden = lambda p: any(part.startswith(".") for part in p.relative_to(path).parts)
     files = sorted(p for p in path.rglob("*") if p.is_file() and not hidden(p)) if path.is_dir() else [path]
     require(bool(files), f"folder '{name}' holds no files; give text, jsonl, json, parquet or .bin files")
+    require(any(p.stat().st_size for p in files), f"dataset '{name}' is empty; give a text that is not")
     read = lambda _split: chain.from_iterable(_file_documents(file, column, name) for file in files)
     return Dataset(name, False, read, lambda: _hash_files(files), column)
 
@@ -327,7 +328,7 @@ def documents_of(
         if document is None or (isinstance(document, np.ndarray) and not isinstance(record, dict)):
             raise UserError(
                 f"{where}: record {number} holds neither a text, a chat nor token ids"
-                + (f" in '{found}'; choose another with --text_column" if found else "")
+                + (f" in '{found}'; mend it, or choose another with --text_column" if found else "")
             )
         if isinstance(document, np.ndarray) and isinstance(record, dict) and record.get("attention_mask") is not None:
             document = document[np.asarray(record["attention_mask"], dtype=bool)]  # padding is no text
@@ -354,7 +355,7 @@ def choose_column(
         if documents and all(d is not None and (c == "input_ids") == isinstance(d, np.ndarray) for d in documents):
             lengths[c] = sum(len(str(d)) for d in documents)
     if not lengths:
-        raise UserError(f"{where} has no column of texts or chats (it has: {_some(columns)}); see --text_column")
+        raise UserError(f"{where} has no column of texts or chats alone (it has: {_some(columns)}); see --text_column")
     found = next((c for c in COLUMNS if c in lengths), max(lengths, key=lambda c: lengths[c]))
     if len(columns) > 1:
         log.once(f"reading column '{found}' of '{name}' (it has: {_some(columns)}); --text_column chooses another")

@@ -58,6 +58,17 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             tmp.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path, flag: str) -> None:
+    """Raise UserError, now and not after an hour, if nothing can be written to the folder that a flag names."""
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"cannot write to '{folder}' ({e.strerror}); choose another {flag}") from e
+
+
 def write_json(value: Any, path: Path) -> None:
     """NaN becomes null: json knows no NaN."""
     text = json.dumps(_without_nan(value), indent=1) + "\n"

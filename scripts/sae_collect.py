@@ -11,6 +11,7 @@ from sae.config import CollectConfig, UserError, from_cli
 from sae.datasets import open_dataset
 from sae.language_model import best_device, load_language_model
 from sae.tokens import TokenRows
+from scripts.sae_train import choose
 
 
 def main(argv: list[str]) -> None:
@@ -19,8 +20,7 @@ def main(argv: list[str]) -> None:
     if folder.exists() and not c.overwrite:
         raise UserError(f"'{folder}' exists; choose another --output_dir or give --overwrite")
     lm = load_language_model(c.model, device=best_device(c.device), dataset=c.dataset, dtype=c.model_dtype)
-    layers = (c.layer,) if c.layer is not None else c.layers
-    hookpoints = hooks.resolve(lm.module, hookpoints=c.hookpoints, layers=layers, hook_type=c.hook_type)
+    hookpoints = choose(c, lm)
     if c.transcode:  # of each module what goes in and what comes out
         pairs = [(module, f"{module}@in") for module, _ in map(hooks.split, hookpoints)]
         hookpoints = list(dict.fromkeys(name for pair in pairs for name in pair))

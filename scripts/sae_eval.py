@@ -67,6 +67,7 @@ def open_sae(c: EvalConfig, lm: LanguageModel | None = None) -> Opened:
     # how its own text was read says nothing about another
     how = {k: trained_on[k] for k in ("text_column", "split", "streaming") if k in trained_on and not c.dataset}
     dataset = open_dataset(text_of(c, trained_on), **how)
+    formats.check_writable(Path(c.output_dir) if c.output_dir else folder, "--output_dir")
     if "model_name" not in trained_on:
         hookpoint = hooks.resolve(lm.module, hookpoints=[hookpoint])[0]
     return Opened(lm, sae, hookpoint, dataset, trained_on, folder)

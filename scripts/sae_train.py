@@ -13,7 +13,7 @@ from sae import cache, distributed, formats, hooks, kernels, log, native, plan, 
 from sae.activation_files import FileSource, is_activation_file
 from sae.activations import ModelSource, Source, Stream, gather
 from sae.checkpoint import checkpoints, to_resume_from
-from sae.config import REPLACED, TrainConfig, UserError, from_cli, variants
+from sae.config import REPLACED, CollectConfig, TrainConfig, UserError, from_cli, variants
 from sae.datasets import open_dataset
 from sae.distributed import World
 from sae.end_to_end import EndToEnd, RowStream, held_out
@@ -127,6 +127,8 @@ def cache_origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
             dataset, text_column=manifest["text_column"], split=manifest["split"], streaming=manifest["streaming"]
         )
     except UserError as e:
+        if said(c, "model", "dataset"):
+            raise
         log.say(f"the cache's own model and text are not here to compare with ({e})")
     else:
         left_out: Any = {key: manifest[key] for key in ("skip_first", "exclude_tokens")}
@@ -195,13 +197,7 @@ def check_folder(c: TrainConfig, folder: Path) -> None:
         to_resume_from(folder)
     elif not c.overwrite:
         refuse_existing(folder)
-    probe = Path(c.save_dir) / f".probe.{os.getpid()}"
-    try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise UserError(f"cannot write to '{c.save_dir}' ({e.strerror}); choose another --save_dir") from e
+    formats.check_writable(Path(c.save_dir), "--save_dir")
 
 
 def settings_of_saes(c: TrainConfig, widths: dict[str, int], hookpoints: list[str]) -> dict[str, TrainConfig]:
@@ -270,14 +266,14 @@ def end_to_end(c: TrainConfig, lm: LanguageModel, data: Data, world: World) -> t
     return stream, EndToEnd(lm, c.loss_fn, val, model_batch_size=c.model_batch_size, world=world)
 
 
-def choose(c: TrainConfig, lm: LanguageModel) -> list[str]:
+def choose(c: TrainConfig | CollectConfig, lm: LanguageModel) -> list[str]:
     """The hookpoints that --layer, --layers, --layer_stride, --hook_type and --hookpoints mean."""
     layers = (c.layer,) if c.layer is not None else c.layers
     if c.layer_stride > 1 and not c.hookpoints:
         layers = tuple(range(0, lm.n_layers, c.layer_stride))
     found = hooks.resolve(lm.module, hookpoints=c.hookpoints, layers=layers, hook_type=c.hook_type)
     found = found[:: c.layer_stride] if c.hookpoints else found
-    if c.transcode and any("@in" in name for name in found):
+    if isinstance(c, TrainConfig) and c.transcode and any("@in" in name for name in found):
         raise UserError("a transcoder predicts a module's output from its input; name a module without '@in'")
     return found
 

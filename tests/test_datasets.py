@@ -337,7 +337,11 @@ def test_no_code_of_a_dataset_is_run(monkeypatch):
         ("x.jsonl", b'{"text": "a"}\nnot json\n', "x.jsonl:2 is not json"),
         ("x.json", b'[{"text": "a"},', "x.json' is not json"),
         ("x.json", b'{\n"text": "a"}', "x.json:1 is not json"),
-        ("x.jsonl", b'{"n": 1, "m": [1]}\n', "has no column of texts or chats (it has: n, m); see --text_column"),
+        (
+            "x.jsonl",
+            b'{"n": 1, "m": [1]}\n',
+            "has no column of texts or chats alone (it has: n, m); see --text_column",
+        ),
         ("x.jsonl", b"[1]\n", "record 1 holds neither a text, a chat nor token ids"),
         ("x.jsonl", b"5\n", "record 1 holds neither"),
         (
@@ -367,6 +371,10 @@ def test_missing_and_empty(lm, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds no files"):
         open_dataset(str(tmp_path))
     (tmp_path / "x.bin").touch()
+    for name in (str(tmp_path), str(tmp_path / "x.bin")):
+        with pytest.raises(UserError, match="is empty; give a text that is not"):
+            open_dataset(name)
+    (tmp_path / "x.bin").write_bytes(b"\1\0")
     assert len(TokenRows(lm, open_dataset(str(tmp_path / "x.bin")), "train", 8).take(3)[0]) == 0
     for name in (None, str(tmp_path), str(tmp_path / "x.bin")):
         with pytest.raises(UserError, match="has no split 'test'; leave --split out"):

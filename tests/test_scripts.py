@@ -146,6 +146,34 @@ def test_the_model_can_have_a_device_of_its_own(here, base, capsys, monkeypatch)
     assert "trains through the model, on one device" in capsys.readouterr().err
 
 
+def test_collecting_every_nth_layer(here, gpt_path, text_file):
+    flags = ["--model", gpt_path, "--dataset", text_file, "--layer_stride", 2, "--max_tokens", 300, "--output_dir", "a"]
+    assert call(sae_collect, *flags) == 0
+    assert set(json.loads((here / "a" / "manifest.json").read_text())["hookpoints"]) == {
+        "transformer.h.0",
+        "transformer.h.2",
+    }
+
+
+def test_a_model_named_beside_activations_must_be_theirs(here, gpt_path, text_file, capsys):
+    flags = ["--model", gpt_path, "--dataset", text_file, "--layer", 1, "--max_tokens", 1500]
+    assert call(sae_collect, *flags, "--output_dir", "acts") == 0
+    assert call(sae_train, "--activations", "acts", *SMALL, "--model", "out/ckpt.pt") == 2
+    assert "'out/ckpt.pt' does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [sae_eval, sae_viz])
+def test_where_nothing_can_be_written_nothing_is_measured(here, gpt_path, text_file, capsys, script):
+    flags = ["--model", gpt_path, "--dataset", text_file, "--layer", 1]
+    assert call(sae_train, *flags, *SMALL, "--run_name", "r") == 0
+    (here / "file").touch()
+    capsys.readouterr()
+    assert call(script, "--eval_tokens", 100, "--output_dir", "file/x") == 2
+    err = capsys.readouterr().err
+    assert "cannot write to 'file/x'" in err
+    assert "100%" not in err
+
+
 def test_a_text_column_goes_through_a_cache(here, gpt_path, text_file):
     rows = [json.dumps({"body": line}) for line in text_file.read_text().splitlines()]
     (here / "t.jsonl").write_text("\n".join(rows))
@@ -256,7 +284,7 @@ def bad_model(folder, gpt_path, how):
         (["--hookpoints", "transformer.h.1.mlpp"], "did you mean 'transformer.h.1.mlp'"),
         (["--k", "300"], "k=300 exceeds d_sae=256"),
         (["--dataset", "nowhere.txt"], "dataset 'nowhere.txt' does not exist"),
-        (["--dataset", "empty.txt"], "gave 0 tokens"),
+        (["--dataset", "empty.txt"], "dataset 'empty.txt' is empty"),
         (["--dataset", "one.txt"], "gave 0 tokens"),
         (["--save_dir", "empty.txt"], "choose another --save_dir"),
         (["--run_name", ""], "names no folder inside --save_dir"),
