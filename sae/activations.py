@@ -144,7 +144,7 @@ def check_finite(acts: Acts) -> None:
     for name, x in acts.items():
         if not torch.isfinite(x).all():
             raise UserError(
-                f"the activations of '{name}' contain NaN or infinity; check the model's weights, or use float32"
+                f"the activations{f" of '{name}'" if name else ""} contain NaN or infinity; check the model's weights, or use float32"
             )
 
 

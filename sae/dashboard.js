@@ -147,7 +147,7 @@ function tableRow(row, i) {
   const open = el("a", {href: `#${row.latent}`}, String(row.latent));
   const q = quality(row);
   const rate = row.precision === null ? "" : el("span", {className: `q ${grade(q)}`, title:
-    `precision ${num(row.precision)}, recall ${num(row.recall)} on held-out text`}, `${Math.round(100 * q)} `);
+    `precision ${num(row.precision)}, recall ${num(row.recall)} on held-out text`}, `${Math.round(100 * q)}% `);
   const parts = (tokens) => tokens.map(([text, value]) => token(text, value, 1, false));
   const text = row.max > 0
     ? el("div", {className: "t row"}, el("span", {className: "l"}, ...parts(row.before)), el("span", {}, ...parts(row.after)))
@@ -361,9 +361,9 @@ function page(record) {
     ["largest activation", num(record.max_activation, 4)], ["mean when active", num(record.mean_active, 4)]];
   if (q >= 0) facts.push(["label's precision", el("span", {className: grade(record.label_precision)}, percent(record.label_precision))],
     ["label's recall", el("span", {className: grade(record.label_recall)}, percent(record.label_recall))]);
-  const fired = record.histogram.counts.length > 0, none = el("small", {}, "no way to the logits");
+  const fired = record.histogram.counts.length > 0;
   const effects = (title, pairs, kind) => part("w6", title, pairs.length
-    ? tokens(pairs, (v) => (v > 0 ? "+" : "") + num(v, 2), kind) : none, "logits");
+    ? tokens(pairs, (v) => (v > 0 ? "+" : "") + num(v, 2), kind) : el("small", {}, "no way to the logits"), "logits");
   const logits = [effects("Promotes", record.promoted, ""), effects("Suppresses", record.suppressed, "cool")];
   const left = fired ? el("div", {className: "w6"}, part("", "Activations", histogram(record.histogram)),
     part("pos", "Positions", positions(record.positions, state.facts.position_starts))) : null;

@@ -22,6 +22,7 @@ from sae.feature_tables import POSITIONS, Events
 from sae.syntax import KINDS, PLACES, STATEMENTS, TOP, annotate
 
 N_NAMED = 4  # values that a short label names
+MANY = 50  # more values are a mix
 LONGEST = 60  # characters of a token or word
 LEAST = 2  # activations on a value, for it to be chosen
 # Weight of recall over precision in the score: on other text it is recall that falls, by all that was not met before.
@@ -335,8 +336,12 @@ def _parents(finer: np.ndarray, root: np.ndarray) -> np.ndarray:
 
 def in_words(names: Sequence[tuple[str, str, str]], form: str = "{}") -> tuple[str, str]:
     """A set of names in short, and in full."""
-    more = f" or {len(names) - N_NAMED} more" if len(names) > N_NAMED else ""
-    return form.format(_listed(names[:N_NAMED])) + more, form.format(_listed(names))
+    named = form.format(_listed(names[:N_NAMED]))
+    if len(names) > MANY:  # the first of them would sound like a meaning
+        named = f"a mix of {len(names):,}, such as {named}"
+    elif len(names) > N_NAMED:
+        named += f" or {len(names) - N_NAMED} more"
+    return named, form.format(_listed(names))
 
 
 def _listed(names: Sequence[tuple[str, str, str]]) -> str:

@@ -182,6 +182,9 @@ def test_what_names_share_is_said_once():
     ]
     assert in_words(names) == ("`a`, `b`; `c` after `x`, `y` or 1 more", "`a`, `b`; `c` after `x`, `y`; `d` in a list")
     assert in_words(names[:2], "<{}>")[0] == "<`a`; `c` after `x`>"
+    many = [(f"`{i}`", "", "") for i in range(1200)]
+    assert in_words(many)[0] == "a mix of 1,200, such as `0`, `1`, `2`, `3`"
+    assert in_words(many[:50])[0] == "`0`, `1`, `2`, `3` or 46 more"
 
 
 def test_tokens_in_labels_are_spelled_so_that_they_show():
