@@ -143,8 +143,9 @@ def check_finite(acts: Acts) -> None:
     """Raise UserError if an activation is NaN or infinite."""
     for name, x in acts.items():
         if not torch.isfinite(x).all():
+            whose = f" of '{name}'" if name else ""
             raise UserError(
-                f"the activations{f" of '{name}'" if name else ""} contain NaN or infinity; check the model's weights, or use float32"
+                f"the activations{whose} contain NaN or infinity; check the model's weights, or use float32"
             )
 
 
