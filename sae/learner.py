@@ -210,12 +210,17 @@ class Learner:
         dead = self.listed & self.is_dead() if self.n_dead and self.sae.uses_auxk and c.auxk_alpha > 0 else None
         self.spare = self._copies() if dead is not None else None
         variance = self._batch_variance(target) if own_variance else torch.full((), self.variance, device=self.device)
+        with self._precision():  # of the parts: rounded otherwise, what is least here may be too little there
+            whole = self.sae.survey(parts, k, n_tokens) if len(parts) > 1 or self.world.team.size > 1 else None
         return Terms(
             k=k, p=sched.p_at(step, c, self.n_steps), sparsity=sparsity, variance=variance,
             dead=dead, spare=self.spare,
             residual=torch.where(self.residual > 0, self.residual, 1.0) if self.n_updates else None,
-            whole=self.sae.survey(parts, k, n_tokens) if len(parts) > 1 or self.world.team.size > 1 else None,
+            whole=whole,
         )  # fmt: skip
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, DTYPES[self.config.dtype], enabled=self.config.dtype != "float32")
 
     @torch.no_grad()
     def _copies(self) -> Spare:
@@ -236,7 +241,7 @@ class Learner:
     def forward(self, x: Tensor, y: Tensor | None, terms: Terms) -> tuple[Output, Losses]:
         """Output and losses for (a part of) a batch of scaled activations."""
         c = self.config
-        with torch.autocast(self.device.type, DTYPES[c.dtype], enabled=c.dtype != "float32"):
+        with self._precision():
             out = self.sae(x, k=terms.k, whole=terms.whole)
             losses = self.sae.loss(
                 x, out, y=y, variance=terms.variance, sparsity=terms.sparsity, p=terms.p, dead=terms.dead,
