@@ -235,7 +235,7 @@ class SAETrainer:
                 self.save()
         bar.close()
         if self.step < n_steps:
-            if self.save_dir is not None:
+            if self.save_dir is not None and self.step:
                 self.save()
             raise KeyboardInterrupt
         return last
