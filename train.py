@@ -19,6 +19,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -328,17 +329,22 @@ def check(config: TrainConfig, size: int) -> None:
 def ctrl_c() -> Iterator[Callable[[], bool]]:
     """Within the block the first Ctrl-C only makes the function given return True; the second interrupts."""
     pressed: list[int] = []
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # not ours to handle
+        yield lambda: False
+        return
 
     def note(number: int, _frame: Any) -> None:
         if pressed:
             raise KeyboardInterrupt
         pressed.append(number)
+        os.write(2, b"\nstopping after this step; once more: at once\n")  # print may be in the middle of something
 
-    before = signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, note)
     try:
         yield lambda: bool(pressed)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def train(config: TrainConfig, place: Place, pressed: Callable[[], bool] = lambda: False) -> Validation:
@@ -370,7 +376,7 @@ def train(config: TrainConfig, place: Place, pressed: Callable[[], bool] = lambd
                 bar.write(f"step {run.step}: val loss {nats:.4f}, {bits:.4f} bits per byte")
             run.save(validation)
             mark, mark_step = time.monotonic(), run.step
-    if run.step < config.max_steps and not stop:
+    if pressed():
         if previous is None or not previous.isfinite():  # as logs refuse nan
             raise KeyboardInterrupt
         run.save(Validation(math.inf, math.inf))

@@ -73,7 +73,9 @@ def to_resume_from(save_dir: Path | None) -> list[Path]:
     """The checkpoints of a run, oldest first. Raises UserError if there are none."""
     found = checkpoints(save_dir) if save_dir else []
     if not found:
-        raise UserError(f"'{save_dir}' holds no checkpoint to resume from; begin anew with --overwrite")
+        raise UserError(
+            f"'{save_dir}' holds no checkpoint to resume from; start without --resume (--overwrite, if it holds a run)"
+        )
     return found
 
 

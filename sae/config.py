@@ -22,7 +22,6 @@ from sae.flags import read_json as read_json
 VERSION = "0.1.0"
 
 ModelDtype = Literal["float32", "bfloat16", "float16"]
-SELECTING = ("topk", "batchtopk", "groupmax", "abstopk", "matryoshka")
 PENALISED = ("relu", "gated", "jumprelu")  # sparse through a penalty; the other kinds keep k by selection
 
 
@@ -307,10 +306,6 @@ class HookConfig:
         require(len(given) <= 1, f"{' and '.join(given)} were given; choose one of them")
         at_least(self, 1, "layer_stride")
         require(
-            not self.hookpoints or self.hook_type == HookConfig.hook_type,
-            f"--hook_type {self.hook_type} is a place in a layer; --hookpoints name their places themselves",
-        )
-        require(
             self.layer_stride == 1 or not (self.layers or self.layer is not None),
             "--layer_stride goes with all layers or with --hookpoints; with --layers name those you want",
         )
@@ -320,7 +315,7 @@ class HookConfig:
 ONLY_FOR = {
     "l1_coefficient": PENALISED, "l1_weighting": ("relu",), "jumprelu_penalty": ("jumprelu",),
     "bandwidth": ("jumprelu",), "matryoshka_prefixes": ("matryoshka",), "matryoshka_base": ("matryoshka",),
-    "k_decay_steps": SELECTING,
+    "k_decay_steps": ("topk", "batchtopk", "abstopk", "matryoshka"),
 }  # fmt: skip
 
 
@@ -391,27 +386,29 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
             not (end_to_end and self.sweep),
             f"--loss_fn {self.loss_fn} trains one SAE per hookpoint; give one value to each flag",
         )
-        self._check_idle()
         known = {f.name for f in dataclasses.fields(self) if f.metadata.get("sweep")}
         for name, values in self.sweep.items():
             require(name in known, f"'{name}' cannot be swept; choose among {', '.join(sorted(known))}")
             require(len(set(values)) == len(values), f"--{name} got the same value twice: {values}")
 
-    def _check_idle(self) -> None:
-        """Raise UserError for a setting that would do nothing beside the others."""
-        said = lambda name: getattr(self, name) != getattr(TrainConfig, name)
+    def check_idle(self) -> None:
+        """Raise UserError for a setting that would do nothing beside the others.
+
+        For a new run: one that was begun when there was no such check may be resumed.
+        """
+        said = lambda name: name in self.sweep or getattr(self, name) != getattr(TrainConfig, name)
+        trained, text = self.sweep.get("activation", (self.activation,)), self.dataset or self.activations
         for name, kinds in ONLY_FOR.items():
-            fits = self.activation in kinds
+            fits = any(kind in kinds for kind in trained)
             require(fits or not said(name), f"--{name} is for --activation {', '.join(kinds)}, not {self.activation}")
         for name, does, other in (
             ("fvu_coefficient", self.loss_fn in ("ce", "kl"), "--loss_fn ce or kl; fvu and mse are that error"),
-            ("val_split", self.activations, "--activations; of text a twentieth is held out"),
+            ("val_split", self.activations, "--activations; of text another part is held out"),
             ("wandb_project", self.log_to_wandb, "--log_to_wandb"),
-            *(
-                (name, self.dataset or self.activations, "a --dataset")
-                for name in ("text_column", "split", "streaming")
-            ),
-        ):
+            ("hook_type", not self.hookpoints, "layers; --hookpoints name their places themselves"),
+            ("expansion_factor", not said("d_sae"), "no --d_sae: both say how many latents"),
+            ("text_column", text, "a --dataset"), ("split", text, "a --dataset"), ("streaming", text, "a --dataset"),
+        ):  # fmt: skip
             require(bool(does) or not said(name), f"--{name} goes with {other}")
 
 
@@ -517,3 +514,5 @@ class CollectConfig(DataConfig, HookConfig):
         self.check_data()
         self.check_hooks()
         at_least(self, 1, "max_tokens", "shard_tokens")
+        places = not self.hookpoints or self.hook_type == CollectConfig.hook_type
+        require(places, "--hook_type goes with layers; --hookpoints name their places themselves")

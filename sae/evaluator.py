@@ -224,7 +224,7 @@ class SAEEvaluator:
 
 def divergence(new: Tensor, clean: Tensor) -> Tensor:
     """(n,): KL(clean || new) of log-probabilities (n, V). A token that clean rules out (-inf) has no share in it."""
-    return torch.where(clean > -torch.inf, clean.exp() * (clean - new), 0.0).sum(-1)
+    return torch.where(clean != -torch.inf, clean.exp() * (clean - new), 0.0).sum(-1)
 
 
 class _Loss:

@@ -236,7 +236,8 @@ def check_once(model: nn.Module, hookpoints: Sequence[str], forward: Callable[[]
 
         return see
 
-    with hooked(model, {name: counter(name) for name in times}):
+    # what comes behind the hookpoints may want more than it is given (a T5's decoder): the counts stand
+    with hooked(model, {name: counter(name) for name in times}), suppress(Exception):
         forward()
     for name, n in times.items():
         if n > 1:

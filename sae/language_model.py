@@ -1,7 +1,7 @@
 """One small interface over pygpt, nanoGPT, nanochat and HuggingFace models: tokens in, hidden states and logits out.
 
-The only file that imports those models, and only when asked for. Knows nothing of SAEs; the hooks place themselves on
-`LanguageModel.module`.
+Those models are imported here (nanochat in nanochat.py), and only when asked for. Knows nothing of SAEs; the hooks
+place themselves on `LanguageModel.module`.
 
 Letters: N sequences, T positions, D width, V vocabulary.
 """
@@ -77,7 +77,7 @@ class LanguageModel:
     causal:     next-token model (rows packed from documents) or encoder (each row wrapped in `wrap`)
     resume_fn:  (module, hookpoint, x (N, T, D)) -> logits from there on, or None where it cannot; a shortcut only
     step_fn:    (module, ids (N, T), cache or None) -> logits (N, T, V) and the cache with these tokens; a shortcut only
-    dtype:      what it was asked to compute in
+    dtype:      what it computes in
     """
 
     module: nn.Module
@@ -441,7 +441,8 @@ def _hf_step(module: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
 def _positions(module: nn.Module, config: Any) -> int:
     """The most tokens that its positions allow. RoBERTa's begin behind the one of its padding."""
     most = int(getattr(config, "max_position_embeddings", 0) or 1 << 20)
-    tables = [m for m in module.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == most]
+    found = {n: m for n, m in module.named_modules() if isinstance(m, nn.Embedding) and m.num_embeddings == most}
+    tables = [m for n, m in found.items() if "position" in n]
     return most - max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
 
 

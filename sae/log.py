@@ -150,6 +150,7 @@ def stop_asked(*, listen: bool = True) -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
+        os.write(2, b"\nstopping after this step; once more: at once\n")  # print may be in the middle of something
 
     listen = listen and threading.current_thread() is threading.main_thread()
     if not listen or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

@@ -40,8 +40,8 @@ def newest_checkpoint(path: Path) -> Path | None:
 def build(name: str, file: Path | None, device: torch.device, dtype: str) -> Built:
     """nanochat:source/tag@step from where that checkout keeps its checkpoints, or one file with its meta.
 
-    dtype: float32 leaves it to nanochat. Raises UserError for a name, a checkout or a file that will not do, and for
-    another dtype than a nanochat computes in that has its own say in this (COMPUTE_DTYPE).
+    dtype: float32 leaves it to nanochat. Raises UserError for a name, a checkout or a file that will not do, and, where
+    nanochat chooses a dtype itself (COMPUTE_DTYPE), for any other.
     """
     asked = re.fullmatch(r"nanochat:(\w+)(?:/(\w[\w.-]*))?(?:@(\d+))?", name)
     if file is None and asked is None:
@@ -60,7 +60,8 @@ def build(name: str, file: Path | None, device: torch.device, dtype: str) -> Bui
     computes = dtype if own is None else str(own).removeprefix("torch.")
     require(
         dtype in ("float32", computes),
-        f"--model_dtype {dtype}: this nanochat computes in {computes}; set NANOCHAT_DTYPE={dtype} in the environment",
+        f"--model_dtype {dtype}: this nanochat computes in {computes}; set NANOCHAT_DTYPE={dtype} in "
+        "the environment, or give --model_dtype float32, which takes what it computes in",
     )
     try:
         if file is not None:

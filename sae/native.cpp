@@ -709,7 +709,7 @@ struct Encoder {
     std::vector<int64_t> pilot, rest;
     const int64_t every = std::max<int64_t>(1, B / PILOT);
     for (int64_t i = 0; i < B; i++) (i % every == 0 ? pilot : rest).push_back(i);
-    for (int64_t i : run(pilot, -FLT_MAX, 1)) without_bounds(i);
+    without_bounds(run(pilot, -FLT_MAX, 1));
     float start = FLT_MAX;  // what the pilot's k-th latents had, per norm, and some room
     if (!absolute) usual = std::accumulate(b, b + F, 0.0) / F;
     for (int64_t i : pilot) {
@@ -719,8 +719,12 @@ struct Encoder {
     }
     start = start < FLT_MAX ? start - 0.05f * std::fabs(start) : -FLT_MAX;
     const std::vector<int64_t> again = run(rest, start, PART);
-    for (int64_t i : run(again, -FLT_MAX, 1)) without_bounds(i);
+    without_bounds(run(again, -FLT_MAX, 1));
     return again.size();
+  }
+
+  void without_bounds(const std::vector<int64_t>& rows) const {
+    by_blocks(rows.size(), 1, [&](int64_t p, int64_t) { without_bounds(rows[p]); });
   }
 
   void without_bounds(int64_t i) const {

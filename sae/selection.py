@@ -109,7 +109,7 @@ def choose_batch_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> tuple
                 break
             wanted *= 2
         else:
-            pre = torch.addmm(b_enc, x, W_enc)
+            pre = torch.cat(list(_blocks(x, W_enc, b_enc)))
             flat = pre.flatten().topk(n, sorted=False).indices.sort().values
             return flat % len(b_enc), pre.flatten()[flat], _offsets(flat // len(b_enc), len(x))
         best = values.topk(n, sorted=False).indices.sort().values

@@ -234,8 +234,8 @@ class SAETrainer:
             if self.save_dir is not None and (self.step % c.save_every == 0 or done):
                 self.save()
         bar.close()
-        if self.step < n_steps:
-            if self.save_dir is not None and self.step:
+        if stop():
+            if self.save_dir is not None and 0 < self.step < n_steps:
                 self.save()
             raise KeyboardInterrupt
         return last

@@ -63,7 +63,7 @@ def live_data(c: TrainConfig, lm: LanguageModel, hookpoints: list[str]) -> Data:
 def cached_data(c: TrainConfig) -> Data:
     """The same from collected activations, once they are shown to be what they say."""
     assert c.activations is not None
-    if said(c, "layer", "layers", "layer_stride", "hook_type"):
+    if said(c, "layer", "layers", "layer_stride", "hook_type") and not c.resume:
         raise UserError("--activations has its own hookpoints; choose among them with --hookpoints, not by layer")
     if c.model_device and not c.assess:
         raise UserError("--model_device is for a run of the model; --activations runs none but to --assess")
@@ -75,7 +75,7 @@ def cached_data(c: TrainConfig) -> Data:
     }  # fmt: skip
     source: cache.BlockSource
     if is_activation_file(c.activations):
-        refuse_other(c, {})
+        refuse_other(c, {}, c.ctx_len)
         source = FileSource(c.activations, hook_point=c.hook_point, **options)
         origin = {"provenance": source.provenance(), "activations_file": source.path.name}
     else:
@@ -103,22 +103,21 @@ def said(c: TrainConfig, *names: str) -> list[str]:
     return [name for name in names if getattr(c, name) != getattr(TrainConfig, name)]
 
 
-def refuse_other(c: TrainConfig, manifest: dict[str, Any]) -> None:
+def refuse_other(c: TrainConfig, manifest: dict[str, Any], max_len: int) -> None:
     """Raise UserError for a setting of the model's run that the activations at hand were not collected with.
 
-    manifest: how they were, as far as they say.
+    manifest: how they were, as far as they say. max_len: the model's context.
     """
-    for name in said(c, *COLLECTED):
+    for name in said(c, *COLLECTED) if not c.resume else ():
         wanted = sorted(c.exclude_tokens) if name == "exclude_tokens" else getattr(c, name)
-        if wanted != manifest.get(name):
-            was = f"was collected with {name}={manifest[name]}" if name in manifest else "does not say"
+        if (min(wanted, max_len) if name == "ctx_len" else wanted) != manifest.get(name):
+            was = f"was collected with {name}={manifest[name]}" if name in manifest else "says nothing of that"
             raise UserError(f"--{name} {wanted}: '{c.activations}' {was}; leave the flag out, or collect again with it")
 
 
 def cache_origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
     """Where a cache's activations come from. Raises UserError if that is here and has changed."""
     assert c.activations is not None
-    refuse_other(c, manifest)
     model = manifest["model"] if c.model == TrainConfig.model else c.model
     dataset = c.dataset or (None if manifest["dataset"] == "embedded" else manifest["dataset"])
     try:
@@ -129,8 +128,10 @@ def cache_origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
     except UserError as e:
         if said(c, "model", "dataset"):
             raise
+        refuse_other(c, manifest, c.ctx_len)
         log.say(f"the cache's own model and text are not here to compare with ({e})")
     else:
+        refuse_other(c, manifest, lm.max_len)
         left_out: Any = {key: manifest[key] for key in ("skip_first", "exclude_tokens")}
         made_from = cache.provenance(lm, opened, ctx_len=manifest["ctx_len"], **left_out)
         cache.refuse_stale(manifest, made_from, c.activations)
@@ -203,8 +204,6 @@ def check_folder(c: TrainConfig, folder: Path) -> None:
 def settings_of_saes(c: TrainConfig, widths: dict[str, int], hookpoints: list[str]) -> dict[str, TrainConfig]:
     """A config for every hookpoint and combination of swept settings, by name."""
     configs = {}
-    if len(said(c, "d_sae", "expansion_factor")) == 2:
-        raise UserError("--d_sae and --expansion_factor both say how many latents; give one of them")
     for hookpoint in hookpoints:
         d_out = widths[hookpoint]
         d_in = widths[f"{hookpoint}@in"] if c.transcode else d_out
@@ -352,6 +351,8 @@ def main(argv: list[str]) -> None:
         TrainConfig, argv, prog="python -m scripts.sae_train", description=__doc__ or "", replaced=REPLACED,
         start_from=run_to_resume,
     )  # fmt: skip
+    if not c.resume:
+        c.check_idle()
     if c.plan:
         say_plan(c)
         return
@@ -412,7 +413,8 @@ def announce(configs: dict[str, TrainConfig], trainer: SAETrainer) -> None:
         log.say("compiling the C++ kernels, once")
     for name in ("warmup_steps", "k_decay_steps"):
         if (getattr(trainer.config, name) or 0) > stream.n_batches:
-            log.say(f"--{name} {getattr(trainer.config, name)} is more than the run has steps: it ends on the way")
+            given = f"--{name} {getattr(trainer.config, name)}"
+            log.say(f"{given} is more than the run's {stream.n_batches} steps: the run ends before that is over")
     log.say(f"{stream.n_batches} steps of {stream.batch_size} tokens on {device} (kernels: {kernels.status(device)})")
 
 

@@ -47,10 +47,6 @@ def choose(c: UploadConfig) -> Target:
     number = re.search(r"(?<!\w)\d+(?!\w)", trained_on.get("hookpoint") or "")
     layer = c.layer if c.layer is not None else int(number[0]) if number else None
     require(bool(model_id), "the SAE does not say which model it belongs to; give --model_id")
-    require(
-        not c.upload or bool(c.model_id) or not Path(name).exists(),
-        f"'{model_id}' is but the last part of '{name}'; say with --model_id what the model is called for all to see",
-    )
     if layer is None:
         raise UserError(f"hookpoint '{trained_on.get('hookpoint')}' names no layer; give --layer")
     form.check_model(model_id)

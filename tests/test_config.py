@@ -224,9 +224,19 @@ def test_settings_that_do_not_go_together():
         (["--load-in-8bit"], "is not a flag here"),
         (["--matryoshka_prefixes", "2", "--activation", "matryoshka"], "parts between 0 and 1"),
         (["--ema", "1"], "such as 0.999"),
+        (["--activation", "topk", "relu", "--bandwidth", "1"], "is for --activation jumprelu"),
+        (["--d_sae", "512", "--expansion_factor", "8", "16"], "both say how many latents"),
+        (["--activation", "groupmax", "--k_decay_steps", "9"], "is for --activation topk, batchtopk"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
-            from_cli(TrainConfig, flags, replaced=REPLACED)
+            from_cli(TrainConfig, flags, replaced=REPLACED).check_idle()
+    for flags in (
+        ["--activation", "topk", "jumprelu", "--bandwidth", "0.05"],
+        ["--activation", "relu", "topk", "--l1_coefficient", "0.1"],
+        ["--activations", "acts", "--val_split", "0.2", "--text_column", "t"],
+        ["--expansion_factor", "4", "16"],
+    ):
+        from_cli(TrainConfig, flags).check_idle()
 
 
 def test_lists_make_variants():

@@ -202,4 +202,5 @@ def test_a_module_that_runs_several_times_is_refused():
     hooks.check_once(model, ["last"], lambda: model(x))
     with pytest.raises(UserError, match="runs 'part' 2 times in one forward"):
         hooks.check_once(model, ["last", "part"], lambda: model(x))
+    hooks.check_once(model, ["last"], lambda: model(x).no_such_thing)  # what comes behind is not asked for
     assert n_hooks(model) == 0

@@ -34,14 +34,16 @@ def grads(one):
     return {n: p.grad.clone() for n, p in one.sae.named_parameters()}
 
 
-def test_a_batch_in_parts_keeps_all_it_should_in_bfloat16():
+@pytest.mark.parametrize(("parts", "k"), [(4, 8), (16, 32)])
+def test_a_batch_in_parts_keeps_all_it_should_in_bfloat16(parts, k):
     for seed in range(12):
-        c = SAEConfig(d_in=96, d_sae=512, k=8, activation="batchtopk", dtype="bfloat16", micro_acc_steps=4, seed=seed)
+        how = {"activation": "batchtopk", "dtype": "bfloat16", "micro_acc_steps": parts, "seed": seed}
+        c = SAEConfig(d_in=96, d_sae=512, k=k, **how)
         learner = Learner(create_sae(c), c, 100, torch.device("cpu"))
         x = {"": torch.randn(256, 96, generator=torch.Generator().manual_seed(seed))}
         learner.start_from(x)
         learner.learn(x, 0)
-        assert 8 <= float(learner.counts.l0) < 8.1  # more, where several are equal at the cut
+        assert k <= float(learner.counts.l0) < k + 0.1  # more, where several are equal at the cut
 
 
 @pytest.mark.parametrize(

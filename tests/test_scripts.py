@@ -290,7 +290,7 @@ def bad_model(folder, gpt_path, how):
         (["--run_name", ""], "names no folder inside --save_dir"),
         (["--run_name", "../x"], "names no folder inside --save_dir"),
         (["--run_name", "/x"], "names no folder inside --save_dir"),
-        (["--d_sae", "64", "--expansion_factor", "4"], "say how many latents; give one"),
+        (["--d_sae", "64", "--expansion_factor", "4"], "both say how many latents"),
         (["--d_out", "7", "--transcode"], "--d_out 7 was given and 'transformer.h.1' is 32 wide"),
         (["--d_in", "7"], "--d_in 7 was given and 'transformer.h.1' is 32 wide"),
         (["--activations", "nowhere"], "is not a cache of activations"),

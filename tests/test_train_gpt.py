@@ -730,6 +730,7 @@ def test_time_limit_saves(data_dir, tmp_path):
 
 
 def test_ctrl_c_saves_the_step_it_ends(data_dir, tmp_path, monkeypatch, capsys):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a script ignores it
     assert train.main(flags(data_dir, tmp_path / "whole", max_steps=12)) == 0
     step, argv = train.Run.train_step, flags(data_dir, tmp_path / "cut", max_steps=12)
 

@@ -130,8 +130,16 @@ def test_sigkill_and_resume_through_the_script(gpt_path, text_file, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.fixture
+def interruptible(monkeypatch):
+    """SIGINT as a terminal has it: a background job of a script ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield monkeypatch
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("save", [True, False])
-def test_ctrl_c_ends_after_a_step_and_saves_it(save, tmp_path, monkeypatch):
+def test_ctrl_c_ends_after_a_step_and_saves_it(save, tmp_path, interruptible):
     whole = trainer(config(save_every=1000), tmp_path / "whole")
     whole.train(verbose=False)
     folder = tmp_path / "stopped" if save else None
@@ -143,7 +151,7 @@ def test_ctrl_c_ends_after_a_step_and_saves_it(save, tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         step(batch)
 
-    monkeypatch.setattr(t, "_step", interrupted)
+    interruptible.setattr(t, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         t.train(verbose=False)
     assert t.step == 8
@@ -157,9 +165,27 @@ def test_ctrl_c_ends_after_a_step_and_saves_it(save, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
 
 
-def test_ctrl_c_twice_does_not_wait(monkeypatch):
+def test_ctrl_c_in_the_last_step_is_not_forgotten(interruptible):
     t = trainer(config())
-    monkeypatch.setattr(t, "_step", lambda _: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    validate = t._validate
+    interruptible.setattr(t, "_step", lambda _: None)
+    interruptible.setattr(t, "_log", lambda *_: {"explained_variance": 0.0, "l0": 0.0})
+
+    def interrupted(metric_log):
+        if t.step == t.stream.n_batches:
+            signal.raise_signal(signal.SIGINT)
+        return validate(metric_log)
+
+    interruptible.setattr(t, "_validate", interrupted)
+    t.val = t.val or {"": torch.randn(64, 16)}
+    with pytest.raises(KeyboardInterrupt):
+        t.train(verbose=False)
+    assert t.step == t.stream.n_batches
+
+
+def test_ctrl_c_twice_does_not_wait(interruptible):
+    t = trainer(config())
+    interruptible.setattr(t, "_step", lambda _: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
         t.train(verbose=False)
     assert t.step == 0
