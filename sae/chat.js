@@ -440,6 +440,7 @@ async function begin() {
   settings();
   shades();
   showAll();
+  $("message").disabled = $("send").disabled = false; // before, nothing can be asked: whom, is not known
   $("message").focus();
 }
 begin();

@@ -220,6 +220,20 @@ def test_finding_features(open_page, pygpt):
     expect(page.locator("#found")).to_contain_text("nothing has these words")
 
 
+def test_nothing_can_be_asked_before_it_is_known_whom(open_page, pygpt):
+    page = open_page(pygpt[0])
+    held = []
+    page.route("**/api/about", lambda route: held.append(route))  # not answered yet
+    page.reload()
+    page.wait_for_function("document.readyState === 'complete'")
+    assert page.get_by_label("message", exact=True).is_disabled()
+    assert not page.locator("#side").is_visible()
+    held[0].continue_()
+    page.get_by_label("find a feature").fill("label 123")
+    expect(page.locator("#found li")).to_have_count(1)
+    expect(page.get_by_label("message", exact=True)).to_be_enabled()
+
+
 def test_by_keyboard_in_the_dark_on_a_narrow_screen(open_page, pygpt):
     page = open_page(pygpt[0], "dark", 400)
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 27)"
