@@ -198,6 +198,8 @@ class GPT(nn.Module):
         """
         if idx.ndim != 2 or idx.shape[1] == 0:
             raise ValueError(f"the prompt has shape {tuple(idx.shape)}, wanted (B, T >= 1); give some token")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: wanted >= 0; mend it")
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature={temperature}, top_k={top_k}: wanted >= 0 and >= 1; mend them")
         size = self.config.block_size

@@ -62,9 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--ask and --start were both given; choose one")
     start = "def " if args.start is None else args.start
     try:
-        if args.temperature < 0 or args.top_k < 1 or args.max_new_tokens < 0:
-            got = f"--temperature {args.temperature}, --top_k {args.top_k}, --max_new_tokens {args.max_new_tokens}"
-            raise ValueError(f"{got}: >= 0, >= 1 and >= 0 were wanted")
         device, checkpoint = find_device(args.device), read_checkpoint(args.checkpoint)
         model = GPT.from_checkpoint_dict(checkpoint, str(args.checkpoint)).to(device)
         tokenizer = find_tokenizer(args.checkpoint, checkpoint, model.config.vocab_size)
@@ -82,8 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         n, t, k = args.max_new_tokens, args.temperature, args.top_k
         for _ in range(args.num_samples or (3 if args.ask is None else 1)):
             tokens = model.generate(idx, n, temperature=t, top_k=k, generator=rng)
-            print(start if args.ask is None else "", end="")
-            for piece in pieces(tokenizer, map(int, tokens)):
+            answer = pieces(tokenizer, map(int, tokens))
+            first = next(answer)  # before anything is printed: with it generate checks what it was asked for
+            print((start if args.ask is None else "") + first, end="", flush=True)
+            for piece in answer:
                 print(piece, end="", flush=True)
             print("\n" + "-" * 20 if args.ask is None else "")
     except (ValueError, OSError) as e:

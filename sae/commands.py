@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sae.config import ModelDtype, at_least, knob, require
+from sae.flags import said
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,8 @@ class ChatConfig:
         alone = self.prompt is not None
         require(alone or not (self.json or self.explain is not None), "--json and --explain go with --prompt; give it")
         require(not (self.web and alone), "--web and --prompt exclude each other; drop one")
-        for name in ("host", "port", "max_waiting"):
-            said = getattr(self, name) != getattr(ChatConfig, name)
-            require(self.web or not said, f"--{name} goes with --web; give it or drop --{name}")
+        for name in said(self, "host", "port", "max_waiting"):
+            require(self.web, f"--{name} goes with --web; give it or drop --{name}")
         at_least(self, 1, "max_new_tokens", "top_k", "top_features", "max_waiting")
         at_least(self, 0, "seed", "temperature", "port")
         require(self.port < 65536, f"port={self.port}; it must be below 65536")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sae.flags import UserError as UserError
-from sae.flags import build, check_types, knob, require
+from sae.flags import build, check_types, knob, require, said
 from sae.flags import did_you_mean as did_you_mean
 from sae.flags import from_cli as from_cli
 from sae.flags import read_json as read_json
@@ -302,13 +302,18 @@ class HookConfig:
 
     def check_hooks(self) -> None:
         """Raise UserError if the place is said twice."""
-        given = [f"--{n}" for n in ("layer", "layers", "hookpoints") if getattr(self, n) not in (None, ())]
+        given = [f"--{n}" for n in said(self, "layer", "layers", "hookpoints")]
         require(len(given) <= 1, f"{' and '.join(given)} were given; choose one of them")
         at_least(self, 1, "layer_stride")
         require(
             self.layer_stride == 1 or not (self.layers or self.layer is not None),
             "--layer_stride goes with all layers or with --hookpoints; with --layers name those you want",
         )
+
+    def check_place(self) -> None:
+        """Raise UserError for a place in layers where hookpoints are named."""
+        idle = self.hookpoints and said(self, "hook_type")
+        require(not idle, "--hook_type goes with layers; --hookpoints name their places themselves")
 
 
 # Kinds of SAE that a setting does something for.
@@ -392,24 +397,22 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
             require(len(set(values)) == len(values), f"--{name} got the same value twice: {values}")
 
     def check_idle(self) -> None:
-        """Raise UserError for a setting that would do nothing beside the others.
-
-        For a new run: one that was begun when there was no such check may be resumed.
-        """
-        said = lambda name: name in self.sweep or getattr(self, name) != getattr(TrainConfig, name)
+        """Raise UserError for a setting that would do nothing; of a new run: those from before this was asked go on."""
+        self.check_place()
+        given = {*self.sweep, *said(self, *(f.name for f in dataclasses.fields(self) if f.name != "sweep"))}
         trained, text = self.sweep.get("activation", (self.activation,)), self.dataset or self.activations
-        for name, kinds in ONLY_FOR.items():
-            fits = any(kind in kinds for kind in trained)
-            require(fits or not said(name), f"--{name} is for --activation {', '.join(kinds)}, not {self.activation}")
+        for name in sorted(given & ONLY_FOR.keys()):
+            kinds = ONLY_FOR[name]
+            fits = not set(kinds).isdisjoint(trained)
+            require(fits, f"--{name} is for --activation {', '.join(kinds)}, not {self.activation}")
         for name, does, other in (
             ("fvu_coefficient", self.loss_fn in ("ce", "kl"), "--loss_fn ce or kl; fvu and mse are that error"),
             ("val_split", self.activations, "--activations; of text another part is held out"),
             ("wandb_project", self.log_to_wandb, "--log_to_wandb"),
-            ("hook_type", not self.hookpoints, "layers; --hookpoints name their places themselves"),
-            ("expansion_factor", not said("d_sae"), "no --d_sae: both say how many latents"),
+            ("expansion_factor", "d_sae" not in given, "no --d_sae: both say how many latents"),
             ("text_column", text, "a --dataset"), ("split", text, "a --dataset"), ("streaming", text, "a --dataset"),
         ):  # fmt: skip
-            require(bool(does) or not said(name), f"--{name} goes with {other}")
+            require(bool(does) or name not in given, f"--{name} goes with {other}")
 
 
 # Names that other tools use for what goes by another name, or does not exist, here.
@@ -491,10 +494,8 @@ class VizConfig(EvalConfig):
             "--explainer_url and --explainer_model go together; give both or neither",
         )
         require(not (self.feature and self.all_features), "--feature and --all_features were both given; choose one")
-        said = self.explainer_limit != VizConfig.explainer_limit
-        require(
-            bool(self.explainer_url) or not said, "--explainer_limit goes with --explainer_url and --explainer_model"
-        )
+        idle = self.explainer_url is None and said(self, "explainer_limit")
+        require(not idle, "--explainer_limit goes with --explainer_url and --explainer_model")
         for i in self.feature:
             require(i >= 0, f"feature {i} was asked for; features are numbered from 0")
 
@@ -514,5 +515,4 @@ class CollectConfig(DataConfig, HookConfig):
         self.check_data()
         self.check_hooks()
         at_least(self, 1, "max_tokens", "shard_tokens")
-        places = not self.hookpoints or self.hook_type == CollectConfig.hook_type
-        require(places, "--hook_type goes with layers; --hookpoints name their places themselves")
+        self.check_place()

@@ -40,6 +40,11 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def said(config: Any, *names: str) -> list[str]:
+    """Those of a config's settings that are not at their default."""
+    return [name for name in names if getattr(config, name) != getattr(type(config), name)]
+
+
 def build(cls: type[C], fields: dict[str, Any]) -> C:
     """A config from a plain dict: lists become tuples, unknown names and wrong types are UserErrors."""
     hints = typing.get_type_hints(cls)

@@ -441,9 +441,9 @@ def _hf_step(module: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
 def _positions(module: nn.Module, config: Any) -> int:
     """The most tokens that its positions allow. RoBERTa's begin behind the one of its padding."""
     most = int(getattr(config, "max_position_embeddings", 0) or 1 << 20)
-    found = {n: m for n, m in module.named_modules() if isinstance(m, nn.Embedding) and m.num_embeddings == most}
-    tables = [m for n, m in found.items() if "position" in n]
-    return most - max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
+    tables = [m for name, m in module.named_modules() if "position" in name and isinstance(m, nn.Embedding)]
+    padding = [m.padding_idx for m in tables if m.num_embeddings == most and m.padding_idx is not None]
+    return most - max((at + 1 for at in padding), default=0)
 
 
 def _huggingface(name: str, device: torch.device, dtype: str) -> LanguageModel:

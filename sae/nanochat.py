@@ -82,6 +82,7 @@ def build(name: str, file: Path | None, device: torch.device, dtype: str) -> Bui
             f"nanochat cannot load '{name}' ({type(e).__name__}: {reason}); "
             "check the source, tag and step, and that the files are whole and belong to this checkout"
         ) from e
-    for p in module.parameters() if own is None and dtype != "float32" else ():
-        p.data = p.data.to(getattr(torch, dtype))  # and not its rotary tables, whose dtype it insists on
+    if own is None and dtype != "float32":
+        for p in module.parameters():  # and not its rotary tables, whose dtype it insists on
+            p.data = p.data.to(getattr(torch, dtype))
     return Built(module, tokenizer, name, computes)

@@ -98,22 +98,25 @@ def choose_batch_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> tuple
     """
     with torch.no_grad():
         n = min(n, len(x) * len(b_enc))
+        if x.device.type != "cpu" and not kernels.encoder(x, W_enc, b_enc):  # a look at the number found would wait
+            return _best_of_all(torch.addmm(b_enc, x, W_enc), n)
         few = x[:: max(1, len(x) // 64)]  # these tell about where the cut is
         pre = torch.addmm(b_enc, few, W_enc).flatten()
         wanted = 1.2 * n * len(few) / max(1, len(x))
-        # on a GPU without such an encoder, a look at the number found would wait
-        while wanted < len(pre) and (x.device.type == "cpu" or kernels.encoder(x, W_enc, b_enc)):
+        while wanted < len(pre):
             least = float(pre.topk(math.ceil(wanted), sorted=False).values.min())
             indices, values, offsets = choose_above(x, W_enc, b_enc, torch.full_like(b_enc, least))
             if len(values) >= n:  # all above the cut are there, so the best n of them are those of the batch
-                break
+                best = values.topk(n, sorted=False).indices.sort().values
+                return indices[best], values[best], _offsets(kernels.rows_of(indices, offsets)[best], len(x))
             wanted *= 2
-        else:
-            pre = torch.cat(list(_blocks(x, W_enc, b_enc)))
-            flat = pre.flatten().topk(n, sorted=False).indices.sort().values
-            return flat % len(b_enc), pre.flatten()[flat], _offsets(flat // len(b_enc), len(x))
-        best = values.topk(n, sorted=False).indices.sort().values
-        return indices[best], values[best], _offsets(kernels.rows_of(indices, offsets)[best], len(x))
+        return _best_of_all(torch.cat(list(_blocks(x, W_enc, b_enc))), n)
+
+
+def _best_of_all(pre: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The n largest of pre (B, F), likewise."""
+    flat = pre.flatten().topk(n, sorted=False).indices.sort().values
+    return flat % pre.shape[1], pre.flatten()[flat], _offsets(flat // pre.shape[1], len(pre))
 
 
 def choose_above(

@@ -21,7 +21,8 @@ from sae.models import SAE
 
 
 class Opened(NamedTuple):
-    """An SAE with the model, hookpoint and text it belongs to, what its cfg.json says of them, and its folder."""
+    """An SAE with the model, hookpoint and text it belongs to, what its cfg.json says of them, its folder, and where
+    what is found about it goes."""
 
     lm: LanguageModel
     sae: SAE
@@ -29,6 +30,7 @@ class Opened(NamedTuple):
     dataset: Dataset
     trained_on: dict[str, Any]
     folder: Path
+    out: Path
 
 
 def text_of(c: EvalConfig | ChatConfig, trained_on: Mapping[str, Any]) -> str | None:
@@ -54,6 +56,8 @@ def open_sae(c: EvalConfig, lm: LanguageModel | None = None) -> Opened:
     trained_on = formats.load_cfg(c.sae_path or path)
     folder = formats.find_sae(c.sae_path or path).parent
     log.say(f"SAE: {c.sae_path or folder}")
+    out = Path(c.output_dir) if c.output_dir else folder
+    formats.check_writable(out, "--output_dir")
     hookpoint = trained_on.get("hookpoint")
     if not hookpoint:
         raise UserError(f"'{path}' does not say which hookpoint it belongs to; its cfg.json needs metadata.hookpoint")
@@ -67,16 +71,14 @@ def open_sae(c: EvalConfig, lm: LanguageModel | None = None) -> Opened:
     # how its own text was read says nothing about another
     how = {k: trained_on[k] for k in ("text_column", "split", "streaming") if k in trained_on and not c.dataset}
     dataset = open_dataset(text_of(c, trained_on), **how)
-    formats.check_writable(Path(c.output_dir) if c.output_dir else folder, "--output_dir")
     if "model_name" not in trained_on:
         hookpoint = hooks.resolve(lm.module, hookpoints=[hookpoint])[0]
-    return Opened(lm, sae, hookpoint, dataset, trained_on, folder)
+    return Opened(lm, sae, hookpoint, dataset, trained_on, folder, out)
 
 
 def measure(c: EvalConfig, opened: Opened, world: World = ALONE) -> None:
     """Write eval.json, final_assessment.json and the plots, and say what stands in them; of a world the first does."""
-    lm, sae, hookpoint, dataset, trained_on, folder = opened
-    out = Path(c.output_dir) if c.output_dir else folder
+    lm, sae, hookpoint, dataset, trained_on, folder, out = opened
     report, totals = evaluate(
         lm, sae, hookpoint, dataset, n_tokens=c.eval_tokens, mean_tokens=c.mean_tokens,
         ctx_len=c.ctx_len or trained_on.get("context_size", 256), skip_first=trained_on.get("skip_first", False),

@@ -17,6 +17,7 @@ from sae.config import REPLACED, CollectConfig, TrainConfig, UserError, from_cli
 from sae.datasets import open_dataset
 from sae.distributed import World
 from sae.end_to_end import EndToEnd, RowStream, held_out
+from sae.flags import said
 from sae.language_model import LanguageModel, best_device, load_language_model
 from sae.models import SAE, create_sae
 from sae.schedules import n_latents, tokens_per_step
@@ -98,11 +99,6 @@ def cached_data(c: TrainConfig) -> Data:
 COLLECTED = ("ctx_len", "skip_first", "exclude_tokens", "model_dtype", "text_column", "split", "streaming")
 
 
-def said(c: TrainConfig, *names: str) -> list[str]:
-    """Those of the settings that are not at their default."""
-    return [name for name in names if getattr(c, name) != getattr(TrainConfig, name)]
-
-
 def refuse_other(c: TrainConfig, manifest: dict[str, Any], max_len: int) -> None:
     """Raise UserError for a setting of the model's run that the activations at hand were not collected with.
 
@@ -118,7 +114,7 @@ def refuse_other(c: TrainConfig, manifest: dict[str, Any], max_len: int) -> None
 def cache_origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
     """Where a cache's activations come from. Raises UserError if that is here and has changed."""
     assert c.activations is not None
-    model = manifest["model"] if c.model == TrainConfig.model else c.model
+    model = c.model if said(c, "model") else manifest["model"]
     dataset = c.dataset or (None if manifest["dataset"] == "embedded" else manifest["dataset"])
     try:
         lm = load_language_model(model, device="cpu", dataset=dataset, dtype=manifest["model_dtype"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from sae import distributed, log
 from sae.config import VizConfig, from_cli
 from sae.explainer import Endpoint, Explainer
@@ -15,8 +13,7 @@ from scripts.sae_eval import open_sae
 
 def main(argv: list[str]) -> None:
     c = from_cli(VizConfig, argv, prog="python -m scripts.sae_viz", description=__doc__)
-    lm, sae, hookpoint, dataset, trained_on, folder = open_sae(c)
-    out = Path(c.output_dir) if c.output_dir else folder
+    lm, sae, hookpoint, dataset, trained_on, folder, out = open_sae(c)
     axis = distributed.join(lm.device)
     viz = FeatureVisualizer(
         sae, c, lm=lm, hookpoint=hookpoint, dataset=dataset,
