@@ -72,7 +72,6 @@ def question(c: ChatConfig, messages: Iterable[dict[str, str]]) -> Ask:
 
 def answer_once(c: ChatConfig, chat: Conversation) -> None:
     """--prompt: the answer on stdout, as text or as one json object."""
-    require(c.explain != "", "the token to explain is empty; give one, such as --explain ' file'")
     ask = question(c, [{"role": "user", "content": c.prompt or ""}])
     answer: list[Token] = []
     for token in chat.stream(ask):

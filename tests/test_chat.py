@@ -227,7 +227,7 @@ def test_one_answer_as_text(run, capsys):
         (["--prompt", "x", "--stop_when", "3"], "is no condition"),
         (["--prompt", "x", "--no_sae", "--steer", "1:+2"], "drop --no_sae"),
         (["--prompt", "x", "--port", "9"], "--port goes with --web"),
-        (["--prompt", "x", "--explain", ""], "the token to explain is empty"),
+        (["--prompt", "x", "--explain", ""], "the token to explain is empty; give one, such as --explain"),
         (["--prompt", "x", "--web"], "exclude"),
         (["--prompt", "x", "--temperature", "-1"], "at least 0"),
         (["--sae_path", "nowhere", "--prompt", "x"], "does not exist"),

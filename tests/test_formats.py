@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_formats.py
 """
 
 import json
+import os
 import pickle
 
 import pytest
@@ -201,3 +202,14 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="free some space"):
         formats.write_torch({}, tmp_path / "x.pt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        formats.save_sae(create_sae(SAEConfig(d_in=4, d_sae=8, k=2)), tmp_path / "sae")
+    finally:
+        os.umask(before)
+    assert {p.name: oct(p.stat().st_mode & 0o777) for p in (tmp_path / "sae").iterdir()} == {
+        formats.CFG: "0o640", formats.WEIGHTS: "0o640",
+    }  # fmt: skip

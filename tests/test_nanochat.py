@@ -532,6 +532,12 @@ def test_activations_in_bfloat16(nanochat, asked, base, text_file):
     assert report.ce_zero != report.ce_clean
 
 
+def test_half_precision_leaves_the_rotary_tables_alone(base):
+    module = load_language_model("nanochat:base", device="cpu", dtype="float16").module
+    assert {p.dtype for p in module.parameters()} == {torch.float16}
+    assert (module.cos.dtype, module.sin.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
 @pytest.mark.parametrize("nanochat", ["float32"], indirect=True)
 def test_a_nanochat_that_chooses_its_dtype_is_not_overruled(nanochat, base):
     assert load_language_model("nanochat:base", device="cpu").dtype == "float32"

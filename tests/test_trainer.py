@@ -343,14 +343,14 @@ def test_num_epochs_and_bfloat16():
 
 def test_epochs_of_the_call_are_those_of_a_config(tmp_path):
     x, _ = planted(640, 16, 32, 3)
-    asked = SAETrainer(create_sae(config(num_epochs=12)), config(num_epochs=12), x)
+    asked = SAETrainer(create_sae(config(num_epochs=40)), config(num_epochs=40), x)
     asked.train(verbose=False)
     t = SAETrainer(create_sae(config()), config(), x, save_dir=tmp_path / "run")
-    t.train(num_epochs=12, verbose=False)
+    t.train(num_epochs=40, verbose=False)
     assert torch.equal(t.sae.W_dec, asked.sae.W_dec)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["num_epochs"] == 12
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["num_epochs"] == 40
     with pytest.raises(UserError, match="has begun; make a new trainer"):
-        t.train(num_epochs=13)
+        t.train(num_epochs=41)
     other = SAETrainer(create_sae(config()), config(), x, save_dir=tmp_path / "run")
     with pytest.raises(UserError, match="num_epochs"):
         other.load_checkpoint()
