@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group: as defaults its functions would keep it for ever
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm

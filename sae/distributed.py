@@ -11,12 +11,14 @@ Knows tensors; knows nothing of SAEs. Letters: R replicas, S shards of latents.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group: as defaults its functions would keep it for ever
 from torch import Tensor
 
 from sae.config import UserError, require
@@ -67,11 +69,17 @@ class _Share(torch.autograd.Function):
 class Axis:
     """Some processes, this one among them, and what they can do together.
 
-    ranks: their numbers among all; rank: this one's place in that list.
+    ranks: their numbers among all; rank: this one's place in that list. The group is torch.distributed's own: once it
+    is destroyed its threads have ended, for a thread of gloo that lets go of a tensor while Python ends aborts it.
     """
 
     def __init__(self, ranks: Sequence[int] = (0,), rank: int = 0, group: Any = None):
-        self.ranks, self.rank, self.size, self.group = tuple(ranks), rank, len(ranks), group
+        self.ranks, self.rank, self.size = tuple(ranks), rank, len(ranks)
+        self._group = weakref.ref(group) if group is not None else lambda: None
+
+    @property
+    def group(self) -> Any:
+        return self._group()
 
     def __deepcopy__(self, memo: Any) -> Axis:
         return self
