@@ -75,11 +75,11 @@ class Axis:
 
     def __init__(self, ranks: Sequence[int] = (0,), rank: int = 0, group: Any = None):
         self.ranks, self.rank, self.size = tuple(ranks), rank, len(ranks)
-        self._group = weakref.ref(group) if group is not None else lambda: None
+        self._group = weakref.ref(group) if group is not None else None
 
     @property
     def group(self) -> Any:
-        return self._group()
+        return self._group() if self._group is not None else None
 
     def __deepcopy__(self, memo: Any) -> Axis:
         return self

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -388,6 +388,15 @@ def test_plots_are_pictures(tmp_path):
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["density.png", "l0.png", "training.png"]
 
 
+def nearly(a, b):
+    """Whether two records are equal, numbers to float32's last bits: rows run in batches of other sizes."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(nearly(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(nearly, a, b))
+    return a == (pytest.approx(b, rel=1e-5, abs=1e-7) if isinstance(b, float) else b)
+
+
 def test_two_processes_find_what_one_does(run_folder, tmp_path):
     """Real processes over gloo; sums differ in their last bits only."""
     free = socket.socket()
@@ -406,5 +415,4 @@ def test_two_processes_find_what_one_does(run_folder, tmp_path):
     one, two = (list(read_features(tmp_path / n / "features" / "features.jsonl")) for n in ("one", "two"))
     assert [r.latent for r in two] == list(range(96))
     for a, b in zip(one, two, strict=True):
-        assert replace(a, mean_active=0) == replace(b, mean_active=0)
-        assert a.mean_active == pytest.approx(b.mean_active)
+        assert nearly(asdict(a), asdict(b)), a.latent
