@@ -66,19 +66,24 @@ def open_dataset(
     path = Path(name or "")
     if name is not None and not (name and _exists(path)):
         return _from_hub(name, text_column, split, streaming)
+    what = f"'{name or 'the embedded corpus'}'"
+    require(not streaming, f"{what} lies on this machine and is read as it is needed; leave --streaming out")
     if name is not None and _saved_to_disk(path):
         return _from_disk(name, text_column, split)
-    require(split == "train", f"'{name or 'the embedded corpus'}' has no split '{split}'; leave --split out")
+    require(split == "train", f"{what} has no split '{split}'; leave --split out")
+    files = _files_below(path) if name is not None else []
+    has_columns = any({".json", ".jsonl", ".ndjson", ".parquet"} & set(file.suffixes) for file in files)
+    require(text_column is None or has_columns, f"{what} has no columns to read; leave --text_column out")
     if name is None:
         corpus = beside("assets/pygpt/corpus.py")
         sources = lambda: [Path(str(corpus.__file__)), *(file for file, _ in corpus.library_files())]
         return Dataset("embedded", True, corpus.documents, lambda: _hash_files(sources()))
     if (path / "train.bin").is_file():
-        files = {part: path / f"{part}.bin" for part in ("train", "val")}
-        has_val = files["val"].is_file()
-        read = lambda part: _token_pieces(files[part] if has_val else files["train"])
-        return Dataset(name, has_val, read, lambda: _hash_files([f for f in files.values() if f.is_file()]))
-    return _from_files(name, path, text_column)
+        bins = {part: path / f"{part}.bin" for part in ("train", "val")}
+        has_val = bins["val"].is_file()
+        read = lambda part: _token_pieces(bins[part] if has_val else bins["train"])
+        return Dataset(name, has_val, read, lambda: _hash_files([f for f in bins.values() if f.is_file()]))
+    return _from_files(name, files, text_column)
 
 
 def _exists(path: Path) -> bool:
@@ -104,9 +109,12 @@ def _extra(package: str, what: str) -> Any:
 # files
 
 
-def _from_files(name: str, path: Path, column: str | None) -> Dataset:
+def _files_below(path: Path) -> list[Path]:
     hidden = lambda p: any(part.startswith(".") for part in p.relative_to(path).parts)
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not hidden(p)) if path.is_dir() else [path]
+    return sorted(p for p in path.rglob("*") if p.is_file() and not hidden(p)) if path.is_dir() else [path]
+
+
+def _from_files(name: str, files: list[Path], column: str | None) -> Dataset:
     require(bool(files), f"folder '{name}' holds no files; give text, jsonl, json, parquet or .bin files")
     require(any(p.stat().st_size for p in files), f"dataset '{name}' is empty; give a text that is not")
     read = lambda _split: chain.from_iterable(_file_documents(file, column, name) for file in files)

@@ -338,8 +338,9 @@ def check_processes(c: TrainConfig) -> None:
                 "latents chosen token by token (topk, abstopk, groupmax, relu, gated, jumprelu); leave out "
                 "--shard_latents, --distribute_modules and other kinds, or run it without torchrun"
             )
-    if not distributed.started() and c.shard_latents > 1:
-        raise UserError(f"--shard_latents {c.shard_latents} wants as many processes; start them with torchrun")
+    if not distributed.started() and (c.shard_latents > 1 or c.distribute_modules):
+        layout = f"--shard_latents {c.shard_latents}" if c.shard_latents > 1 else "--distribute_modules"
+        raise UserError(f"{layout} is for several processes; start them with torchrun")
 
 
 def main(argv: list[str]) -> None:

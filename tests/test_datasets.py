@@ -379,6 +379,12 @@ def test_missing_and_empty(lm, tmp_path, monkeypatch):
     for name in (None, str(tmp_path), str(tmp_path / "x.bin")):
         with pytest.raises(UserError, match="has no split 'test'; leave --split out"):
             open_dataset(name, split="test")
+        with pytest.raises(UserError, match="has no columns to read; leave --text_column out"):
+            open_dataset(name, text_column="text")
+        with pytest.raises(UserError, match="lies on this machine and is read as it is needed; leave --streaming out"):
+            open_dataset(name, streaming=True)
+    (tmp_path / "x.jsonl").write_text('{"a": "b"}')
+    assert documents(open_dataset(str(tmp_path / "x.jsonl"), text_column="a")) == ["b"]
 
 
 def test_names_the_hub_does_not_know(online):

@@ -223,12 +223,11 @@ def test_a_dead_process_ends_the_run_and_another_number_goes_on(gpt_path, text_f
 
 
 def test_what_several_processes_cannot_do_is_said(gpt_path, text_file, tmp_path):
-    flags = {"--shard_latents 2": 1}
-    for given, processes in flags.items():
-        ended = subprocess.run(command(tmp_path, gpt_path, text_file, *given.split(), processes=processes), cwd=ROOT,
+    for given in ("--shard_latents 2", "--distribute_modules"):
+        ended = subprocess.run(command(tmp_path, gpt_path, text_file, *given.split(), processes=1), cwd=ROOT,
                                capture_output=True, text=True, check=False)  # fmt: skip
         assert ended.returncode == 2
-        assert "start them with torchrun" in ended.stderr
+        assert f"{given} is for several processes; start them with torchrun" in ended.stderr
 
 
 # torch.optim imports torch._dynamo late, in the midst of training. A thread of gloo that lets go of its last tensor
