@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sae.base import SHARED
-from sae.config import VERSION, SAEConfig, UserError, read_json
+from sae.config import VERSION, SAEConfig, UserError, read_json, require
 from sae.hooks import natural
 from sae.models import SAE, create_sae
 
@@ -225,8 +225,12 @@ def load_sae(path: str | Path, *, device: torch.device | str = "cpu") -> SAE:
     """
     found = find_sae(path)
     if found.suffix == ".pt":
-        return _from_nanochat(read_torch(found), found).to(device)
-    return _from_saelens(_read_cfg(found.parent / CFG), read_safetensors(found), found).to(device)
+        sae = _from_nanochat(read_torch(found), found)
+    else:
+        sae = _from_saelens(_read_cfg(found.parent / CFG), read_safetensors(found), found)
+    for name, weights in sae.state_dict().items():  # a latent that is NaN would never be chosen, and hide
+        require(not weights.isnan().any(), f"'{found}': tensor {name} holds NaN; fetch the file again, or train anew")
+    return sae.to(device)
 
 
 def _read_cfg(path: Path) -> dict[str, Any]:

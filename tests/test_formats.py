@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_formats.py
 """
 
 import json
+import math
 import os
 import pickle
 
@@ -99,6 +100,7 @@ def corrupt(path, name, change):
         (lambda p: corrupt(p, "W_dec", lambda w: w.pop("W_dec")), "tensor W_dec is missing"),
         (lambda p: corrupt(p, "W_dec", lambda w: w.update(W_dec=torch.zeros(3, 3))), "should be (20, 6)"),
         (lambda p: corrupt(p, "extra", lambda w: w.update(extra=torch.zeros(1))), "should be absent"),
+        (lambda p: corrupt(p, "W_enc", lambda w: w["W_enc"][:, 3].fill_(math.nan)), "tensor W_enc holds NaN"),
         (lambda p: (p / formats.WEIGHTS).write_bytes((p / formats.WEIGHTS).read_bytes()[:200]), "damaged"),
         (lambda p: (p / formats.WEIGHTS).write_bytes(b""), "damaged"),
         (lambda p: (p / "cfg.json").write_text("{"), "not valid json"),
