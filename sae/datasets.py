@@ -35,7 +35,8 @@ COLUMNS = (
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 HELD_OUT = ("validation", "valid", "val", "dev", "test")  # splits that can validate, in the order they are taken
 FOLDERS = ("data", "datasets", "out")  # with these, owner/name is meant as a path
-FILES = (".txt", ".md", ".py", ".json", ".jsonl", ".ndjson", ".parquet", ".bin", ".csv", ".gz")
+RECORDS = (".json", ".jsonl", ".ndjson")
+FILES = (".txt", ".md", ".py", *RECORDS, ".parquet", ".bin", ".csv", ".gz")
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -71,14 +72,15 @@ def open_dataset(
     if name is not None and _saved_to_disk(path):
         return _from_disk(name, text_column, split)
     require(split == "train", f"{what} has no split '{split}'; leave --split out")
-    files = _files_below(path) if name is not None else []
-    has_columns = any({".json", ".jsonl", ".ndjson", ".parquet"} & set(file.suffixes) for file in files)
+    has_bins = name is not None and (path / "train.bin").is_file()
+    files = [] if name is None or has_bins else _files_below(path)
+    has_columns = any(_kind(file) in (*RECORDS, ".parquet") for file in files)
     require(text_column is None or has_columns, f"{what} has no columns to read; leave --text_column out")
     if name is None:
         corpus = beside("assets/pygpt/corpus.py")
         sources = lambda: [Path(str(corpus.__file__)), *(file for file, _ in corpus.library_files())]
         return Dataset("embedded", True, corpus.documents, lambda: _hash_files(sources()))
-    if (path / "train.bin").is_file():
+    if has_bins:
         bins = {part: path / f"{part}.bin" for part in ("train", "val")}
         has_val = bins["val"].is_file()
         read = lambda part: _token_pieces(bins[part] if has_val else bins["train"])
@@ -121,9 +123,13 @@ def _from_files(name: str, files: list[Path], column: str | None) -> Dataset:
     return Dataset(name, False, read, lambda: _hash_files(files), column)
 
 
+def _kind(file: Path) -> str:
+    """Its ending, or the one below .gz."""
+    return file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
+
+
 def _file_documents(file: Path, column: str | None, name: str) -> Iterator[Any]:
-    zipped = file.suffix == ".gz"
-    kind = file.with_suffix("").suffix if zipped else file.suffix
+    zipped, kind = file.suffix == ".gz", _kind(file)
     if kind == ".bin" and not zipped:
         yield from _token_pieces(file)
         return
@@ -132,7 +138,7 @@ def _file_documents(file: Path, column: str | None, name: str) -> Iterator[Any]:
         return
     try:
         with gzip.open(file, "rt", encoding="utf-8") if zipped else file.open(encoding="utf-8") as f:
-            if kind in (".json", ".jsonl", ".ndjson"):
+            if kind in RECORDS:
                 yield from documents_of(_json_records(f, file), column, str(file), name)
                 return
             while piece := f.read(PIECE):

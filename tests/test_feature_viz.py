@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -388,13 +388,16 @@ def test_plots_are_pictures(tmp_path):
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["density.png", "l0.png", "training.png"]
 
 
-def nearly(a, b):
-    """Whether two records are equal, numbers to the fifth digit they are rounded to: rows run in other batches."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(nearly(a[name], b[name]) for name in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(nearly, a, b))
-    return a == (pytest.approx(b, rel=1e-5, abs=1.5e-5) if isinstance(b, float) else b)
+def apart(record):
+    """A record without what was rounded from activations, and that: where rows lie in memory decides their last bit."""
+    numbers, rest = [], {"max_activation": 0, "mean_active": 0}
+    for name in ("typical", "first"):
+        numbers += [share for _, share in getattr(record, name)]
+        rest[name] = [token for token, _ in getattr(record, name)]
+    for c in record.contexts:
+        numbers += [*c.values, *(() if c.low is None else (c.low, c.high))]
+    rest["contexts"] = [replace(c, values=[], low=c.low is None, high=c.high is None) for c in record.contexts]
+    return replace(record, **rest), numbers
 
 
 def test_two_processes_find_what_one_does(run_folder, tmp_path):
@@ -415,4 +418,7 @@ def test_two_processes_find_what_one_does(run_folder, tmp_path):
     one, two = (list(read_features(tmp_path / n / "features" / "features.jsonl")) for n in ("one", "two"))
     assert [r.latent for r in two] == list(range(96))
     for a, b in zip(one, two, strict=True):
-        assert nearly(asdict(a), asdict(b)), a.latent
+        (rest, numbers), (same, near) = apart(a), apart(b)
+        assert rest == same
+        assert numbers == pytest.approx(near, abs=1.5e-5)  # rounded to five digits
+        assert (a.max_activation, a.mean_active) == pytest.approx((b.max_activation, b.mean_active))
