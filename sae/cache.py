@@ -142,7 +142,7 @@ def provenance(
 ) -> dict[str, Any]:
     """What decides activations, as a cache's manifest records it."""
     return {
-        "model": lm.name, "model_hash": lm.weights_hash, "model_dtype": lm.dtype,
+        "model": lm.name, "model_dtype": lm.dtype, "model_hash": lm.weights_hash,
         "tokenizer_hash": lm.tokenizer.content_hash(), "dataset": dataset.name, "dataset_hash": dataset.fingerprint(),
         "text_column": dataset.text_column, "split": dataset.split, "streaming": dataset.streaming,
         "ctx_len": min(ctx_len, lm.max_len), "skip_first": skip_first, "exclude_tokens": sorted(exclude_tokens),
@@ -340,7 +340,9 @@ def refuse_stale(manifest: dict[str, Any], made_from: dict[str, Any], folder: st
             continue  # names may differ; the hashes say what counts
         if manifest.get(key) != wanted:
             short = lambda v: str(v)[:12]
+            had = short(manifest.get(key))
+            also = f" (--model_dtype {had}; for nanochat, NANOCHAT_DTYPE={had} in the environment)"
             raise UserError(
-                f"the cache '{folder}' is stale or foreign: its {key} is {short(manifest.get(key))}, "
-                f"yours is {short(wanted)}; collect it again, or use what it was made from"
+                f"the cache '{folder}' is stale or foreign: its {key} is {had}, yours is {short(wanted)}; "
+                f"collect it again, or use what it was made from{also if key == 'model_dtype' else ''}"
             )

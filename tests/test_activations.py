@@ -184,6 +184,8 @@ def test_a_stale_or_foreign_cache_is_refused(lm, text_file, collected, tmp_path)
     for key in ("model_hash", "tokenizer_hash", "dataset_hash", "ctx_len", "skip_first"):
         with pytest.raises(UserError, match=f"stale or foreign: its {key}"):
             refuse_stale(manifest, {**made_from, key: "other"}, folder)
+    with pytest.raises(UserError, match="model_dtype is float32, yours is bfloat16.*NANOCHAT_DTYPE=float32"):
+        refuse_stale(manifest, {**made_from, "model_dtype": "bfloat16", "model_hash": "other"}, folder)  # which follows
     changed = tmp_path / "other.txt"
     changed.write_text(text_file.read_text() + "x")
     assert open_dataset(str(changed)).fingerprint() != made_from["dataset_hash"]
