@@ -190,13 +190,8 @@ def pieces(shape: dict[str, int]) -> dict[str, float]:
     x16, W16 = x.bfloat16(), W.bfloat16()
     indices, values, again = triton_encoder.encode_top_k(x16, W16, b, K, False)
     m, v, scale = torch.zeros_like(W), torch.zeros_like(W), torch.ones((), device="cuda")
-    grad = triton_kernels.sum_by_latent(indices, None, values.float(), x, F)
-    values = values.float()
-
-    def sort_and_sum() -> Tensor:
-        triton_kernels._sorted.clear()
-        return triton_kernels.sum_by_latent(indices, None, values, x, F)
-
+    values, by = values.float(), triton_kernels.by_latent(indices, None, F)
+    grad = triton_kernels.sum_by_latent(*by, values, x)
     measured: dict[str, Callable[[], object]] = {
         "product alone": lambda: x16 @ W16.t(),
         "encode_top_k, bfloat16": lambda: triton_encoder.encode_top_k(x16, W16, b, K, False),
@@ -204,8 +199,8 @@ def pieces(shape: dict[str, int]) -> dict[str, float]:
         "cast of x and W": lambda: (x.bfloat16(), W.bfloat16()),
         "bag": lambda: triton_kernels.bag(indices, None, values, W, None),
         "dot_at": lambda: triton_kernels.dot_at(indices, None, x, W),
-        "sum_by_latent, with its sort": sort_and_sum,
-        "sum_by_latent, sorted": lambda: triton_kernels.sum_by_latent(indices, None, values, x, F),
+        "by_latent": lambda: triton_kernels.by_latent(indices, None, F),
+        "sum_by_latent": lambda: triton_kernels.sum_by_latent(*by, values, x),
         "squares": lambda: triton_kernels.squares(grad, W),
         "adam_, unit rows": lambda: triton_kernels.adam_(W, grad, m, v, 1, 0.0, 0.9, 0.999, 1e-8, scale, True),
         "adam_": lambda: triton_kernels.adam_(W, grad, m, v, 1, 0.0, 0.9, 0.999, 1e-8, scale, False),

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sae import native
 
@@ -176,18 +177,37 @@ def tokens_at_once(n_latents: int, device: str) -> int:
     return max(256, (2**21 if device == "cpu" else 2**25) // n_latents)
 
 
+_sorted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # both gradients of a step take the same order
+
+
+def _by_latent(indices: Tensor, offsets: Tensor | None, n_latents: int, ops: Any) -> tuple[Any, ...]:
+    """The places in the order of their latents, as ops, or plain torch, take them; kept while indices stay the same."""
+    state = (indices._version, n_latents, ops, None if offsets is None else (id(offsets), offsets._version))
+    known = _sorted.get(indices)
+    if known is None or known[0] != state:
+        known = state, (ops.by_latent if ops else _by_latent_plain)(indices.contiguous(), offsets, n_latents), offsets
+        _sorted[indices] = known
+    return known[1]
+
+
+def _by_latent_plain(indices: Tensor, offsets: Tensor | None, n_latents: int) -> tuple[Tensor, Tensor, Tensor]:
+    order = torch.argsort(indices.reshape(-1), stable=True)
+    tokens = order // indices.shape[1] if offsets is None else rows_of(indices, offsets)[order]
+    counts = count(indices, n_latents)
+    return order, tokens, counts.cumsum(0) - counts
+
+
 def _sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: Tensor, n_latents: int) -> Tensor:
     """(F, D): for each latent the sum of values[place] * x[token] over the places whose index is that latent.
 
     Sorting the places by latent turns the sum into an embedding bag whose bags are latents: deterministic, and the
     (places, D) products are never stored.
     """
-    if ops := compiled(x, values):
-        return ops.sum_by_latent(indices.contiguous(), offsets, values.contiguous(), x.contiguous(), n_latents)
-    order = torch.argsort(indices.reshape(-1), stable=True)
-    tokens = order // indices.shape[1] if offsets is None else rows_of(indices, offsets)[order]
-    counts = count(indices, n_latents)
-    starts = counts.cumsum(0) - counts
+    ops = compiled(x, values)
+    by = _by_latent(indices, offsets, n_latents, ops)
+    if ops:
+        return ops.sum_by_latent(*by, values.contiguous(), x.contiguous())
+    order, tokens, starts = by
     return F.embedding_bag(tokens, x, starts, mode="sum", per_sample_weights=values.reshape(-1)[order].to(x.dtype))
 
 
@@ -229,8 +249,10 @@ def _bag(indices: Tensor, offsets: Tensor | None, values: Tensor, rows: Tensor, 
 
 def _bag_backward(indices: Tensor, offsets: Tensor | None, values: Tensor, grad: Tensor, rows: Tensor) -> Pair:
     """Gradients of a bag's values and of its rows (F, D), of grad (B, D)."""
-    if ops := compiled(values, rows, grad):
-        return ops.bag_backward(indices.contiguous(), offsets, values.contiguous(), grad, rows.contiguous())
+    ops = compiled(values, rows, grad)
+    if hasattr(ops, "bag_backward"):
+        by = _by_latent(indices, offsets, len(rows), ops)
+        return ops.bag_backward(*by, values.contiguous(), grad, rows.contiguous())
     dots = _dot_at(indices, offsets, grad, rows).to(values.dtype)
     return dots, _sum_by_latent(indices, offsets, values, grad, len(rows))
 

@@ -943,50 +943,68 @@ struct Places {
   int64_t end(int64_t i) const { return !starts ? (i + 1) * K : i + 1 < B ? starts[i + 1] : n; }
 };
 
-// The places of each latent, in the order of tokens
-struct ByLatent {
-  struct Place {
-    int32_t token, place;
-    float value;
+// The places of all tokens in the order of their latents, of one latent in the order of tokens: where each latent's begin
+// (F + 1,), and of each place its token and where it lies (n, 2); int32. And the number of tokens.
+std::tuple<Tensor, Tensor, int64_t> by_latent(const Tensor& indices, const c10::optional<Tensor>& offsets, int64_t F) {
+  const Places places(indices, offsets, F);
+  const int64_t n_parts = std::min(8, at::get_num_threads()), size = (places.B + n_parts - 1) / n_parts;
+  std::vector<std::vector<int32_t>> next(n_parts, std::vector<int32_t>(F, 0));  // where a latent's next place goes
+  const auto each = [&](const auto& take) {  // take(next of this part of the tokens, token, place)
+    by_blocks(n_parts, 1, [&](int64_t part, int64_t) {
+      for (int64_t i = part * size; i < std::min(places.B, (part + 1) * size); i++)
+        for (int64_t p = places.begin(i); p < places.end(i); p++) take(next[part], i, p);
+    });
   };
-  std::vector<int32_t> starts;  // (F + 1,)
-  std::vector<Place> sorted;
-
-  ByLatent(const Places& places, const float* values, int64_t F, bool zeros_too) : starts(F + 1, 0) {
-    const int64_t n_parts = std::min(8, at::get_num_threads()), size = (places.B + n_parts - 1) / n_parts;
-    std::vector<std::vector<int32_t>> next(n_parts, std::vector<int32_t>(F, 0));  // where a latent's next place goes
-    const auto each = [&](const auto& take) {  // take(next of this part of the tokens, token, place)
-      by_blocks(n_parts, 1, [&](int64_t part, int64_t) {
-        for (int64_t i = part * size; i < std::min(places.B, (part + 1) * size); i++)
-          for (int64_t p = places.begin(i); p < places.end(i); p++)
-            if (zeros_too || values[p] != 0) take(next[part], i, p);
-      });
-    };
-    each([&](auto& counts, int64_t, int64_t p) { counts[places.at[p]]++; });
-    for (int64_t f = 0; f < F; f++) {
-      starts[f + 1] = starts[f];
-      for (auto& counts : next) starts[f + 1] += std::exchange(counts[f], starts[f + 1]);
-    }
-    sorted.resize(starts[F]);
-    each([&](auto& to, int64_t i, int64_t p) { sorted[to[places.at[p]]++] = {(int32_t)i, (int32_t)p, values[p]}; });
+  each([&](auto& counts, int64_t, int64_t p) { counts[places.at[p]]++; });
+  const auto options = indices.options().dtype(at::kInt);
+  Tensor starts = at::empty({F + 1}, options);
+  int32_t* start = starts.mutable_data_ptr<int32_t>();
+  start[0] = 0;
+  for (int64_t f = 0; f < F; f++) {
+    start[f + 1] = start[f];
+    for (auto& counts : next) start[f + 1] += std::exchange(counts[f], start[f + 1]);
   }
+  TORCH_CHECK(start[F] == places.n, "offsets begin above 0");
+  Tensor sorted = at::empty({places.n, 2}, options);
+  int32_t* to = sorted.mutable_data_ptr<int32_t>();
+  each([&](auto& at, int64_t i, int64_t p) {
+    int32_t* place = to + 2 * at[places.at[p]]++;
+    place[0] = i, place[1] = p;
+  });
+  return {starts, sorted, places.B};
+}
+
+struct ByLatent {  // what by_latent returned
+  const int32_t *starts, *places;
+  int64_t F;
+
+  ByLatent(const Tensor& starts_, const Tensor& places_, int64_t n_tokens, const Tensor& values, const Tensor& x)
+      : starts(starts_.const_data_ptr<int32_t>()), places(places_.const_data_ptr<int32_t>()), F(starts_.numel() - 1) {
+    TORCH_CHECK(starts_.is_contiguous() && places_.is_contiguous() && values.is_contiguous() && x.is_contiguous());
+    TORCH_CHECK(places_.size(0) == values.numel() && x.size(0) == n_tokens);
+  }
+
+  int64_t token(int64_t p) const { return places[2 * p]; }
+  int64_t place(int64_t p) const { return places[2 * p + 1]; }
 };
 
 // (F, D): for each latent the sum of values[place] * x[token] over the places whose index is that latent
-Tensor sum_by_latent(
-    const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& values, const Tensor& x, int64_t F) {
-  const Places places(indices, offsets, F);
-  const int64_t D = x.size(1);
-  TORCH_CHECK(values.is_contiguous() && x.is_contiguous() && values.numel() == places.n && x.size(0) == places.B);
-  const ByLatent by(places, values.const_data_ptr<float>(), F, false);
-  const float* rows = x.const_data_ptr<float>();
+Tensor sum_by_latent(const Tensor& starts, const Tensor& places, int64_t n_tokens, const Tensor& values, const Tensor& x) {
+  const ByLatent by(starts, places, n_tokens, values, x);
+  const int64_t F = by.F, D = x.size(1);
+  const float *v = values.const_data_ptr<float>(), *rows = x.const_data_ptr<float>();
   Tensor out = at::empty({F, D}, x.options());
   float* to = out.mutable_data_ptr<float>();
   by_blocks(F, 128, [&](int64_t begin, int64_t end) {
-    for (int64_t f = begin; f < end; f++)
+    std::vector<std::pair<const float*, float>> terms;  // but those of nothing, which AuxK has many of
+    for (int64_t f = begin; f < end; f++) {
+      terms.clear();
+      for (int64_t p = by.starts[f]; p < by.starts[f + 1]; p++)
+        if (const float value = v[by.place(p)]; value != 0) terms.emplace_back(rows + by.token(p) * D, value);
       sum_rows(
-          to + f * D, nullptr, by.starts[f], by.starts[f + 1], D, [&](int64_t p) { return rows + by.sorted[p].token * D; },
-          [&](int64_t p) { return by.sorted[p].value; });
+          to + f * D, nullptr, 0, terms.size(), D, [&](int64_t q) { return terms[q].first; },
+          [&](int64_t q) { return terms[q].second; });
+    }
   });
   return out;
 }
@@ -994,21 +1012,20 @@ Tensor sum_by_latent(
 // The two gradients of a bag without its bias, of grad (B, D): that of values, dot_at(grad, W), and that of W (F, D),
 // sum_by_latent(values, grad), from one reading of grad's rows
 std::tuple<Tensor, Tensor> bag_backward(
-    const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& values, const Tensor& grad, const Tensor& W) {
-  const int64_t F = W.size(0), D = W.size(1);
-  const Places places(indices, offsets, F);
-  TORCH_CHECK(values.is_contiguous() && grad.is_contiguous() && W.is_contiguous() && grad.size(1) == D);
-  TORCH_CHECK(values.numel() == places.n && grad.size(0) == places.B);
-  const ByLatent by(places, values.const_data_ptr<float>(), F, true);
-  const float *rows = grad.const_data_ptr<float>(), *w = W.const_data_ptr<float>();
-  Tensor of_values = at::empty(indices.sizes(), grad.options()), of_W = at::empty({F, D}, grad.options());
+    const Tensor& starts, const Tensor& places, int64_t n_tokens, const Tensor& values, const Tensor& grad,
+    const Tensor& W) {
+  const ByLatent by(starts, places, n_tokens, values, grad);
+  const int64_t F = by.F, D = W.size(1);
+  TORCH_CHECK(W.is_contiguous() && W.size(0) == F && grad.size(1) == D);
+  const float *v = values.const_data_ptr<float>(), *rows = grad.const_data_ptr<float>(), *w = W.const_data_ptr<float>();
+  Tensor of_values = at::empty(values.sizes(), grad.options()), of_W = at::empty({F, D}, grad.options());
   float *dots = of_values.mutable_data_ptr<float>(), *to = of_W.mutable_data_ptr<float>();
   by_blocks(F, 128, [&](int64_t begin, int64_t end) {
     for (int64_t f = begin; f < end; f++)
       each_row<true, true>(
-          by.starts[f], by.starts[f + 1], D, [&](int64_t p) { return rows + by.sorted[p].token * D; },
-          [&](int64_t p) { return by.sorted[p].value; }, nullptr, to + f * D, w + f * D,
-          [&](int64_t p, float dot) { dots[by.sorted[p].place] = dot; });
+          by.starts[f], by.starts[f + 1], D, [&](int64_t p) { return rows + by.token(p) * D; },
+          [&](int64_t p) { return v[by.place(p)]; }, nullptr, to + f * D, w + f * D,
+          [&](int64_t p, float dot) { dots[by.place(p)] = dot; });
   });
   return {of_values, of_W};
 }
@@ -1247,10 +1264,11 @@ TORCH_LIBRARY(nanosae, m) {
   m.def("pack(Tensor W) -> (Tensor, Tensor)");
   m.def("packed_top_k(Tensor x, Tensor W, Tensor b, Tensor rows, Tensor of_rows, int k, bool absolute) -> (Tensor, Tensor)");
   m.def("packed_above(Tensor x, Tensor W, Tensor b, Tensor rows, Tensor of_rows, Tensor floor) -> (Tensor, Tensor, Tensor)");
-  m.def("sum_by_latent(Tensor indices, Tensor? offsets, Tensor values, Tensor x, int n_latents) -> Tensor");
+  m.def("by_latent(Tensor indices, Tensor? offsets, int n_latents) -> (Tensor, Tensor, int)");
+  m.def("sum_by_latent(Tensor starts, Tensor places, int n_tokens, Tensor values, Tensor x) -> Tensor");
   m.def("bag(Tensor indices, Tensor? offsets, Tensor values, Tensor W, Tensor? bias) -> Tensor");
   m.def(
-      "bag_backward(Tensor indices, Tensor? offsets, Tensor values, Tensor grad, Tensor W) -> (Tensor, Tensor)");
+      "bag_backward(Tensor starts, Tensor places, int n_tokens, Tensor values, Tensor grad, Tensor W) -> (Tensor, Tensor)");
   m.def("activity(Tensor indices, Tensor? offsets, Tensor values, int n_latents) -> (Tensor, Tensor)");
   m.def("dot_at(Tensor indices, Tensor? offsets, Tensor left, Tensor right) -> Tensor");
   m.def("moments(Tensor x, Tensor y) -> (Tensor, Tensor)");
@@ -1270,6 +1288,7 @@ TORCH_LIBRARY_IMPL(nanosae, CPU, m) {
   m.impl("pack", pack);
   m.impl("packed_top_k", packed_top_k);
   m.impl("packed_above", packed_above);
+  m.impl("by_latent", by_latent);
   m.impl("sum_by_latent", sum_by_latent);
   m.impl("bag", bag);
   m.impl("bag_backward", bag_backward);

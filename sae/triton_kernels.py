@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 PIECE = 128  # tokens of a latent that one program adds up
 
@@ -113,7 +112,7 @@ def dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor)
     return out
 
 
-class _Sorted(NamedTuple):
+class ByLatent(NamedTuple):
     """Places in the order of their latents."""
 
     order: Tensor  # (n,)
@@ -121,27 +120,19 @@ class _Sorted(NamedTuple):
     starts: Tensor  # (F + 1,), where each latent's begin
     ends: Tensor  # (F,), where each latent's further pieces of PIECE places end, among all of those
     latents: Tensor  # (n // PIECE,), whose piece it is; F if nobody's
-    version: int
 
 
-_sorted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # both gradients of a step take the same order
-
-
-def _by_latent(indices: Tensor, offsets: Tensor | None, F: int) -> _Sorted:
-    known = _sorted.get(indices)
-    if known is not None and known.version == indices._version and len(known.ends) == F:
-        return known
+def by_latent(indices: Tensor, offsets: Tensor | None, n_latents: int) -> ByLatent:
     flat = indices.reshape(-1)
     latents, order = flat.to(torch.int32).sort(stable=True)
     if offsets is None:
         tokens = order // indices.shape[1]
     else:
         tokens = torch.searchsorted(offsets, order, right=True) - 1
-    starts = torch.searchsorted(latents, torch.arange(F + 1, dtype=torch.int32, device=flat.device))
+    starts = torch.searchsorted(latents, torch.arange(n_latents + 1, dtype=torch.int32, device=flat.device))
     ends = ((starts.diff() - 1).clamp(min=0) // PIECE).cumsum(0)
     owners = torch.searchsorted(ends, torch.arange(len(flat) // PIECE, device=flat.device), right=True)
-    _sorted[indices] = result = _Sorted(order, tokens, starts, ends, owners, indices._version)
-    return result
+    return ByLatent(order, tokens, starts, ends, owners)
 
 
 @triton.jit
@@ -181,28 +172,21 @@ def _add_pieces(ends, out, further, D, WIDE: tl.constexpr):
         tl.store(out + latent * D + d, total, mask=d < D)
 
 
-def sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: Tensor, n_latents: int) -> Tensor:
-    """(F, D): for each latent the sum of values[place] * x[token] over the places whose index is that latent."""
-    D, by = x.shape[1], _by_latent(indices, offsets, n_latents)
-    out = x.new_empty(n_latents, D, dtype=torch.float32)
-    further = out.new_empty(len(by.latents), D)
+def sum_by_latent(
+    order: Tensor, tokens: Tensor, starts: Tensor, ends: Tensor, latents: Tensor, values: Tensor, x: Tensor
+) -> Tensor:
+    """(F, D): for each latent the sum of values[place] * x[token] over its places, as by_latent gives them."""
+    F, D = len(ends), x.shape[1]
+    out = x.new_empty(F, D, dtype=torch.float32)
+    further = out.new_empty(len(latents), D)
     wide = min(512, triton.next_power_of_2(D))
     blocks = triton.cdiv(D, wide)
-    _sum_pieces[(n_latents + len(further), blocks)](
-        by.order, by.tokens, by.starts, by.ends, by.latents, values, x, out, further, n_latents, D,
-        PIECE=PIECE, PLACES=8, WIDE=wide,
+    _sum_pieces[(F + len(further), blocks)](
+        order, tokens, starts, ends, latents, values, x, out, further, F, D, PIECE=PIECE, PLACES=8, WIDE=wide,
     )  # fmt: skip
     if len(further):
-        _add_pieces[(n_latents, blocks)](by.ends, out, further, D, WIDE=wide)
+        _add_pieces[(F, blocks)](ends, out, further, D, WIDE=wide)
     return out.to(x.dtype)
-
-
-def bag_backward(
-    indices: Tensor, offsets: Tensor | None, values: Tensor, grad: Tensor, W: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The two gradients of a bag without its bias, of grad (B, D): that of values, and that of W (F, D)."""
-    dots = dot_at(indices, offsets, grad, W).to(values.dtype)
-    return dots, sum_by_latent(indices, offsets, values, grad, len(W))
 
 
 @triton.jit

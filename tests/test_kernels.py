@@ -140,6 +140,34 @@ def test_backward_is_deterministic_to_the_bit():
     assert torch.equal(run(), run())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # plain torch, and C++ where there is a compiler
+def test_both_gradients_of_a_step_take_one_sort_of_its_latents(dtype, monkeypatch):
+    x, W_enc, b_enc, W_dec, indices, _, _ = problem(20, 8, 30, 5, dtype)
+    sort, sorted_ = kernels._by_latent, []
+    monkeypatch.setattr(kernels, "_by_latent", lambda *a: sorted_.append(sort(*a)) or sorted_[-1])
+    weights = [t.requires_grad_() for t in (W_enc, b_enc, W_dec)]
+    pre = kernels.gather_pre(x, W_enc, b_enc, (x @ W_enc + b_enc).detach().gather(1, indices), indices)
+    kernels.decode(indices, pre.relu(), W_dec).square().sum().backward()
+    chosen = torch.zeros(20, 30, dtype=dtype).scatter(1, indices, 1.0)
+    want = torch.autograd.grad(((x @ W_enc + b_enc).relu() * chosen @ W_dec).square().sum(), weights)
+    torch.testing.assert_close([w.grad for w in weights], list(want), rtol=1e-4, atol=1e-4)
+    assert len(sorted_) == 2 and sorted_[0] is sorted_[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_sort_serves_the_latents_it_was_made_of_alone(dtype):
+    x, values = torch.eye(4, dtype=dtype), torch.ones(8, dtype=dtype)
+    indices, offsets = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0]), torch.tensor([0, 2, 4, 6])
+    sums = lambda n=3: kernels._sum_by_latent(indices, offsets, values, x, n).int().tolist()
+    assert sums() == [[1, 1, 0, 2], [1, 0, 1, 0], [0, 1, 1, 0]] and sums(4) == [*sums(), [0] * 4]
+    indices[0] = 2
+    assert sums() == [[0, 1, 0, 2], [1, 0, 1, 0], [1, 1, 1, 0]]
+    offsets[1] = 1
+    assert sums() == [[0, 1, 0, 2], [0, 1, 1, 0], [1, 1, 1, 0]]
+    offsets = torch.tensor([0, 8, 8, 8])
+    assert sums() == [[3, 0, 0, 0], [2, 0, 0, 0], [3, 0, 0, 0]]
+
+
 def test_double_check_by_finite_differences():
     x, W_enc, b_enc, W_dec, indices, values, _ = problem(4, 3, 6, 2)
     inputs = [t.requires_grad_() for t in (x, W_enc.contiguous(), b_enc)]
