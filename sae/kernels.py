@@ -191,7 +191,8 @@ def _by_latent(indices: Tensor, offsets: Tensor | None, n_latents: int, ops: Any
 
 
 def _by_latent_plain(indices: Tensor, offsets: Tensor | None, n_latents: int) -> tuple[Tensor, Tensor, Tensor]:
-    order = torch.argsort(indices.reshape(-1), stable=True)
+    short = torch.int16 if n_latents <= 1 << 15 else torch.int32  # sorted by the byte
+    order = torch.argsort(indices.reshape(-1).to(short), stable=True)
     tokens = order // indices.shape[1] if offsets is None else rows_of(indices, offsets)[order]
     counts = count(indices, n_latents)
     return order, tokens, counts.cumsum(0) - counts
