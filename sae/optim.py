@@ -132,7 +132,11 @@ def squares(grad: Tensor, W: Tensor | None = None) -> Tensor | float:
         return ops.squares(grad, W)
     total = torch.zeros((), dtype=torch.float64, device=grad.device)
     for g, w in _blocks(grad, grad if W is None else W):
-        total += torch.linalg.vector_norm(g if W is None else _across(g, w)).double().square()
+        of_rows = torch.linalg.vector_norm(g, dim=-1).double().square()
+        if W is not None:
+            dots, per_square = _dots(g, w)
+            of_rows = (of_rows - (dots * dots * per_square).double()).clamp_(min=0)
+        total += of_rows.sum()
     return total
 
 
@@ -183,8 +187,13 @@ def _rounded_adam_(
 
 def _across(g: Tensor, w: Tensor) -> Tensor:
     """g (F, D) without the part of each of its rows along the same row of w."""
-    along = (g * w).sum(1, keepdim=True) / torch.linalg.vector_norm(w, dim=1, keepdim=True).square().clamp(min=1e-24)
-    return torch.addcmul(g, along, w, value=-1)
+    dots, per_square = _dots(g, w)
+    return torch.addcmul(g, (dots * per_square)[:, None], w, value=-1)
+
+
+def _dots(g: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of w (F, D) the product with the same row of g, and 1 over that with itself: (F,) both."""
+    return (g * w).sum(1), 1 / torch.linalg.vector_norm(w, dim=1).square().clamp_(min=1e-24)
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
