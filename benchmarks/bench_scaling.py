@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_step import SHAPES
+from benchmarks.bench_step import SHAPES, processor
 from benchmarks.step_runner import data
 from sae import native
 from sae.config import SAEConfig
@@ -159,8 +159,8 @@ def main() -> None:
             used[f"{shape} {path}"] = json.loads(done.stdout)
     results = {
         "about": {
-            "commit": git_commit(), "cores": os.cpu_count(), "machine": platform.machine(), "kernels": native.status(),
-            "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"), "rounds": ROUNDS, "steps": STEPS - 1,
+            "commit": git_commit(), "cores": os.cpu_count(), "machine": platform.machine(), "processor": processor(),
+            "kernels": native.status(), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"), "rounds": ROUNDS, "steps": STEPS - 1,
         },
         "base": {name: {**case.size, "step_ms": case.ms()} for name in AROUND for case in (cases[name, 0],)},
         "grows": grows,

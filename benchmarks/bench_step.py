@@ -6,7 +6,7 @@
 Contenders take turns, each in a process of its own that runs a few steps (step_runner.py), so that noise of the machine
 falls on all alike; a contender's time is the median over the steps of all rounds, the first ones of a process left out.
 Twice: as shipped, and with glibc's allocator told to keep memory, which spares peers the paging of every large tensor
-(nanoSAE tells it so itself). Writes benchmarks/results/bench_step.json.
+(nanoSAE tells it so itself). Writes benchmarks/results/bench_step.json; on another processor, --out another file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.peers import ALLOCATOR
 from sae.trainer import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "bench_step.json"
+RESULTS = ROOT / "benchmarks" / "results"
 SHAPES = {
     "S": {"B": 4096, "D": 128, "F": 2048, "K": 16, "steps": 24},
     "M": {"B": 4096, "D": 384, "F": 6144, "K": 32, "steps": 9},
@@ -41,6 +41,13 @@ CONTENDERS: dict[str, dict[str, str]] = {
     "dictionary-learning": {"library": "dictionary-learning"},
     "sae-lens": {"library": "sae-lens"},
 }
+
+
+def processor() -> str:
+    """What it calls itself, where it says so."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def run_job(job: dict[str, Any], allocator: str, peers_python: str) -> dict[str, Any]:
@@ -81,8 +88,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS))
     parser.add_argument("--allocators", nargs="+", default=["shipped", "tuned"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", default="bench_step.json")
     given = parser.parse_args()
-    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
+    out = RESULTS / given.out
+    rows = json.loads(out.read_text())["rows"] if out.is_file() else []
     for shape in given.shapes:
         for allocator in given.allocators:
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in given.only}
@@ -98,9 +107,9 @@ def main() -> None:
                       f"{row['peak_mib']:6.0f} MiB", flush=True)  # fmt: skip
             about = {
                 "commit": git_commit(), "cores": os.cpu_count(), "machine": platform.machine(),
-                "date": time.strftime("%Y-%m-%d"), "rounds": given.rounds,
+                "processor": processor(), "date": time.strftime("%Y-%m-%d"), "rounds": given.rounds,
             }  # fmt: skip
-            RESULTS.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+            out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

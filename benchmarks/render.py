@@ -164,9 +164,9 @@ def half() -> str:
     )
 
 
-def steps() -> str:
+def steps(file: str = "bench_step") -> str:
     """A training step, nanoSAE's and its peers'."""
-    result = load("bench_step")
+    result = load(file)
     cells = {(r["contender"], r["shape"], r["allocator"]): r for r in result["rows"]}
     shapes = list(dict.fromkeys(r["shape"] for r in result["rows"]))
     sizes = {r["shape"]: f"D={r['D']} F={r['F']} k={r['K']}" for r in result["rows"]}
@@ -182,9 +182,13 @@ def steps() -> str:
     ours = [cells[("nanosae", s, a)] for s in shapes for a in allocators if ("nanosae", s, a) in cells]
     about = result["about"]
     shares = ", ".join(f"{r['step_over_encoder']:.2f}" for r in ours if "step_over_encoder" in r)
-    lines += ["", f"(batch {ours[0]['B']}, float32, Adam but where another optimiser is named, the whole step; "
-              f"nanoSAE's step over the encoder in it, column by column: {shares}; {ours[0]['threads']} threads, "
-              f"{about['cores']} {about['machine']} cores, {ours[0]['kernels']}, {about['date']})"]  # fmt: skip
+    where = (f"{ours[0]['threads']} threads", f"{about['cores']} {about['machine']} cores", about.get("processor"),
+             ours[0]["kernels"], about["date"])  # fmt: skip
+    lines += [
+        "",
+        f"(batch {ours[0]['B']}, float32, Adam but where another optimiser is named, the whole step; "
+        f"nanoSAE's step over the encoder in it, column by column: {shares}; {', '.join(filter(None, where))})",
+    ]
     return "\n".join(lines)
 
 
@@ -229,7 +233,7 @@ def scaling() -> str:
     return (
         f"With k={k} and batch {B} the time of a step grows with the power {slopes}; {added}. Peak memory of a "
         f"step over weights, gradients, optimiser, inputs and a block of at most 2^25 pre-activations: {peaks}. Plot: "
-        f"benchmarks/results/bench_scaling.png ({r['about']['date']})."
+        f"benchmarks/results/bench_scaling.png ({r['about'].get('processor', r['about']['machine'])}, {r['about']['date']})."
     )
 
 
@@ -402,6 +406,7 @@ TABLES = {
     "peers": peers,
     "sweep": sweep,
     "steps": steps,
+    "steps_elsewhere": lambda: steps("bench_step_xeon"),
     "viz": viz,
     "time_to_quality": time_to_quality,
     "half": half,

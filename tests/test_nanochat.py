@@ -9,6 +9,7 @@ Run: python -m pytest tests/test_nanochat.py
 import json
 import pickle
 import sys
+from functools import partial
 
 import pytest
 import tiktoken
@@ -374,16 +375,17 @@ def test_logits_are_the_models_own(base):
     for hook_type, width in zip(HOOK_TYPES, (D, D, D, D, 4 * D), strict=True):
         hookpoint = hooks.at_layer(lm.module, 1, hook_type)
         assert lm.widths([hookpoint])[hookpoint] == width
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=5e-5)  # products of other shapes round otherwise
     # padding on the right is not seen
     padded = torch.cat((ids, torch.zeros(2, 3, dtype=torch.int64)), 1)
     seen = torch.cat((valid, torch.zeros(2, 3, dtype=torch.bool)), 1)
-    torch.testing.assert_close(lm.logits(padded, seen)[:, :12], logits)
+    close(lm.logits(padded, seen)[:, :12], logits)
     # one position alone, which nanochat's forward refuses
     first, one = ids[:, :1], valid[:, :1]
-    torch.testing.assert_close(lm.logits(first, one), logits[:, :1])
+    close(lm.logits(first, one), logits[:, :1])
     x = lm.hidden(first, one, ["transformer.h.1"])["transformer.h.1"]
-    torch.testing.assert_close(x, lm.hidden(ids, valid, ["transformer.h.1"])["transformer.h.1"][:, :1])
-    torch.testing.assert_close(lm.logits_replacing(first, one, "transformer.h.1", x), logits[:, :1])
+    close(x, lm.hidden(ids, valid, ["transformer.h.1"])["transformer.h.1"][:, :1])
+    close(lm.logits_replacing(first, one, "transformer.h.1", x), logits[:, :1])
 
 
 @pytest.mark.parametrize("hook_type", HOOK_TYPES)
