@@ -160,7 +160,8 @@ def main() -> None:
     results = {
         "about": {
             "commit": git_commit(), "cores": os.cpu_count(), "machine": platform.machine(), "processor": processor(),
-            "kernels": native.status(), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"), "rounds": ROUNDS, "steps": STEPS - 1,
+            "kernels": native.status(), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
+            "rounds": ROUNDS, "steps": STEPS - 1,
         },
         "base": {name: {**case.size, "step_ms": case.ms()} for name in AROUND for case in (cases[name, 0],)},
         "grows": grows,

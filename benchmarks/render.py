@@ -229,11 +229,11 @@ def scaling() -> str:
     )
     peaks = ", ".join(f"{name.split()[0]} {m['peak_mib'] / m['needed_mib']:.2f}" for name, m in memory.items()
                       if name.endswith("auto"))  # fmt: skip
-    k, B = base["M"]["K"], base["M"]["B"]
+    k, B, about = base["M"]["K"], base["M"]["B"], r["about"]
     return (
         f"With k={k} and batch {B} the time of a step grows with the power {slopes}; {added}. Peak memory of a "
         f"step over weights, gradients, optimiser, inputs and a block of at most 2^25 pre-activations: {peaks}. Plot: "
-        f"benchmarks/results/bench_scaling.png ({r['about'].get('processor', r['about']['machine'])}, {r['about']['date']})."
+        f"benchmarks/results/bench_scaling.png ({about.get('processor', about['machine'])}, {about['date']})."
     )
 
 
