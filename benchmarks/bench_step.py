@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import ALLOCATOR
+from sae import native
 from sae.trainer import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,10 +45,8 @@ CONTENDERS: dict[str, dict[str, str]] = {
 
 
 def processor() -> str:
-    """What it calls itself, where it says so."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    """What it calls itself."""
+    return native.cpuinfo("model name").split(":")[-1].strip()
 
 
 def run_job(job: dict[str, Any], allocator: str, peers_python: str) -> dict[str, Any]:

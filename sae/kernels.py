@@ -185,8 +185,8 @@ def _by_latent(indices: Tensor, offsets: Tensor | None, n_latents: int, ops: Any
     state = (indices._version, n_latents, ops, None if offsets is None else (id(offsets), offsets._version))
     known = _sorted.get(indices)
     if known is None or known[0] != state:
-        known = state, (ops.by_latent if ops else _by_latent_plain)(indices.contiguous(), offsets, n_latents), offsets
-        _sorted[indices] = known
+        sort = ops.by_latent if ops else _by_latent_plain
+        _sorted[indices] = known = state, sort(indices.contiguous(), offsets, n_latents), offsets  # or others got its id
     return known[1]
 
 

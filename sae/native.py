@@ -152,6 +152,11 @@ def _library() -> Path:
 
 def _processor() -> str:
     """What -march=native depends on."""
+    return cpuinfo("flags", "Features")
+
+
+def cpuinfo(*fields: str) -> str:
+    """The first line on a processor that begins with one of these, where Linux tells; else what Python calls it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return next((line for line in lines if line.startswith(fields)), platform.processor())

@@ -123,6 +123,7 @@ class ByLatent(NamedTuple):
 
 
 def by_latent(indices: Tensor, offsets: Tensor | None, n_latents: int) -> ByLatent:
+    """The places of all tokens in the order of their latents, of one latent in the order of tokens."""
     flat = indices.reshape(-1)
     latents, order = flat.to(torch.int32).sort(stable=True)
     if offsets is None:
