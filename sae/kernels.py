@@ -186,7 +186,7 @@ def _by_latent(indices: Tensor, offsets: Tensor | None, n_latents: int, ops: Any
     known = _sorted.get(indices)
     if known is None or known[0] != state:
         sort = ops.by_latent if ops else _by_latent_plain
-        _sorted[indices] = known = state, sort(indices.contiguous(), offsets, n_latents), offsets  # or others got its id
+        _sorted[indices] = known = state, sort(indices.contiguous(), offsets, n_latents), offsets  # kept for its id
     return known[1]
 
 
