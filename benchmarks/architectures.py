@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.machine import about
 from sae.activations import Stream, gather
 from sae.cache import CacheSource
 from sae.config import VERSION, SAEConfig
@@ -78,12 +75,8 @@ def main() -> None:
                 continue
             row = cell(activation, form, given.activations, given.tokens)
             done = [r for r in done if r not in same] + [row]
-            about = {
-                "nanosae": VERSION, "torch": torch.__version__, "threads": torch.get_num_threads(),
-                "cores": os.cpu_count(), "machine": platform.machine(), "date": time.strftime("%Y-%m-%d"),
-            }  # fmt: skip
             RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps({"about": about, "cells": done}, indent=1) + "\n")
+            RESULTS.write_text(json.dumps({"about": about() | {"nanosae": VERSION}, "cells": done}, indent=1) + "\n")
             print(
                 f"{activation:10} {form:10} EV {row['explained_variance']:.4f}  L0 {row['l0']:.2f}  "
                 f"dead {100 * row['dead_fraction']:.2f}%  {row['seconds']:.0f} s", flush=True,

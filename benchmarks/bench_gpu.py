@@ -247,14 +247,13 @@ def main() -> None:
 
 def measure(given: argparse.Namespace) -> None:
     """Every shape, every contender, every piece."""
-    from sae.trainer import git_commit
+    from benchmarks.machine import about
 
     rate = rates()
-    about = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "commit": git_commit(), "date": time.strftime("%Y-%m-%d"), "rounds": given.rounds, **rate,
+    how = {
+        **about(), "device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "rounds": given.rounds, **rate,
     }  # fmt: skip
-    result: dict[str, Any] = {"about": about, "rows": [], "pieces": {}}
+    result: dict[str, Any] = {"about": how, "rows": [], "pieces": {}}
     for name in given.shapes:
         shape, floor = SHAPES[name], floor_ms(SHAPES[name], rate)
         runs: dict[str, list[dict[str, Any]]] = {}

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from sae.trainer import git_commit
+from benchmarks.machine import about
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "bench_half.json"
@@ -66,11 +63,7 @@ def main() -> None:
                 for dtype in DTYPES:
                     rows.append({"model": name, **row(model, layer, dtype, seed, Path(tmp))})
                     print(json.dumps(rows[-1]), flush=True)
-    about = {
-        "commit": git_commit(), "cores": os.cpu_count(), "machine": platform.machine(),
-        "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "tokens": TOKENS,
-    }  # fmt: skip
-    RESULTS.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"about": about() | {"tokens": TOKENS}, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

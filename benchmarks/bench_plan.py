@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from sae.trainer import git_commit
+from benchmarks.machine import about
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "plan.json"
@@ -58,8 +56,7 @@ def main() -> None:
             row = {"processes": n, "flags": flags, "predicted_mib": predicted, "measured_mib": measured}
         rows.append(row)
         print(row, flush=True)
-    about = {"commit": git_commit(), "machine": platform.machine(), "date": time.strftime("%Y-%m-%d")}
-    RESULTS.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"about": about(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

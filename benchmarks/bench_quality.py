@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_step import SHAPES, SKIPPED, run_job
-from sae.trainer import git_commit
+from benchmarks.machine import about
 
 RESULTS = Path(__file__).resolve().parent / "results" / "bench_quality.json"
 SECONDS = {"S": 24.0, "M": 120.0}
@@ -96,11 +93,7 @@ def main() -> None:
     for shape in given.shapes:
         shapes[shape] = compare(shape, given.peers_python)
         print(json.dumps({key: value for key, value in shapes[shape].items() if key != "rows"}))
-        about = {
-            "commit": git_commit(), "cores": os.cpu_count(), "machine": platform.machine(),
-            "date": time.strftime("%Y-%m-%d"),
-        }  # fmt: skip
-        RESULTS.write_text(json.dumps({"about": about, "shapes": shapes}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({"about": about(), "shapes": shapes}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,13 +23,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import about
 from model import GPT, GPTConfig
 from sae import native
 from sae.config import SAEConfig
 from sae.language_model import PYGPT
 from sae.models import SAE, create_sae
 from sae.runtime import InterpretableModel
-from sae.trainer import git_commit
 
 RESULTS = Path(__file__).resolve().parent / "results" / "bench_runtime.json"
 SKIPPED = 3  # tokens: the prompt, and the first that touch their SAE
@@ -111,12 +110,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     native.keep_memory()
     rows = [row for name in args.models for row in measure(name, args.tokens)]
-    about = {
-        "commit": git_commit(), "torch": torch.__version__, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "machine": platform.machine(), "kernels": native.status(), "date": time.strftime("%Y-%m-%d"),
-        "tokens": args.tokens,
-    }  # fmt: skip
-    RESULTS.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    how = {"kernels": native.status(), "tokens": args.tokens}
+    RESULTS.write_text(json.dumps({"about": about() | how, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,13 +23,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_step import SHAPES, processor
+from benchmarks.bench_step import SHAPES
+from benchmarks.machine import about
 from benchmarks.step_runner import data
 from sae import native
 from sae.config import SAEConfig
 from sae.learner import Learner
 from sae.models import create_sae
-from sae.trainer import git_commit
 
 RESULTS = Path(__file__).resolve().parent / "results" / "bench_scaling.json"
 BASE = {"B": 4096, "D": 384, "F": 6144, "K": 32}
@@ -158,11 +156,7 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             used[f"{shape} {path}"] = json.loads(done.stdout)
     results = {
-        "about": {
-            "commit": git_commit(), "cores": os.cpu_count(), "machine": platform.machine(), "processor": processor(),
-            "kernels": native.status(), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
-            "rounds": ROUNDS, "steps": STEPS - 1,
-        },
+        "about": about() | {"kernels": native.status(), "rounds": ROUNDS, "steps": STEPS - 1},
         "base": {name: {**case.size, "step_ms": case.ms()} for name in AROUND for case in (cases[name, 0],)},
         "grows": grows,
         "k_doubled": {name: cases[name, "K"].ms() / cases[name, 0].ms() for name in AROUND},

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
-import platform
 import random
 import re
 import statistics
@@ -27,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sae.trainer import git_commit
+from benchmarks.machine import about
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "bench_server.json"
@@ -154,8 +152,7 @@ def main() -> None:
     args = parser.parse_args()
     with server(*(["--sae_path", args.sae_path] if args.sae_path else [])) as (port, pid):
         found = storm(port, pid, clients=args.clients, seconds=args.seconds)
-    machine = {"cores": os.cpu_count(), "machine": platform.machine()}
-    found["about"] = {"commit": git_commit(), "date": time.strftime("%Y-%m-%d"), **machine}
+    found["about"] = about()
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

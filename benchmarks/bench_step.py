@@ -14,17 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import about
 from benchmarks.peers import ALLOCATOR
-from sae import native
-from sae.trainer import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -42,11 +39,6 @@ CONTENDERS: dict[str, dict[str, str]] = {
     "dictionary-learning": {"library": "dictionary-learning"},
     "sae-lens": {"library": "sae-lens"},
 }
-
-
-def processor() -> str:
-    """What it calls itself."""
-    return native.cpuinfo("model name").split(":")[-1].strip()
 
 
 def run_job(job: dict[str, Any], allocator: str, peers_python: str) -> dict[str, Any]:
@@ -104,11 +96,7 @@ def main() -> None:
                 rows.append(row)
                 print(f"{shape} {allocator:8} {name:20} {row['step_ms']:9.1f} ms {row['tokens_per_s']:9.0f} tokens/s "
                       f"{row['peak_mib']:6.0f} MiB", flush=True)  # fmt: skip
-            about = {
-                "commit": git_commit(), "cores": os.cpu_count(), "machine": platform.machine(),
-                "processor": processor(), "date": time.strftime("%Y-%m-%d"), "rounds": given.rounds,
-            }  # fmt: skip
-            out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+            out.write_text(json.dumps({"about": about() | {"rounds": given.rounds}, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

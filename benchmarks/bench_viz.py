@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -30,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.machine import about
 from sae import formats, native
 from sae.config import SAEConfig, VizConfig
 from sae.datasets import open_dataset
@@ -38,7 +37,6 @@ from sae.labels import distribution
 from sae.language_model import LanguageModel, load_language_model
 from sae.models import SAE, create_sae
 from sae.tokens import TokenRows, kept_positions
-from sae.trainer import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "bench_viz.json"
@@ -194,12 +192,7 @@ def main() -> None:
         "peers": lambda: peers(given.sae_path, given.peers_python),
     }
     for part in given.parts:
-        about = {
-            "commit": git_commit(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "machine": platform.machine(), "torch": torch.__version__, "kernels": native.status(),
-            "date": time.strftime("%Y-%m-%d"),
-        }  # fmt: skip
-        found = {**jobs[part](), "about": about}
+        found = {**jobs[part](), "about": about() | {"kernels": native.status()}}
         results = {**(json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}), part: found}
         print(part, json.dumps(results[part], indent=1))
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import about
 from benchmarks.scale_model import SHAPE, trainer
 from sae import distributed
 from sae.config import SAEConfig
 from sae.distributed import Axis, World
-from sae.trainer import SAETrainer, git_commit
+from sae.trainer import SAETrainer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "bench_world.json"
 SAME: Callable[[Any, Any], Any] = lambda self, x: x  # noqa: ARG005
@@ -65,8 +66,7 @@ def main() -> None:
     row = {"device": what, **took, "ratio": took["with"] / took["without"], "date": time.strftime("%Y-%m-%d")}
     old = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
     rows = [r for r in old if r["device"] != what] + [row]
-    about = {"commit": git_commit(), "shape": SHAPE, "steps": STEPS}
-    RESULTS.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"about": about() | {"shape": SHAPE, "steps": STEPS}, "rows": rows}, indent=1) + "\n")
     print(row)
 
 

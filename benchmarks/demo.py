@@ -7,14 +7,12 @@ Writes benchmarks/results/demo.json.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-from sae.trainer import git_commit
+from benchmarks.machine import about
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = (
@@ -35,11 +33,8 @@ def main() -> None:
         report = json.loads((clone / "sae_models" / "layer_10" / "eval.json").read_text())
         pages = len((clone / "sae_models" / "layer_10" / "features" / "features.jsonl").read_text().splitlines())
     result = {
-        "about": {
-            "commit": git_commit(), "cores": os.cpu_count(), "machine": platform.machine(),
-            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
-        },
-        "seconds": round(seconds, 1), "limit_s": 300, "pages": pages, "eval": {key: report[key] for key in KEYS},
+        "about": about(), "seconds": round(seconds, 1), "limit_s": 300, "pages": pages,
+        "eval": {key: report[key] for key in KEYS},
     }  # fmt: skip
     path = ROOT / "benchmarks" / "results" / "demo.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import about
 from sae.checkpoint import checkpoints, newest_whole
-from sae.trainer import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "fault.json"
@@ -79,8 +79,7 @@ def main() -> None:
             print(rows[-1], flush=True)
         steps = [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         assert steps == sorted(set(steps)), "a step was trained twice"
-    about = {"commit": git_commit(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), "limit_s": LIMIT_S}
-    result = {"about": about, "longest_s": max(r["seconds"] for r in rows), "rows": rows}
+    result = {"about": about() | {"limit_s": LIMIT_S}, "longest_s": max(r["seconds"] for r in rows), "rows": rows}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     if result["longest_s"] > LIMIT_S:
         sys.exit(f"a run took {result['longest_s']:.0f} s to end")

@@ -20,11 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +30,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.machine import about
 from benchmarks.peers_runner import read
 from sae import schedules as sched
 from sae.config import SAEConfig
@@ -229,13 +228,13 @@ def main() -> None:
     for row in rows:
         say(row)
     if len(rows) == len(plan) and args.tokens == TOKENS:
-        about = {
-            "cores": os.cpu_count(), "threads": args.threads, "machine": platform.machine(),
-            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "tokens": args.tokens,
-            "held_out_tokens": len(held_out), "hookpoint": next(iter(manifest["hookpoints"])),
-            "d_in": held_out.shape[1], "d_sae": plan[0]["d_sae"], "k": K,
+        job = {
+            "threads": args.threads, "tokens": args.tokens, "held_out_tokens": len(held_out),
+            "hookpoint": next(iter(manifest["hookpoints"])), "d_in": held_out.shape[1], "d_sae": plan[0]["d_sae"],
+            "k": K,
         }  # fmt: skip
-        RESULTS.write_text(json.dumps({"about": about, "summary": summary(rows), "rows": rows}, indent=1) + "\n")
+        result = {"about": about() | job, "summary": summary(rows), "rows": rows}
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written: {RESULTS.relative_to(ROOT)}")
 
 

@@ -10,11 +10,10 @@ benchmarks/results/quality_<name>.json, from which benchmarks/render.py makes th
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
-import time
 from pathlib import Path
+
+from benchmarks.machine import about
 
 RESULTS = Path(__file__).parent / "results"
 KEYS = (
@@ -51,11 +50,7 @@ def row(folder: Path) -> dict:
 
 def main() -> None:
     name, *folders = sys.argv[1:]
-    about = {
-        "cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
-    result = {"about": about, "rows": [row(Path(folder)) for folder in folders]}
+    result = {"about": about(), "rows": [row(Path(folder)) for folder in folders]}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"quality_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -26,6 +26,11 @@ def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def machine(about: dict) -> str:
+    """Where results were measured; older ones do not name their processor."""
+    return f"{about['cores']} cores ({about.get('processor') or about['machine']})"
+
+
 def flags(config: type) -> str:
     """Every field of a config as a flag."""
     lines = ["| flag | default | meaning |", "|---|---|---|"]
@@ -59,7 +64,7 @@ def quality() -> str:
             )  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     about = load("quality_pygpt")["about"]
-    lines += ["", f"(torch {r['torch']}, {about['cores']} {about['machine']} cores, {about['date']})"]
+    lines += ["", f"(torch {r['torch']}, {machine(about)}, {about['date']})"]
     return "\n".join(lines)
 
 
@@ -81,8 +86,8 @@ def architectures() -> str:
         lines.append(f"| {' | '.join(row)} |")
     r, about = result["cells"][0], result["about"]
     lines += ["", f"({r['n_tokens']:,} tokens once, {r['d_sae']} latents, batch {r['batch_size']}, held out "
-              f"{r['n_held_out']:,} tokens; torch {about['torch']}, {about['threads']} of {about['cores']} "
-              f"{about['machine']} cores, {about['date']})"]  # fmt: skip
+              f"{r['n_held_out']:,} tokens; torch {about['torch']}, {about['threads']} threads, "
+              f"{machine(about)}, {about['date']})"]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -128,7 +133,7 @@ def peers() -> str:
     lines += ["", (
         f"({about['hookpoint']} of MiniLM, {about['tokens']:,} tokens once, F = {about['d_sae']}, k = {about['k']}, "
         f"{r['summary'][0]['seeds']} seeds, mean +- standard deviation; {about['held_out_tokens']:,} held-out tokens; "
-        f"{about['threads']} thread on a machine of {about['cores']} {about['machine']} cores, {about['date']})"
+        f"{about['threads']} thread on {machine(about)}, {about['date']})"
     )]  # fmt: skip
     return "\n".join(lines)
 
@@ -140,7 +145,7 @@ def sweep() -> str:
     return (
         f"The {r['saes']} SAEs of `--layers 4 7 10 --k 16 32 --init_seeds 0 1`, {r['tokens']:,} tokens each: "
         f"{r['sweep_seconds']:.0f} s in one run, {r['sum_alone_seconds']:.0f} s in twelve, one after the other "
-        f"({100 * r['ratio']:.0f}%; {about['cores']} {about['machine']} cores, {about['date']})."
+        f"({100 * r['ratio']:.0f}%; {machine(about)}, {about['date']})."
     )
 
 
@@ -159,9 +164,7 @@ def half() -> str:
             f"{r['forwards_s']:.1f} s | {r['own']['explained_variance']:.4f} | "
             f"{r['in_float32']['explained_variance']:.4f} | {'no head' if score is None else f'{score:.4f}'} |"
         )
-    return "\n".join(
-        [*lines, "", f"({about['tokens']:,} tokens; {about['cores']} {about['machine']} cores, {about['date']})"]
-    )
+    return "\n".join([*lines, "", f"({about['tokens']:,} tokens; {machine(about)}, {about['date']})"])
 
 
 def steps(file: str = "bench_step") -> str:
@@ -182,12 +185,11 @@ def steps(file: str = "bench_step") -> str:
     ours = [cells[("nanosae", s, a)] for s in shapes for a in allocators if ("nanosae", s, a) in cells]
     about = result["about"]
     shares = ", ".join(f"{r['step_over_encoder']:.2f}" for r in ours if "step_over_encoder" in r)
-    where = (f"{ours[0]['threads']} threads", f"{about['cores']} {about['machine']} cores", about.get("processor"),
-             ours[0]["kernels"], about["date"])  # fmt: skip
+    where = f"{ours[0]['threads']} threads, {machine(about)}, {ours[0]['kernels']}, {about['date']}"
     lines += [
         "",
         f"(batch {ours[0]['B']}, float32, Adam but where another optimiser is named, the whole step; "
-        f"nanoSAE's step over the encoder in it, column by column: {shares}; {', '.join(filter(None, where))})",
+        f"nanoSAE's step over the encoder in it, column by column: {shares}; {where})",
     ]
     return "\n".join(lines)
 
@@ -209,7 +211,7 @@ def time_to_quality() -> str:
             lines.append(f"| {' | '.join(cells)} |")
     best = ", ".join(f"{s['share_at_best_lr']:.2f}" for s in result["shapes"].values() if s["share_at_best_lr"])
     about = result["about"]
-    lines += ["", f"(both at their best step size: {best} of its time; {about['cores']} {about['machine']} cores, "
+    lines += ["", f"(both at their best step size: {best} of its time; {machine(about)}, "
               f"{about['date']})"]  # fmt: skip
     return "\n".join(lines)
 
@@ -233,7 +235,7 @@ def scaling() -> str:
     return (
         f"With k={k} and batch {B} the time of a step grows with the power {slopes}; {added}. Peak memory of a "
         f"step over weights, gradients, optimiser, inputs and a block of at most 2^25 pre-activations: {peaks}. Plot: "
-        f"benchmarks/results/bench_scaling.png ({about.get('processor', about['machine'])}, {about['date']})."
+        f"benchmarks/results/bench_scaling.png ({machine(about)}, {about['date']})."
     )
 
 
@@ -254,7 +256,7 @@ def meshes() -> str:
         lines.append(f"| {' | '.join(cells)} |")
     shape = about["shape"]
     lines += ["", f"(D={shape['d_in']} F={shape['d_sae']} k={shape['k']}, {shape['batch_size']} tokens a step, "
-              f"processes over gloo on {about['cores']} {about['machine']} cores, {about['date']})", ""]  # fmt: skip
+              f"processes over gloo on {machine(about)}, {about['date']})", ""]  # fmt: skip
     best = ", ".join(f"{p['gpus']}: {p['replicas']} x {p['shards']} {p['tokens_per_s']:,.0f}" for p in r["predicted"])
     lines += [f"Best meshes for F={about['d_sae']:,} D={about['d_in']:,}, {about['batch']:,} tokens a step, by the "
               f"same model (GPUs: replicas x shards, tokens/s; nothing of it measured): {best}."]  # fmt: skip
@@ -340,7 +342,7 @@ def runtime() -> str:
         lines.append(f"| {way} | {' | '.join(shown)} |")
     about = result["about"]
     lines += ["", f"(medians over {about['tokens']} tokens, all ways in turn after every token, batch 1, KV cache; "
-              f"TopK, k = 32; {about['threads']} threads, {about['cores']} {about['machine']} cores, "
+              f"TopK, k = 32; {about['threads']} threads, {machine(about)}, "
               f"{about['kernels']}, {about['date']})"]  # fmt: skip
     return "\n".join(lines)
 
@@ -388,7 +390,7 @@ def server() -> str:
         f"{r['clients']} clients at once for {r['seconds']:.0f} s, a fifth of them slow readers: {r['answered']:,} "
         f"answers of {r['tokens_per_answer']} tokens, each the one that its question gets alone; {r['refused']} "
         f"refused in words, {r['left']} left halfway, {r['wrong']} wrong; memory {m['before']} MB before, "
-        f"{m['middle']} in the middle, {m['after']} after ({about['cores']} {about['machine']} cores, {about['date']})."
+        f"{m['middle']} in the middle, {m['after']} after ({machine(about)}, {about['date']})."
     )
 
 

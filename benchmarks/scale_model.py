@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,12 +24,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.machine import about
 from sae import distributed, plan
 from sae.activations import Stream, TensorSource
 from sae.config import SAEConfig
 from sae.distributed import ALONE, Axis, World
 from sae.models import create_sae
-from sae.trainer import SAETrainer, git_commit
+from sae.trainer import SAETrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scale_model.json"
@@ -204,12 +204,8 @@ def main() -> None:
     c = SAEConfig(d_in=given.d_in, d_sae=given.d_sae, k=128, batch_size=given.batch)
     cluster = Cluster()
     rows = [row for n in (2**i for i in range(11)) if (row := best_mesh(cluster, c, n)) is not None]
-    about = {
-        "commit": git_commit(), "cores": os.cpu_count(), "machine": platform.machine(),
-        "date": time.strftime("%Y-%m-%d"),
-        "cluster": cluster._asdict(), "shape": SHAPE, "d_in": c.d_in, "d_sae": c.d_sae, "batch": c.batch_size,
-    }  # fmt: skip
-    RESULTS.write_text(json.dumps({"about": about, "measured": measured, "predicted": rows}, indent=1) + "\n")
+    job = {"cluster": cluster._asdict(), "shape": SHAPE, "d_in": c.d_in, "d_sae": c.d_sae, "batch": c.batch_size}
+    RESULTS.write_text(json.dumps({"about": about() | job, "measured": measured, "predicted": rows}, indent=1) + "\n")
     for r in rows:
         print(f"{r['gpus']:5} GPUs  {r['replicas']:4} x {r['shards']:4}  {r['tokens_per_s']:12,.0f} tokens/s")
     draw(rows, c)

@@ -12,17 +12,16 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import time
 import tokenize
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.machine import about
 from sae.commands import ChatConfig
 from sae.conversation import Ask, Conversation
 from sae.datasets import open_dataset
-from sae.trainer import git_commit
 from scripts.chat import open_conversation
 
 RESULTS = Path(__file__).resolve().parent / "results" / "steering.json"
@@ -132,9 +131,8 @@ def main() -> None:
         })  # fmt: skip
         print(f"{edit if steer else 'plain':>12}: {100 * rows[-1]['share']:.0f}% inside a {args.what}")
         print(rows[-1]["examples"][0]["text"])
-    about = {"commit": git_commit(), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
-    about |= {"model": chat.lm.name, "hookpoint": name, "texts": len(STARTS) * args.seeds, "tokens": args.tokens}
-    result = {"what": args.what, "feature": feature, "rows": rows, "shown": SHOWN, "about": about}
+    of = {"model": chat.lm.name, "hookpoint": name, "texts": len(STARTS) * args.seeds, "tokens": args.tokens}
+    result = {"what": args.what, "feature": feature, "rows": rows, "shown": SHOWN, "about": about() | of}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -10,17 +10,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-
-from sae.trainer import git_commit
+from benchmarks.machine import about
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS, KS, SEEDS = ("4", "7", "10"), ("16", "32"), ("0", "1")
@@ -49,11 +45,7 @@ def main() -> None:
             alone[name] = run("--layer", layer, "--k", k, "--seed", seed, "--run_name", name.replace(", ", "_"))
             print(f"{name}: {alone[name]:.1f} s", flush=True)
     result = {
-        "about": {
-            "commit": git_commit(), "torch": torch.__version__, "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "machine": platform.machine(), "date": time.strftime("%Y-%m-%d"),
-        },
-        "tokens": n_tokens, "saes": trained, "sweep_seconds": together, "alone_seconds": alone,
+        "about": about(), "tokens": n_tokens, "saes": trained, "sweep_seconds": together, "alone_seconds": alone,
         "sum_alone_seconds": sum(alone.values()), "ratio": together / sum(alone.values()),
     }  # fmt: skip
     path = ROOT / "benchmarks" / "results" / "sweep.json"
