@@ -4,7 +4,8 @@
 
 Python's own tokenizer says which tokens of held-out code lie inside a comment (or docstring). The latent that says so
 best (by F1) is steered while the model goes on with the beginnings of functions; for each strength, how much of what
-it writes Python's tokenizer then takes for a comment. Same seeds with and without. Writes results/steering.json.
+it writes Python's tokenizer then takes for a comment. Same seeds with and without.
+Writes benchmarks/results/steering.json.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import about
+from sae import log
 from sae.commands import ChatConfig
 from sae.conversation import Ask, Conversation
 from sae.datasets import open_dataset
@@ -70,6 +72,7 @@ def find(chat: Conversation, name: str, what: str, n_tokens: int = 60_000) -> di
     lm, sae = chat.lm, chat.live.saes[name]
     hits, fired, largest = (torch.zeros(sae.d_sae) for _ in range(3))
     n_inside = n = 0
+    bar = log.progress(n_tokens, "looking for the latent")
     for text in open_dataset(None).documents("val"):
         if n >= n_tokens:
             break
@@ -86,6 +89,8 @@ def find(chat: Conversation, name: str, what: str, n_tokens: int = 60_000) -> di
             fired += (f > 0).sum(0)
             largest = torch.maximum(largest, f.amax(0))
             n_inside, n = n_inside + int(where.sum()), n + len(part)
+            bar.update(min(len(part), n_tokens - bar.n))
+    bar.close()
     f1 = 2 * hits / (fired + n_inside)
     best = int(f1.argmax())
     return {
@@ -122,7 +127,12 @@ def main() -> None:
     for strength in STRENGTHS:
         edit = f"{feature['latent']}:+{strength * feature['largest_activation']:.1f}"
         steer = (edit,) if strength else ()
-        written = [(s, seed, write(chat, s, steer, seed, args.tokens)) for s in STARTS for seed in range(args.seeds)]
+        jobs = [(s, seed) for s in STARTS for seed in range(args.seeds)]
+        with log.progress(len(jobs), edit if steer else "plain", unit="text") as bar:
+            written = []
+            for s, seed in jobs:
+                written.append((s, seed, write(chat, s, steer, seed, args.tokens)))
+                bar.update()
         shares = [share(chat, s, ids, args.what) for s, _, ids in written]
         texts = [chat.lm.tokenizer.decode(ids) for _, _, ids in written]
         rows.append({

@@ -72,6 +72,7 @@ class ChatConfig:
     def __post_init__(self) -> None:
         alone = self.prompt is not None
         require(alone or not (self.json or self.explain is not None), "--json and --explain go with --prompt; give it")
+        require(self.prompt != "", "the prompt is empty; write something")
         require(self.explain != "", "the token to explain is empty; give one, such as --explain ' file'")
         require(not (self.web and alone), "--web and --prompt exclude each other; drop one")
         for name in said(self, "host", "port", "max_waiting"):

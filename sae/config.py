@@ -455,7 +455,9 @@ class EvalConfig:
         None, "the language model (default: the one the SAE was trained on)", alias=("checkpoint", "model_name")
     )
     dataset: str | None = knob(None, "the text (default: held-out text of the SAE's own)", alias=("dataset_name",))
-    eval_tokens: int = knob(131_072, "tokens to evaluate on (special tokens not counted)", alias=("num_test_samples",))
+    eval_tokens: int = knob(
+        131_072, "tokens to evaluate on (special tokens not counted)", alias=("num_test_samples", "max_tokens")
+    )
     mean_tokens: int = knob(16_384, "leading tokens that give the mean used by mean ablation")
     ctx_len: int | None = knob(None, "tokens per sequence (default: as in training)", alias=("context_length",))
     model_batch_size: int = knob(16, "sequences per forward of the language model")
@@ -472,7 +474,7 @@ class EvalConfig:
 class VizConfig(EvalConfig):
     """sae_viz: what each feature means, as pages that open in a browser."""
 
-    eval_tokens: int = knob(131_072, "tokens to look for contexts in", alias=("num_samples",))
+    eval_tokens: int = knob(131_072, "tokens to look for contexts in", alias=("num_samples", "max_tokens"))
     feature: tuple[int, ...] = knob((), "only these features")
     all_features: bool = knob(False, "a page for every feature (default: the first 1000 that fire)")
     top_k: int = knob(20, "contexts per feature")

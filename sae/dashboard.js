@@ -16,7 +16,7 @@ function el(tag, attributes = {}, ...children) {
 }
 const num = (v, digits = 3) => (v === null || v === undefined ? "" : v === 0 ? "0" : Math.abs(v) >= 1e4 || Math.abs(v) < 1e-3
   ? v.toExponential(digits - 1) : String(+v.toPrecision(digits)));
-const percent = (v) => `${num(100 * v)}%`;
+const percent = (v) => `${num(100 * v, v < 1e-4 ? 2 : 3)}%`;  // as a column holds
 
 // ---------------------------------------------------------------------------------------------------------------------
 // tokens

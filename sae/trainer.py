@@ -435,10 +435,12 @@ FREE_SETTINGS = {
 
 def refuse_existing(save_dir: Path) -> None:
     """Raise UserError if the folder holds a run."""
-    if (save_dir / "config.json").exists() or checkpoints(save_dir) or (save_dir / formats.CFG).exists():
+    saved = checkpoints(save_dir) or any(save_dir.rglob(formats.CFG))
+    if saved or (save_dir / "config.json").exists():
+        then = "give --resume, --overwrite" if saved else "it has no checkpoint to resume from yet; give --overwrite"
         raise UserError(
-            f"'{save_dir}' holds a run already; give --resume, --overwrite or another --run_name (from "
-            "Python: overwrite=True or another save_dir)"
+            f"'{save_dir}' holds a run already; {then} or another --run_name (from Python: overwrite=True or another "
+            "save_dir)"
         )
 
 
@@ -464,7 +466,8 @@ def _refuse_other_settings(then: dict[str, Any], now: dict[str, Any], path: str 
         if before != asked:
             before = "(none given)" if before is None else before
             raise UserError(
-                f"'{path}' was trained with {name}={before} and {asked} is asked now; use the same settings"
+                f"'{path}' was trained with {name}={before} and {asked} is asked now; use the same settings, or "
+                "train on from its weights: --finetune"
             )
 
 

@@ -90,7 +90,7 @@ def cached_data(c: TrainConfig) -> Data:
         log.say(f"training on {c.max_tokens:,} of {n:,} collected tokens; --max_tokens takes more")
     elif c.max_tokens > n * c.num_epochs:
         times = f", {c.num_epochs} times each" if c.num_epochs > 1 else ""
-        log.say(f"training on all {n:,} collected tokens{times}; --num_epochs goes over them again")
+        log.say(f"training on all {n:,} collected tokens but those held out{times}; --num_epochs goes over them again")
     # all of it is read anew for each epoch, in a new order; of a part, rows are used again while they are at hand
     n_tokens, uses = (n * c.num_epochs, 1) if c.max_tokens >= n else (c.max_tokens, c.num_epochs)
     return Data(source, held_out, n_tokens, uses, origin)
@@ -393,7 +393,8 @@ def main(argv: list[str]) -> None:
         say_how_to_go_on(trainer, folder)
         raise
     if stream.n_passes:
-        log.say(f"the text was read again from its start: {stream.n_passes} more passes, in whole or in part")
+        more = "once more" if stream.n_passes == 1 else f"{stream.n_passes} times more"
+        log.say(f"the text was read {more} from its start, the last time not always to its end")
     finish(trainer, metrics, folder, evaluates="activations_file" not in data.metadata)
     if c.assess:
         assess_run(c, {name: trainer.folder(name) for name in saes}, data.held_out, lm, World(everyone, device=device))

@@ -431,7 +431,10 @@ def test_train_on_a_file(here, capsys, ending):
     assert f"was trained on 'acts{ending}', which names no model; give --model and --dataset" in capsys.readouterr().err
     again = ["--activations", f"acts{ending}", *SMALL, "--overwrite", "--max_tokens", 4000]
     assert call(sae_train, *again) == 0
-    assert "training on all 2,850 collected tokens; --num_epochs goes over them again" in capsys.readouterr().out
+    assert (
+        "training on all 2,850 collected tokens but those held out; --num_epochs goes over them again"
+        in capsys.readouterr().out
+    )
     assert call(sae_train, *again, "--num_epochs", 2) == 0
     assert "collected tokens" not in capsys.readouterr().out  # more than was asked for
 

@@ -285,6 +285,11 @@ def test_a_run_is_not_overwritten(tmp_path):
     first.train(verbose=False)
     with pytest.raises(UserError, match="holds a run already; give --resume, --overwrite"):
         trainer(config(), tmp_path / "run").train(verbose=False)
+    young = tmp_path / "young"
+    young.mkdir()
+    (young / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a run already; it has no checkpoint to resume from yet; give --overwr"):
+        trainer(config(), young).train(verbose=False)
     for bystander in (tmp_path / "run" / "other" / "config.json", tmp_path / "run" / "notes.txt"):
         bystander.parent.mkdir(exist_ok=True)
         bystander.write_text("{}")
