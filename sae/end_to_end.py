@@ -110,7 +110,8 @@ class EndToEnd:
     def learn(self, batch: Rows, learners: Mapping[str, Learner], step: int) -> None:
         """Add the gradients of a batch of sequences, model_batch_size of them at a time.
 
-        The loss is the mean over the batch's counted tokens, so that the parts' gradients add up to the whole's.
+        The loss is the mean over the batch's counted tokens, so that the parts' gradients add up to the whole's, but
+        of kinds that choose over a batch (BatchTopK, Matryoshka): these keep their k per part.
         """
         n_kept, n_counted = int(batch.keep.sum()), int(_counted(batch).sum())
         device = self.lm.device

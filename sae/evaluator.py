@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sae import hooks, log
 from sae.activations import ModelSource, gather
-from sae.config import PENALISED, SAEConfig, UserError
+from sae.config import PENALISED, SAEConfig, UserError, require
 from sae.datasets import Dataset
 from sae.distributed import ALONE, Axis, World
 from sae.kernels import Codes, count, moments
@@ -210,7 +210,9 @@ class SAEEvaluator:
         self.config = config or sae.config
 
     def totals(self, activations: Tensor, *, batch_size: int = 4096) -> Totals:
-        """The sums behind every metric, over activations (tokens, D)."""
+        """The sums behind every metric, over activations (tokens, D). Raises UserError for a transcoder: it predicts
+        other activations."""
+        require(not self.sae.config.transcode, "this SAE is a transcoder, whose output is not its input; use evaluate")
         mean = activations.double().mean(0) if len(activations) else None
         totals = Totals(self.sae.d_in, self.sae.d_sae, device=self.sae.W_dec.device, mean=mean)
         for x, out in reconstruct(self.sae, activations, batch_size=batch_size):

@@ -174,7 +174,7 @@ class FeatureTables:
         Only kept tokens count and can be a peak; windows show what the latent does at the others too.
         """
         assert codes.indices is not None
-        codes = Codes(codes.indices.cpu(), codes.values.cpu().float())
+        codes = Codes(codes.indices.cpu(), codes.values.cpu().float().abs())  # of latents with a sign, the size
         rows, values = self.row[codes.indices], codes.values
         places = valid.flatten().nonzero()[:, 0]  # n * T + t
         self.sample.add(ids, valid, keep, codes, first=first)

@@ -26,6 +26,7 @@ from sae.optim import Optimizer, own_layout
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PARTIAL = ("loss", "objective", "sparsity", "aux")  # sums over the tokens of this process
 SUMS = (*PARTIAL, "grad_norm", "penalty_weight")
+LIST_EVERY = 10  # steps between looks at which latents are dead: they read the device
 # What a step does per error of log L0: to thresholds, to what they move by in every step, to the log of the weight.
 STEER, STEER_DRIFT, STEER_WEIGHT = 0.2, 0.004, 0.01
 
@@ -81,9 +82,8 @@ class Learner:
         self.feature_counts = torch.zeros(F, dtype=torch.int64, device=device)
         self.rate = torch.full((F,), self.fresh_rate, device=device)  # running share of tokens a latent fires on
         self.residual = torch.zeros((), device=device)  # mean squared error of the step before
-        weight = (
-            config.l1_coefficient if config.l1_coefficient is not None else sched.L1_START.get(config.activation, 0)
-        )
+        start = sched.L1_START.get(config.activation, 0)
+        weight = config.l1_coefficient if config.l1_coefficient is not None else start
         self.log_weight = torch.tensor(math.log(max(weight, 1e-12)), device=device)
         self.drift = torch.zeros((), device=device)  # of thresholds in a step of full size, against what learning does
         self.average = {n: torch.zeros_like(p) for n, p in sae.named_parameters()} if config.ema else {}
@@ -294,6 +294,8 @@ class Learner:
             for name, p in sae.named_parameters() if self.average else ():
                 self.average[name].lerp_(self.optimizer.averaged(p), 1 - (c.ema or 0.0))
         self.n_updates += 1
+        if self.n_updates % LIST_EVERY == 0:
+            self.list_dead()
         self.counts = StepCounts(len(self.sae.own), self.device)
 
     def _reduce(self) -> None:
@@ -361,8 +363,8 @@ class Learner:
         """Point dead latents at badly explained tokens, with fresh optimiser moments; returns how many there were.
 
         acts: raw activations to choose from, each with probability ~ its squared error^2 (Anthropic 2023, "Towards
-        Monosemanticity", appendix). Kinds with a penalty start at a fifth of the living encoder's size, as there;
-        kinds that select would never choose so small a latent and take its size.
+        Monosemanticity", appendix). Relu and gated start at a fifth of the living encoder's size, as there; the
+        other kinds would hardly choose so small a latent and take its size.
         """
         sae, c, data, shards = self.sae, self.config, self.world.data, self.world.latents
         dead = self.is_dead().nonzero()[:, 0]
@@ -375,9 +377,8 @@ class Learner:
         parts = zip(x.split(4096), target.split(4096), strict=True)
         left = torch.cat([t - sae(part, whole=whole).x_hat for part, t in parts])
         weights = data.in_turn(left.square().sum(-1).square()).cpu()
-        rows = torch.multinomial(
-            weights, sum(n_dead), replacement=sum(n_dead) > int((weights > 0).sum()), generator=generator
-        )
+        again = sum(n_dead) > int((weights > 0).sum())
+        rows = torch.multinomial(weights, sum(n_dead), replacement=again, generator=generator)
         rows = rows[sum(n_dead[: shards.rank]) :][: len(dead)].to(x.device)
         mean = data.mean(x)
         directions = data.pick(x, rows) - (mean if c.transcode else sae.b_dec)
@@ -419,11 +420,11 @@ class Learner:
                 "the loss became NaN or infinite; the activations may hold NaN, or --learning_rate is too high "
                 f"(it was {sched.peak_lr(self.config):g})"
             )
-        self.list_dead()
+        n_dead = sum(self.world.latents.objects(int(self.is_dead().sum())))
         window = self.totals.reduced().metrics()
         metrics |= {name: window[name] for name in ("fvu", "explained_variance", "l0", "cosine")}
         metrics["mse"] = window["mse"] / self.scale_out**2
-        metrics["dead_fraction"] = self.n_dead / self.sae.d_sae
+        metrics["dead_fraction"] = n_dead / self.sae.d_sae
         self.new_window()
         return metrics
 
@@ -453,7 +454,8 @@ class Learner:
         c, sae = self.config, self.deployable()
         totals = Totals(sae.d_out, sae.d_sae, device=self.device, world=self.world)
         x, y = acts[self.reads], acts[self.hookpoint]
-        loss, weight = 0.0, float(self.log_weight.exp())
+        # a weight that is steered would say more of the step than of the SAE
+        loss, weight = 0.0, float(self.log_weight.exp()) if sched.target_l0(c) is None else 0.0
         p = sched.p_at(self.n_steps, c, self.n_steps)
         for rows, target in zip(x.split(4096), y.split(4096), strict=True):
             inner, wanted = self.normalise(rows.to(self.device), target.to(self.device))
@@ -466,9 +468,7 @@ class Learner:
         metrics["mse"] /= self.scale_out**2
         return {
             "total_loss": sum(self.world.data.objects(loss)) / totals.n, "mse_loss": metrics["mse"],
-            "l0": metrics["l0"],
-            "fvu": metrics["fvu"], "explained_variance": metrics["explained_variance"],
-            "dead_fraction": metrics["dead_fraction"],
+            **{name: metrics[name] for name in ("l0", "fvu", "explained_variance", "dead_fraction")},
         }  # fmt: skip
 
     def finished(self) -> SAE:

@@ -90,6 +90,9 @@ class Track:
         parts = self._parts[name]
         while parts and parts[-1][0] >= past:
             parts.pop()
+        if parts and parts[-1][0] + parts[-1][1][0].shape[-2] > past:  # a cache that was cut in the middle of a part
+            start, ys = parts[-1]
+            parts[-1] = start, tuple(y[..., : past - start, :] for y in ys)
         parts.append((past, tuple(y.view(*x.shape[:-1], -1) for y in found)))
 
     def _whole(self, name: str | None, last: bool) -> tuple[Tensor, ...]:

@@ -79,6 +79,11 @@ def target_l0(c: SAEConfig) -> float | None:
     return c.target_l0 if c.target_l0 is not None else float(c.k)
 
 
+def usual_l0(c: SAEConfig) -> float:
+    """Active latents per token, as far as the settings say: what it is steered to, else k."""
+    return target_l0(c) or float(c.k)
+
+
 # The penalty is counted in units of the activations' own spread (models.py), so that one value serves models of
 # different scale; a controller starts from these.
 L1_START = {"relu": 0.1, "gated": 0.15, "jumprelu": 0.001}
@@ -107,13 +112,13 @@ def dead_after_tokens(c: SAEConfig) -> int:
     if c.dead_feature_threshold is not None:
         return c.dead_feature_threshold
     firings = 256 if c.activation == "abstopk" else 16
-    return min(10_000_000, firings * n_latents(c) // c.k)
+    return min(10_000_000, int(firings * n_latents(c) / usual_l0(c)))
 
 
 def dead_below(c: SAEConfig) -> float | None:
     """Share of tokens below which a latent counts as dead, where that was asked for instead of a token count."""
     if c.dead_percentage_threshold is not None:
-        return c.dead_percentage_threshold * c.k / n_latents(c)
+        return c.dead_percentage_threshold * usual_l0(c) / n_latents(c)
     return c.dead_latent_threshold
 
 

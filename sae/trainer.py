@@ -428,7 +428,7 @@ RUN_FILES = (
 )  # fmt: skip
 # What may differ between the two halves of a resumed run.
 FREE_SETTINGS = {
-    "resume", "overwrite", "device", "model_device", "save_dir", "run_name", "save_every", "log_to_wandb",
+    "resume", "overwrite", "device", "model_device", "save_dir", "run_name", "save_every", "log_every", "log_to_wandb",
     "wandb_project", "assess", "distribute_modules", "shard_latents", "plan",
 }  # fmt: skip
 

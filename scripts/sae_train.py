@@ -13,7 +13,7 @@ from sae import cache, distributed, formats, hooks, kernels, log, native, plan, 
 from sae.activation_files import FileSource, is_activation_file
 from sae.activations import ModelSource, Source, Stream, gather
 from sae.checkpoint import checkpoints, to_resume_from
-from sae.config import REPLACED, CollectConfig, TrainConfig, UserError, from_cli, variants
+from sae.config import REPLACED, CollectConfig, TrainConfig, UserError, from_cli, require, variants
 from sae.datasets import open_dataset
 from sae.distributed import World
 from sae.end_to_end import EndToEnd, RowStream, held_out
@@ -246,15 +246,35 @@ def pretrained_saes(c: TrainConfig, saes: dict[str, SAE | None]) -> dict[str, SA
                 raise UserError(
                     f"the SAE in '{c.finetune}' has {what}={got} and {wanted} is asked for; set --{what} {got}"
                 )
+        _refuse_other_scale(c, sae, fresh)
         fresh.load_state_dict(fresh.part_of(sae.state_dict()))
         found[name] = fresh
     return found
+
+
+def _refuse_other_scale(c: TrainConfig, sae: SAE, fresh: SAE) -> None:
+    """Raise UserError if a pretrained SAE's weights would mean something else in a run with these settings."""
+    if sae.layer_norm != fresh.layer_norm:
+        flag = "--normalize_activations layer_norm" if sae.layer_norm else "another --normalize_activations"
+        what = "reads activations after layer norm" if sae.layer_norm else "reads activations without layer norm"
+        raise UserError(f"the SAE in '{c.finetune}' {what}; give {flag}")
+    norms = sae.W_dec.detach().norm(dim=1)
+    unit = norms.median() if c.transcode else 1.0  # a transcoder's unit may be that of other activations
+    if fresh.unit_decoder and ((norms - unit).abs() > 1e-3 * unit).any():
+        raise UserError(
+            f"the SAE in '{c.finetune}' has decoder rows of norms {norms.min():.3g} to {norms.max():.3g}, which would "
+            "be made 1; give --no-normalize_decoder"
+        )
 
 
 def end_to_end(c: TrainConfig, lm: LanguageModel, data: Data, world: World) -> tuple[RowStream, EndToEnd]:
     """The stream of sequences and the objective of --loss_fn ce or kl."""
     assert isinstance(data.source, ModelSource) and c.loss_fn in ("ce", "kl")
     assert isinstance(data.held_out, ModelSource)
+    gated = "gated" in c.sweep.get("activation", (c.activation,)) and c.fvu_coefficient == 0
+    require(
+        not gated, f"a gate learns from reconstruction alone; with --loss_fn {c.loss_fn} give --fvu_coefficient 0.1"
+    )
     data.held_out.rewind()
     val = held_out(data.held_out, min(c.val_tokens, 8192))
     stream = RowStream(data.source, n_tokens=data.n_tokens * data.uses, batch_size=tokens_per_step(c), world=world)

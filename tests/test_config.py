@@ -180,6 +180,8 @@ def test_schedules():
     assert sched.dead_after_tokens(SAEConfig(d_sae=3200, k=32)) == 1600
     assert sched.dead_after_tokens(SAEConfig(d_sae=1 << 25, k=32)) == 10_000_000
     assert sched.dead_after_tokens(SAEConfig(dead_feature_threshold=7)) == 7
+    assert sched.dead_after_tokens(SAEConfig(d_sae=4096, activation="jumprelu", target_l0=2)) == 16 * 4096 // 2
+    assert sched.dead_below(SAEConfig(d_sae=100, activation="relu", target_l0=2, dead_percentage_threshold=0.1)) == 2e-3
     assert sched.n_latents(SAEConfig(d_in=8, expansion_factor=4)) == 32
     with pytest.raises(UserError, match="neither"):
         sched.n_latents(SAEConfig())

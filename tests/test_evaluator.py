@@ -58,6 +58,11 @@ def test_no_metric_depends_on_the_batch_size():
             assert value == pytest.approx(whole[name], rel=1e-6), name
 
 
+def test_a_transcoder_is_not_measured_against_its_input():
+    with pytest.raises(UserError, match="is a transcoder"):
+        SAEEvaluator(create_sae(SAEConfig(d_in=8, d_sae=24, k=3, transcode=True))).evaluate(data())
+
+
 def test_an_offset_does_not_flatter_explained_variance():
     """The traps of other libraries: a large mean, or a constant error, must show (facts: peers.md 4.1)."""
     g = torch.Generator().manual_seed(0)

@@ -91,6 +91,21 @@ def filled(n_sequences, *, skip=lambda _: False, **settings):
     return tables
 
 
+def test_latents_with_a_sign_count_by_their_size():
+    """abstopk's latents fire both ways."""
+    c = SAEConfig(d_in=4, d_sae=40, k=3)
+    one, other = (FeatureTables(create_sae(c), (), top_k=3, context_tokens=2) for _ in range(2))
+    for ids, valid, keep, codes, first in stream(40):
+        signs = torch.where(codes.indices % 2 == 0, -1.0, 1.0)
+        one.add(ids, valid, keep, codes, first=first)
+        other.add(ids, valid, keep, Codes(codes.indices, codes.values * signs), first=first)
+    one.finish(), other.finish()
+    assert int(other.histogram.sum()) == 3 * int(other.all_positions.sum())
+    for name, table in vars(one).items():
+        if isinstance(table, torch.Tensor):
+            assert torch.equal(table, vars(other)[name]), name
+
+
 def test_memory_does_not_grow_with_the_text():
     sizes = []
     for n_sequences in (400, 4000):

@@ -63,7 +63,7 @@ def test_accumulated_gradients_are_the_whole_batchs(activation, parts):
                     p[:16] = -100.0  # dead
         one.learn({"": x}, 0)
         one.update(0)
-        one.read_window()
+        one.list_dead()
         with torch.no_grad():
             for name, p in one.sae.named_parameters():
                 if name in ("b_enc", "b_gate"):
@@ -122,6 +122,33 @@ def test_target_l0_is_reached(activation):
     )  # fmt: skip
     _, t = train_sae_from_activations(x, c, verbose=False)
     assert t.val_losses[-1]["l0"] == pytest.approx(6, rel=0.05)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gated", "jumprelu"])
+def test_the_best_model_is_not_the_one_of_the_smallest_penalty(activation):
+    one = learner(activation=activation)
+    one.start_from({"": data()})
+    before = one.validate({"": data(seed=1)})["total_loss"]
+    one.log_weight = one.log_weight + 1.0  # as the controller of L0 moves it
+    assert one.validate({"": data(seed=1)})["total_loss"] == before
+
+
+def test_learning_does_not_depend_on_when_the_log_is_written():
+    weights = []
+    for every in (1, 10_000):
+        one, x = learner(dead_feature_threshold=100), data()
+        one.start_from({"": x})
+        with torch.no_grad():
+            one.sae.b_enc[:10] = -100.0
+        for step in range(30):
+            one.learn({"": x}, step)
+            one.update(step)
+            if (step + 1) % every == 0:
+                one.read_window()
+        assert one.n_dead >= 10
+        weights.append(one.sae.state_dict())
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
 
 
 def test_dead_by_tokens_by_share_and_by_rate():

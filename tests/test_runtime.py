@@ -118,6 +118,17 @@ def test_cache_or_not_the_same_features(lm, texts):
     torch.testing.assert_close(records[0][3], records[1][3], rtol=0, atol=1e-5)
 
 
+def test_a_cache_cut_in_the_middle_of_a_prompt(lm):
+    """As assisted decoding does with what it drew and dropped."""
+    live, x = InterpretableModel(lm, {HOOK: an_sae()}), torch.randn(1, 12, 32)
+    with live.track(latents=[1, 2, 3]) as seen:
+        for past, part in ((0, x[:, :10]), (6, x[:, 6:9]), (9, x[:, 9:])):
+            seen.add(HOOK, part, past)
+    with live.track(latents=[1, 2, 3]) as whole:
+        whole.add(HOOK, x, 0)
+    torch.testing.assert_close(seen.values(), whole.values())
+
+
 def test_a_new_prompt_begins_a_new_record(lm):
     live = InterpretableModel(lm, {HOOK: an_sae()})
     with live.track() as seen:

@@ -466,6 +466,30 @@ def test_finetuning_and_assessment(here, base, capsys):
     assert call(sae_train, *flags, "--finetune", "nowhere", "--overwrite") == 2
 
 
+def test_finetuning_refuses_weights_that_would_mean_something_else(here, base, capsys):
+    start = ["--layer", 1, *base, *SMALL]
+    for other, asks in (
+        (["--normalize_activations", "layer_norm"], "give --normalize_activations layer_norm"),
+        (["--no-normalize_decoder"], "give --no-normalize_decoder"),
+    ):
+        assert call(sae_train, *start, *other, "--run_name", "first", "--overwrite") == 0
+        capsys.readouterr()
+        second = [*start, "--finetune", "sae_models/first", "--run_name", "second", "--overwrite"]
+        assert call(sae_train, *second) == 2
+        assert asks in capsys.readouterr().err
+        assert call(sae_train, *second, *other) == 0
+    assert call(sae_train, *start, "--run_name", "first", "--overwrite") == 0
+    assert call(sae_train, *second, "--normalize_activations", "layer_norm") == 2
+    assert "give another --normalize_activations" in capsys.readouterr().err
+
+
+def test_a_gate_is_not_left_untrained(here, base, capsys):
+    flags = ["--layer", 1, *base, *SMALL, "--activation", "gated", "--loss_fn", "kl"]
+    assert call(sae_train, *flags) == 2
+    assert "a gate learns from reconstruction alone" in capsys.readouterr().err
+    assert call(sae_train, *flags, "--fvu_coefficient", 0.1) == 0
+
+
 def test_layer_stride_and_matched_lists(here, base):
     assert call(sae_train, "--layer_stride", 2, *base, *SMALL) == 0
     assert list(formats.load_saes(here / "sae_models" / "layers_0_2")) == ["transformer.h.0", "transformer.h.2"]

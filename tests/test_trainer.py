@@ -217,7 +217,7 @@ def test_the_log_holds_true_averages(tmp_path):
     """Whatever the logging frequency: sparsify's numbers were divided by it."""
     means = []
     for every in (1, 4):
-        t = trainer(config(log_every=every, auxk_alpha=0.0), tmp_path / str(every))
+        t = trainer(config(log_every=every), tmp_path / str(every))
         t.train(verbose=False)
         lines = [json.loads(line) for line in (tmp_path / str(every) / "metrics.jsonl").read_text().splitlines()]
         losses = [r["loss"] for r in lines if "loss" in r]
@@ -247,7 +247,7 @@ def test_dead_latents_are_counted_and_revived():
     for step in range(12):
         learner.learn(next(t.stream), step)
         learner.update(step)
-        learner.read_window()
+        learner.list_dead()
         if step == 2:
             assert learner.n_dead == 0  # 192 tokens are not yet over the threshold
     assert learner.n_dead >= 20
