@@ -51,16 +51,13 @@ class Case:
         c = SAEConfig(d_in=D, d_sae=F, k=K, batch_size=B)
         self.learner = Learner(create_sae(c), c, 1000, torch.device("cpu"))
         self.learner.start_from({"": self.x[0]})
-        if dead:
-            mask = torch.arange(F) < dead * F
-            with torch.no_grad():
-                self.learner.sae.b_enc[mask] -= 100.0
-            self.learner.is_dead = lambda: mask  # type: ignore[method-assign]
-            self.learner.list_dead()
-        self.n_dead = self.learner.n_dead
+        self.dead = torch.arange(F) < dead * F
+        with torch.no_grad():
+            self.learner.sae.b_enc[self.dead] -= 100.0
 
     def take_turn(self, auxk: bool) -> None:
-        self.learner.n_dead = self.n_dead if auxk else 0
+        self.learner.is_dead = lambda: self.dead & auxk  # type: ignore[method-assign]
+        self.learner.list_dead()
         self.seconds[auxk] += [self.take_step() for _ in range(STEPS)][1:]
 
     def take_step(self) -> float:
@@ -143,7 +140,7 @@ def main() -> None:
         cases |= {(name, share): Case(**size, dead=share) for share in DEAD}
     for _ in range(ROUNDS):
         for case in cases.values():
-            for auxk in (False, True) if case.n_dead else (False,):
+            for auxk in (False, True) if case.dead.any() else (False,):
                 case.take_turn(auxk)
     grows = {}
     for name, sizes in GROWS.items():
