@@ -322,7 +322,7 @@ def viz() -> str:
             f"processor time ({p['ratio_wall']:.1f} times the wall time), and finds the same logit lists "
             f"({p['same_logits']:.1%}) and strongest contexts ({p['same_contexts']:.1%})."
         )
-    parts.append(f"({about['threads']} threads, {about['machine']}, {about['date']})")
+    parts.append(f"({about['threads']} threads, {machine(about)}, {about['date']})")
     return " ".join(parts)
 
 

@@ -435,8 +435,8 @@ FREE_SETTINGS = {
 
 def refuse_existing(save_dir: Path) -> None:
     """Raise UserError if the folder holds a run."""
-    saved = checkpoints(save_dir) or any(save_dir.rglob(formats.CFG))
-    if saved or (save_dir / "config.json").exists():
+    if (save_dir / "config.json").exists() or checkpoints(save_dir) or (save_dir / formats.CFG).exists():
+        saved = checkpoints(save_dir) or any(save_dir.rglob(formats.CFG))  # of several SAEs, each in its folder
         then = "give --resume, --overwrite" if saved else "it has no checkpoint to resume from yet; give --overwrite"
         raise UserError(
             f"'{save_dir}' holds a run already; {then} or another --run_name (from Python: overwrite=True or another "

@@ -285,6 +285,7 @@ def test_a_run_is_not_overwritten(tmp_path):
     first.train(verbose=False)
     with pytest.raises(UserError, match="holds a run already; give --resume, --overwrite"):
         trainer(config(), tmp_path / "run").train(verbose=False)
+    trainer(config(), tmp_path).train(verbose=False)  # a folder around runs holds none itself
     young = tmp_path / "young"
     young.mkdir()
     (young / "config.json").write_text("{}")
