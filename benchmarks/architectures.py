@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import about
-from sae.activations import Stream, gather
-from sae.cache import CacheSource
 from sae.config import VERSION, SAEConfig
+from sae.data.activations import Stream, gather
+from sae.data.cache import CacheSource
 from sae.models import KINDS, create_sae
 from sae.schedules import peak_lr
 from sae.trainer import SAETrainer, git_commit

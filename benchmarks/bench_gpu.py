@@ -72,8 +72,8 @@ class Batches:
 
 
 def nanosae(batches: Batches, job: dict[str, Any]) -> dict[str, Any]:
-    from sae import kernels, native
     from sae.config import SAEConfig
+    from sae.kernels import native, sparse
     from sae.learner import Learner
     from sae.models import create_sae
 
@@ -85,7 +85,7 @@ def nanosae(batches: Batches, job: dict[str, Any]) -> dict[str, Any]:
     for step, batch in enumerate(batches):
         learner.learn({"": batch}, step)
         learner.update(step)
-    return {"kernels": kernels.status(device)}
+    return {"kernels": sparse.status(device)}
 
 
 def sae_lens(batches: Batches, job: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def floor_ms(shape: dict[str, int], rate: dict[str, float]) -> float:
 
 def pieces(shape: dict[str, int]) -> dict[str, float]:
     """Each kernel alone, in ms, on what a step would give it; and the share of tokens that took a second look."""
-    from sae import triton_encoder, triton_kernels
+    from sae.kernels import triton_encoder, triton_kernels
 
     B, D, F, K = (shape[name] for name in "BDFK")
     g = torch.Generator("cuda").manual_seed(0)

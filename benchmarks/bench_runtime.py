@@ -25,9 +25,9 @@ import torch
 
 from benchmarks.machine import about
 from model import GPT, GPTConfig
-from sae import native
 from sae.config import SAEConfig
-from sae.language_model import PYGPT
+from sae.kernels import native
+from sae.lm.language_model import PYGPT
 from sae.models import SAE, create_sae
 from sae.runtime import InterpretableModel
 

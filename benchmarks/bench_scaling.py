@@ -26,8 +26,8 @@ import torch
 from benchmarks.bench_step import SHAPES
 from benchmarks.machine import about
 from benchmarks.step_runner import data
-from sae import native
 from sae.config import SAEConfig
+from sae.kernels import native
 from sae.learner import Learner
 from sae.models import create_sae
 

@@ -29,14 +29,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import about
-from sae import formats, native
 from sae.config import SAEConfig, VizConfig
-from sae.datasets import open_dataset
+from sae.data.datasets import open_dataset
+from sae.data.tokens import TokenRows, kept_positions
 from sae.feature_viz import FeatureVisualizer
-from sae.labels import distribution
-from sae.language_model import LanguageModel, load_language_model
+from sae.formats import store
+from sae.kernels import native
+from sae.lm.language_model import LanguageModel, load_language_model
 from sae.models import SAE, create_sae
-from sae.tokens import TokenRows, kept_positions
+from sae.pages.labels import distribution
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "bench_viz.json"
@@ -79,7 +80,7 @@ def visualizer(lm: LanguageModel, sae: SAE, n_tokens: int) -> FeatureVisualizer:
 def cost(sae_path: str, n_tokens: int) -> dict[str, Any]:
     lm = load_language_model("pygpt", device="cpu")
     lm = Compared(**{f.name: getattr(lm, f.name) for f in dataclasses.fields(lm)})
-    sae = formats.load_sae(sae_path)
+    sae = store.load_sae(sae_path)
     _ = visualizer(lm, sae, 4096).tables  # compiles, warms up
     lm.plain, lm.partial = Clock(), Clock()
     viz, whole, reading = visualizer(lm, sae, n_tokens), Clock(), Clock()
@@ -128,7 +129,7 @@ def fill(n_latents: int, n_tokens: int) -> None:
 
 def peers(sae_path: str, python: str, n_features: int = 512, n_sequences: int = 96) -> dict[str, Any]:
     """The same SAE, tokens and features; ours without labels, which the other does not make."""
-    lm, sae = load_language_model("pygpt", device="cpu"), formats.load_sae(sae_path)
+    lm, sae = load_language_model("pygpt", device="cpu"), store.load_sae(sae_path)
     ids, _ = TokenRows(lm, open_dataset(), "val", 256).take(n_sequences)
     keep = kept_positions(lm, ids, torch.ones_like(ids, dtype=torch.bool))
     config = VizConfig(eval_tokens=int(keep.sum()), feature=tuple(range(n_features)), labels=False)

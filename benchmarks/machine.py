@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sae import native
+from sae.kernels import native
 from sae.trainer import git_commit
 
 

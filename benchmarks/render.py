@@ -14,8 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from sae.commands import ChatConfig, UploadConfig
-from sae.config import CollectConfig, EvalConfig, TrainConfig, VizConfig
+from sae.config import ChatConfig, CollectConfig, EvalConfig, TrainConfig, UploadConfig, VizConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

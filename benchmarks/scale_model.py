@@ -26,8 +26,8 @@ import torch
 
 from benchmarks.machine import about
 from sae import distributed, plan
-from sae.activations import Stream, TensorSource
 from sae.config import SAEConfig
+from sae.data.activations import Stream, TensorSource
 from sae.distributed import ALONE, Axis, World
 from sae.models import create_sae
 from sae.trainer import SAETrainer

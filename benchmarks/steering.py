@@ -21,9 +21,9 @@ import torch
 
 from benchmarks.machine import about
 from sae import log
-from sae.commands import ChatConfig
-from sae.conversation import Ask, Conversation
-from sae.datasets import open_dataset
+from sae.chat.conversation import Ask, Conversation
+from sae.config import ChatConfig
+from sae.data.datasets import open_dataset
 from scripts.chat import open_conversation
 
 RESULTS = Path(__file__).resolve().parent / "results" / "steering.json"

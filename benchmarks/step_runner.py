@@ -90,8 +90,8 @@ def timed(module: Any, name: str) -> list[float]:
 
 def nanosae(x: Tensor, job: dict[str, Any]) -> dict[str, Any]:
     """Learner.learn and update, its whole step; and pieces: its encoder, of the same steps, and the float32 product."""
-    from sae import native, selection
     from sae.config import SAEConfig
+    from sae.kernels import native, selection
     from sae.learner import Learner
     from sae.models import create_sae
 

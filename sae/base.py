@@ -7,6 +7,7 @@ Letters: B tokens in a batch, D width, F latents, K kept latents.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import fields, replace
 from typing import Any, NamedTuple, TypeVar
@@ -14,10 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sae import kernels, native, selection
 from sae.config import PENALISED, SAEConfig, UserError, require
 from sae.distributed import ALONE, Axis, World
-from sae.kernels import Codes
+from sae.kernels import native, selection, sparse
+from sae.kernels.sparse import Codes
 from sae.schedules import n_latents, target_l0
 
 Kind = TypeVar("Kind", bound="SAE")
@@ -242,7 +243,7 @@ class SAE(nn.Module):
         """
         target = x if y is None else y
         wrong = out.x_hat - target
-        error = kernels.square_norms(wrong).mean()
+        error = sparse.square_norms(wrong).mean()
         reconstruction = error / variance
         extra = self.extra(x, target, out) / variance
         penalty = self.penalty(out, p=p, whole=whole)
@@ -271,11 +272,11 @@ class SAE(nn.Module):
         centred = self._held_centre(x)
         some = max(1, min(k, n_all // 32))  # of few, a token takes fewer: more would learn no more (dev/LOG.md)
         indices, values, offsets = self._largest(centred, encoder.t(), bias, some, asked)
-        pre = kernels.gather_pre(centred, encoder.t(), bias, values, indices, offsets)
+        pre = sparse.gather_pre(centred, encoder.t(), bias, values, indices, offsets)
         values = (pre if self.signed else pre.relu()) * dead[ids][indices]
-        error = kernels.square_norms(self._times(Codes(indices, values, offsets), decoder, wrong)).mean()
+        error = sparse.square_norms(self._times(Codes(indices, values, offsets), decoder, wrong)).mean()
         share = (shards.sum_(dead.sum()) / k).clamp(max=1.0)
-        energy = kernels.square_norms(wrong).mean() if residual is None else torch.as_tensor(residual, device=x.device)
+        energy = sparse.square_norms(wrong).mean() if residual is None else torch.as_tensor(residual, device=x.device)
         return torch.where((share > 0) & (energy > 0), share * error / energy.clamp(min=1e-30), 0.0)
 
     def weights_of(self, latents: Tensor, n: int, n_all: int) -> Spare:
@@ -372,13 +373,13 @@ class SAE(nn.Module):
     @torch.no_grad()
     def renormalize_(self) -> Tensor | None:
         """Set every decoder row to unit norm, in place, if the config wants it; the factors (F, 1) it took."""
-        return kernels.unit_rows_(self.W_dec) if self.unit_decoder else None
+        return sparse.unit_rows_(self.W_dec) if self.unit_decoder else None
 
     @torch.no_grad()
     def project_gradient_(self) -> None:
         """Drop the part of the decoder's gradient along each row, which renormalising would undo anyway."""
         if self.unit_decoder and self.W_dec.grad is not None:
-            kernels.project_rows_(self.W_dec.grad, self.W_dec)
+            sparse.project_rows_(self.W_dec.grad, self.W_dec)
 
     @torch.no_grad()
     def scaled(self: Kind, scale: float, scale_out: float | None = None) -> Kind:
@@ -478,3 +479,16 @@ def geometric_median(x: Tensor, data: Axis = ALONE.data, *, n_steps: int = 100, 
             return new
         point = new
     return point
+
+
+@torch.no_grad()
+def reconstruct(sae: SAE, x: Tensor, *, scale: float = 1.0, batch_size: int = 4096) -> Iterator[tuple[Tensor, Output]]:
+    """(scale * x, forward) in batches of rows, in eval mode and leaving the mode as it was."""
+    was_training = sae.training
+    sae.eval()
+    try:
+        for rows in x.split(batch_size):
+            rows = rows.to(sae.W_dec.device, sae.W_dec.dtype) * scale
+            yield rows, sae(rows)
+    finally:
+        sae.train(was_training)

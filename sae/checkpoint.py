@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae import formats, log
+from sae import files, log
 from sae.base import SHARED
 from sae.config import UserError
 from sae.distributed import Axis
@@ -33,13 +33,13 @@ def write(path: Path, state: dict[str, Any], part: dict[str, Any], everyone: Axi
     """Write what all know and what each process holds, then drop all but the newest checkpoints."""
     state = {**state, "format": FORMAT}
     if everyone.size == 1:
-        formats.write_torch({**state, **part}, path)
+        files.write_torch({**state, **part}, path)
     else:
         own = path.with_name(f"{path.stem}.part{everyone.rank + 1}of{everyone.size}.pt")
-        formats.write_torch(part, own)
+        files.write_torch(part, own)
         parts = everyone.objects((own.name, own.stat().st_size))
         if everyone.rank == 0:
-            formats.write_torch({**state, "parts": [list(p) for p in parts]}, path)
+            files.write_torch({**state, "parts": [list(p) for p in parts]}, path)
         everyone.barrier()
     if everyone.rank == 0:
         for old in checkpoints(path.parent)[:-KEPT]:
@@ -51,7 +51,7 @@ def write(path: Path, state: dict[str, Any], part: dict[str, Any], everyone: Axi
 
 def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What all know, and the parts. Raises UserError if the file or one of them is missing, damaged or foreign."""
-    state = formats.read_torch(path, mmap=True)
+    state = files.read_torch(path, mmap=True)
     if not isinstance(state, dict) or not {"step", "stream", "config", "names"} <= state.keys():
         raise UserError(f"'{path}' is no training checkpoint; give a checkpoint_step*.pt")
     if state.get("format") != FORMAT:
@@ -65,7 +65,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         part = Path(path).with_name(Path(name).name)
         if not part.is_file() or part.stat().st_size != size:
             raise UserError(f"'{part}' is missing or cut short; use an older checkpoint")
-        parts.append(formats.read_torch(part, mmap=True))  # a process needs little of it
+        parts.append(files.read_torch(part, mmap=True))  # a process needs little of it
     return state, parts
 
 

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae import hooks
-from sae.activations import Acts, ModelSource, gather
 from sae.config import UserError
+from sae.data.activations import ModelSource, gather
 from sae.distributed import ALONE, World
-from sae.evaluator import divergence
-from sae.language_model import LanguageModel
+from sae.hooks import Acts
 from sae.learner import Learner, Terms
+from sae.lm.language_model import LanguageModel
+from sae.metrics import divergence
 
 
 class Rows(NamedTuple):

@@ -8,10 +8,10 @@ Letters: N sequences, T positions, B tokens in a batch, D width, F latents, V vo
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from statistics import NormalDist
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,126 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae import hooks, log
-from sae.activations import ModelSource, gather
+from sae.base import reconstruct
 from sae.config import PENALISED, SAEConfig, UserError, require
-from sae.datasets import Dataset
-from sae.distributed import ALONE, Axis, World
-from sae.kernels import Codes, count, moments
-from sae.language_model import LanguageModel
-from sae.models import SAE, Output
-from sae.tokens import TokenRows, kept_positions
+from sae.data.activations import ModelSource, gather
+from sae.data.datasets import Dataset
+from sae.data.tokens import TokenRows, kept_positions
+from sae.distributed import ALONE, World
+from sae.lm.language_model import LanguageModel
+from sae.metrics import Totals, divergence
+from sae.models import SAE
 
 DENSITY_PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
-
-
-class Totals:
-    """Sums over tokens in float64, from which every reconstruction and sparsity metric follows.
-
-    Adding a batch in two halves gives the same totals, so no metric depends on the batch size. `mean` (D,) is what the
-    legacy per-token explained variance and nothing else is measured against. world: its processes hold the latents
-    between them, n_latents in all, and `reduced` adds up what each counted on its tokens.
-    """
-
-    def __init__(
-        self, d_in: int, n_latents: int, *, device: torch.device | str = "cpu", mean: Tensor | None = None,
-        world: World = ALONE,
-    ):  # fmt: skip
-        device = torch.device(device)
-        device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
-        zero = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)
-        self.mean = None if mean is None else mean.to(device, torch.float64)
-        self.n = 0
-        self.x, self.x2, self.e2 = zero(d_in), zero(), zero()
-        self.x_hat2, self.dot = zero(), zero()
-        self.cosine, self.l2_ratio, self.legacy = zero(), zero(), zero()
-        self.l0, self.l0_squared = zero(), zero()
-        self.latents, self.data = world.latents, world.data
-        self.fired = torch.zeros(len(self.latents.range(n_latents)), dtype=torch.int64, device=device)
-        self.l0_counts = torch.zeros(n_latents + 1, dtype=torch.int64, device=device)
-
-    def state_dict(self) -> dict[str, Any]:
-        state = {k: v for k, v in vars(self).items() if not isinstance(v, Axis)}
-        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            old = getattr(self, name)
-            setattr(self, name, value.to(old.device) if isinstance(old, Tensor) else value)
-
-    def reduced(self) -> Totals:
-        """The sums over the tokens of all processes along `data`."""
-        if self.data.size == 1:
-            return self
-        whole = copy.copy(self)
-        whole.n = sum(self.data.objects(self.n))
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor) and name != "mean":
-                setattr(whole, name, self.data.sum_(value.clone()))
-        return whole
-
-    def merge(self, other: Totals) -> None:
-        """Add the sums over other tokens."""
-        self.n += other.n
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor) and name != "mean":
-                value.add_(getattr(other, name).to(value.device))
-
-    @torch.no_grad()
-    def add(self, x: Tensor, x_hat: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
-        """Add a batch: x and x_hat (B, D), and the codes between them, whose `activity` it returns."""
-        device = self.x.device
-        l0, fired = codes.activity(len(self.fired))
-        activity = (self.latents.sum_(l0), fired)
-        l0 = activity[0].to(device)
-        self.fired += fired.to(device)
-        self.l0 += l0.sum()
-        self.l0_squared += l0.double().square().sum()
-        self.l0_counts += count(l0, len(self.l0_counts))
-        x, x_hat = x.to(device), x_hat.to(device)
-        (x2, x_hat2, dot, e2), total = moments(x, x_hat)
-        lengths = (x2 * x_hat2).sqrt()
-        self.n += len(x)
-        self.x += total
-        self.x2 += x2.sum()
-        self.e2 += e2.sum()
-        self.x_hat2 += x_hat2.sum()
-        self.dot += dot.sum()
-        self.cosine += (dot / lengths.clamp(min=1e-30)).sum()
-        self.l2_ratio += (x_hat2 / x2.clamp(min=1e-30)).sqrt().sum()
-        if self.mean is not None:
-            self.legacy += (1 - e2 / (x.double() - self.mean).square().sum(-1).clamp(min=1e-30)).sum()
-        return activity
-
-    def metrics(self) -> dict[str, float]:
-        """All metrics as plain numbers (reads the device).
-
-        mse: squared error summed over D, mean over tokens (SAELens). fvu: error over variance, sum ||x - x_hat||^2 /
-        sum ||x - mean||^2, the mean being that of the same tokens; explained_variance = 1 - fvu (SAELens since its
-        PR 665). explained_variance_legacy: mean over tokens of 1 - ||e||^2 / ||x - mean||^2 (SAEBench paper).
-        relative_reconstruction_bias: E||x_hat||^2 / E<x, x_hat>, 1 when unbiased, below 1 when shrunk (Gated paper,
-        eq. 10). l2_ratio: mean ||x_hat|| / ||x||. dead_fraction: latents that fired on none of the n_tokens.
-        """
-        n = max(1, self.n)
-        variance = float(self.x2 - self.x.square().sum() / n)
-        fvu = float(self.e2) / variance if variance > 0 else float("nan")
-        l0 = float(self.l0) / n
-        return {
-            "n_tokens": self.n,
-            "l0": l0,
-            "l0_std": max(0.0, float(self.l0_squared) / n - l0**2) ** 0.5,
-            "mse": float(self.e2) / n,
-            "fvu": fvu,
-            "explained_variance": 1 - fvu,
-            "explained_variance_legacy": float(self.legacy) / n if self.mean is not None else float("nan"),
-            "cosine": float(self.cosine) / n,
-            "l2_ratio": float(self.l2_ratio) / n,
-            "relative_reconstruction_bias": float(self.x_hat2) / float(self.dot) if float(self.dot) else float("nan"),
-            "dead_fraction": float(self.latents.mean((self.fired == 0).double())),
-        }
-
-    def densities(self) -> Tensor:
-        """(F,) float64: the share of tokens each latent fires on."""
-        return self.fired.double() / max(1, self.n)
 
 
 @dataclass(frozen=True)
@@ -189,19 +80,6 @@ class Report:
         return asdict(self)
 
 
-@torch.no_grad()
-def reconstruct(sae: SAE, x: Tensor, *, scale: float = 1.0, batch_size: int = 4096) -> Iterator[tuple[Tensor, Output]]:
-    """(scale * x, forward) in batches of rows, in eval mode and leaving the mode as it was."""
-    was_training = sae.training
-    sae.eval()
-    try:
-        for rows in x.split(batch_size):
-            rows = rows.to(sae.W_dec.device, sae.W_dec.dtype) * scale
-            yield rows, sae(rows)
-    finally:
-        sae.train(was_training)
-
-
 class SAEEvaluator:
     """Metrics of an SAE on activations in memory; for metrics on a model's text see `evaluate`."""
 
@@ -222,11 +100,6 @@ class SAEEvaluator:
     def evaluate(self, activations: Tensor, *, batch_size: int = 4096) -> dict[str, float]:
         """Totals.metrics over activations (tokens, D), the same for any batch size."""
         return self.totals(activations, batch_size=batch_size).metrics()
-
-
-def divergence(new: Tensor, clean: Tensor) -> Tensor:
-    """(n,): KL(clean || new) of log-probabilities (n, V). A token that clean rules out (-inf) has no share in it."""
-    return torch.where(clean != -torch.inf, clean.exp() * (clean - new), 0.0).sum(-1)
 
 
 class _Loss:
@@ -381,3 +254,165 @@ def summary(report: Report) -> list[str]:
         f"CE (nats): clean {r.ce_clean:.4f}   with SAE {r.ce_sae:.4f}   zero {r.ce_zero:.4f}   mean {r.ce_mean:.4f}",
         f"CE score {r.ce_score_zero:.4f} against zero, {r.ce_score_mean:.4f} against mean   KL {r.kl_score_zero:.4f}",
     ]
+
+
+# --------------------------------------------------------------------------------------------------
+# the verdict
+
+Verdict = Literal["pass", "borderline", "fail"]
+
+
+N_PAIRS = 100
+
+
+ENOUGH_FIRINGS = 100  # expected per latent; below, a latent may look dead by chance or for being rare
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure against what is wanted of it; advice is None where there is none to give."""
+
+    name: str
+    value: float
+    wanted: str
+    verdict: Verdict
+    advice: str | None
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """final_assessment.json: the checks, how many of them passed, and what was assessed on how many tokens."""
+
+    checks: tuple[Check, ...]
+    sae: str
+    n_tokens: int
+
+    @property
+    def score(self) -> str:
+        return f"{sum(check.verdict == 'pass' for check in self.checks)}/{len(self.checks)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        checks = [asdict(check) for check in self.checks]
+        return {"score": self.score, "checks": checks, "sae": self.sae, "n_tokens": self.n_tokens}
+
+    def lines(self) -> list[str]:
+        """What a person wants to read: a line for each check, and one of advice where it did not pass."""
+        lines = [f"assessment of {self.sae or 'the SAE'}: {self.score} checks passed, on {self.n_tokens:,} tokens"]
+        for check in self.checks:
+            lines.append(f"  {check.verdict:10} {check.name} {check.value:.4g}, wanted {check.wanted}")
+            lines += [f"             {check.advice}"] if check.advice else []
+        return lines
+
+
+def assess(metrics: Mapping[str, Any], similarity: float) -> Assessment:
+    """The four checks.
+
+    metrics: Report.to_dict(), or what it holds of SAEEvaluator.evaluate's, which knows no model, with `architecture`,
+    `d_in`, `d_sae` and `hookpoint`. similarity: decoder_similarity of the same SAE.
+    """
+    checks = (_loss_recovered(metrics), _l0(metrics), _dead(metrics), _similarity(metrics, similarity))
+    return Assessment(checks, metrics.get("hookpoint") or "", metrics["n_tokens"])
+
+
+def _verdict(good: bool, fair: bool = False) -> Verdict:
+    return "pass" if good else "borderline" if fair else "fail"  # NaN meets no limit
+
+
+def _fewer_or_more(m: Mapping[str, Any], more: bool) -> str:
+    """The flag that sets how many latents are active."""
+    if m["architecture"] in PENALISED:
+        return (
+            "raise --target_l0 (or lower --l1_coefficient)" if more else "lower --target_l0 (or raise --l1_coefficient)"
+        )
+    return "raise --k" if more else "lower --k"
+
+
+def _loss_recovered(m: Mapping[str, Any]) -> Check:
+    """Share of the loss that ablating x to zero costs and the SAE keeps, in percent (Report.ce_score_zero).
+
+    saetrain calls 100 * explained variance by this name; that is the fallback where there is no loss to measure.
+    """
+    name, score, wanted = "loss recovered (%)", m.get("ce_score_zero"), ">= 70 (borderline from 60 on)"
+    if score is None:
+        why = "the model has no usable next-token loss" if m.get("model") else "no model was run"
+        name, score = "explained variance (%)", m["explained_variance"]
+        wanted += f", in place of loss recovered, which is not measurable: {why}"
+    value = float("nan") if score is None else 100 * score
+    verdict = _verdict(value >= 70, value >= 60)
+    more = f"{_fewer_or_more(m, more=True)}, --max_tokens or --expansion_factor: too much is lost in reconstruction"
+    advice = more if value == value else "nothing varies in these activations; choose another hookpoint"
+    return Check(name, value, wanted, verdict, None if verdict == "pass" else advice)
+
+
+def _l0(m: Mapping[str, Any]) -> Check:
+    """Mean number of latents that are active on a token after selection (Totals.metrics), 20 to 200."""
+    value = m["l0"]
+    verdict = _verdict(20 <= value <= 200)
+    why = "so few latents say little of a token" if value < 20 else "so many latents are hard to read"
+    advice = f"{_fewer_or_more(m, more=value < 20)}: {why}"
+    return Check("L0", value, "20 to 200", verdict, None if verdict == "pass" else advice)
+
+
+def _dead(m: Mapping[str, Any]) -> Check:
+    """Latents that fired on none of the tokens, in percent (Totals.metrics).
+
+    saetrain adds those that fired fewer than 5 times or by less than 0.1 on average; both depend on how much text was
+    looked at and on the scale of the activations.
+    """
+    value = 100 * m["dead_fraction"]
+    verdict = _verdict(value <= 10, value <= 20)
+    revive = "give --resample_every 1000" if m["architecture"] in PENALISED else "raise --auxk_alpha"
+    advice = f"lower --expansion_factor, {revive}, or train on more (--max_tokens)"
+    firings = m["n_tokens"] * m["l0"] / m["d_sae"]
+    if firings < ENOUGH_FIRINGS:
+        flag = "--eval_tokens" if m.get("model") else "--val_tokens"
+        advice = (
+            f"raise {flag} first: by fair shares a latent fires {firings:.0f} times on so few tokens; then {advice}"
+        )
+    return Check("dead latents (%)", value, "<= 10 (borderline to 20)", verdict, None if verdict == "pass" else advice)
+
+
+def _similarity(m: Mapping[str, Any], value: float) -> Check:
+    """decoder_similarity, with what chance alone gives where that is near the limits (narrow models)."""
+    chance = similarity_by_chance(m.get("d_out") or m["d_in"], m["d_sae"])
+    limits = max(0.25, chance), max(0.35, chance + 0.1)  # narrow models have no room for directions less alike
+    verdict = _verdict(value <= limits[0], value <= limits[1])
+    # at too low an L0 latents take several features in (Chanin et al. 2025, arxiv.org/abs/2508.16560)
+    advice = "lower --expansion_factor: latents share directions"
+    if m["l0"] <= 200:
+        advice = f"{_fewer_or_more(m, more=True)} or {advice}"
+    wanted = f"<= {limits[0]:.2f} (borderline to {limits[1]:.2f})"
+    if chance > 0.25:
+        wanted += f", where as many random directions of this width score {chance:.2f}"
+    return Check("decoder similarity", value, wanted, verdict, None if verdict == "pass" else advice)
+
+
+@torch.no_grad()
+def decoder_similarity(W_dec: Tensor, *, n_pairs: int = N_PAIRS, block: int = 2048) -> float:
+    """Mean cosine between the decoder rows (F, D) of the n_pairs most similar pairs of latents; 0 without any pair.
+
+    saetrain calls this feature absorption; SAEBench's absorption is another measure, made with probes. It takes the 100
+    largest entries of the whole matrix, in which every pair stands twice, of a random 10,000 latents; here each of all
+    pairs counts once. Works block by block: memory is O(F D + block^2).
+    """
+    rows = torch.nn.functional.normalize(W_dec.float(), dim=1).split(block)
+    best = torch.empty(0, device=W_dec.device)
+    least = -2.0
+    for i, a in enumerate(rows):
+        for j in range(i, len(rows)):
+            cosines = a @ rows[j].T
+            if i == j:
+                cosines = cosines[torch.ones_like(cosines, dtype=torch.bool).triu(1)]
+            found = torch.cat((best, cosines[cosines > least]))
+            best = found.topk(min(n_pairs, len(found))).values
+            least = float(best[-1]) if len(best) == n_pairs else -2.0
+    return float(best.mean()) if len(best) else 0.0
+
+
+def similarity_by_chance(d: int, n_latents: int, *, n_pairs: int = N_PAIRS) -> float:
+    """What decoder_similarity is about for random directions: cosines are near normal, with variance 1 / d."""
+    share = n_pairs / max(1, n_latents * (n_latents - 1) // 2)
+    if share >= 0.5:
+        return 0.0
+    normal = NormalDist()
+    return normal.pdf(normal.inv_cdf(1 - share)) / share / d**0.5  # the mean of a normal's upper tail

@@ -12,20 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae import directions, log
-from sae.activations import check_finite
+from sae import log
 from sae.config import VizConfig, require
-from sae.dashboard import Listing, save_pages, whole_page
-from sae.datasets import Dataset, open_dataset
+from sae.data.datasets import Dataset, open_dataset
+from sae.data.tokens import TokenRows, kept_positions
 from sae.distributed import ALONE, Axis
-from sae.explainer import Explainer, Explanation, explained
-from sae.feature_tables import EDGES, POSITIONS, FeatureTables
-from sae.kernels import Codes
-from sae.labels import Label, make_labels
-from sae.language_model import LanguageModel
+from sae.kernels.sparse import Codes
+from sae.lm.language_model import LanguageModel
+from sae.metrics import check_finite
 from sae.models import SAE
-from sae.records import Context, FeatureRecord, Histogram
-from sae.tokens import TokenRows, kept_positions
+from sae.pages import directions
+from sae.pages.dashboard import Listing, save_pages, whole_page
+from sae.pages.explainer import Explainer, Explanation, explained
+from sae.pages.feature_tables import EDGES, POSITIONS, FeatureTables
+from sae.pages.labels import Label, make_labels
+from sae.pages.records import Context, FeatureRecord, Histogram
 
 N_EFFECTS = 10  # promoted and suppressed tokens shown
 N_SHARES = 8  # typical tokens, neighbours and the like

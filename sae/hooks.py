@@ -49,6 +49,8 @@ PARTS = {
     ),
 }
 
+Acts = dict[str, Tensor]  # hookpoint -> (tokens, D)
+
 
 class _Stop(Exception):
     """Raised by a hook once everything wanted has been seen; caught in run()."""

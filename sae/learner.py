@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae import kernels
 from sae import schedules as sched
-from sae.activations import Acts, check_finite
-from sae.base import SAE, SHARED, Losses, Output, Spare, layer_norm
+from sae.base import SAE, SHARED, Losses, Output, Spare, layer_norm, reconstruct
 from sae.config import SAEConfig, UserError, require
-from sae.evaluator import Totals, reconstruct
+from sae.hooks import Acts
+from sae.kernels import sparse
+from sae.metrics import Totals, check_finite
 from sae.optim import Optimizer, own_layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -233,7 +233,7 @@ class Learner:
     def _batch_variance(self, target: Tensor) -> Tensor:
         """Of the whole batch: the mean of |y - their mean|^2."""
         if self.world.data.size == 1:
-            return kernels.variance(target)
+            return sparse.variance(target)
         wide = target.double()
         sums = self.world.data.sum_(torch.cat((wide.sum(0), wide.square().sum()[None], wide.new_full((1,), len(wide)))))
         return ((sums[-2] - sums[:-2].square().sum() / sums[-1]) / sums[-1]).clamp(min=0).to(target.dtype)

@@ -12,12 +12,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sae import kernels, selection
 from sae.base import SAE as SAE
 from sae.base import Output as Output
 from sae.config import SAEConfig, require
 from sae.distributed import ALONE, World
-from sae.kernels import Codes
+from sae.kernels import selection, sparse
+from sae.kernels.sparse import Codes
 
 REVIVE = 0.02  # by which the threshold of a dead JumpReLU latent falls in a step
 K_MULTI = 4  # multi-TopK: the second reconstruction keeps 4k latents (Gao et al. 2024, 5.1), with weight 1/8
@@ -53,14 +53,14 @@ class TopK(SAE):
     def _codes(self, x: Tensor, k: int, whole: Tensor | None) -> Codes:
         """Codes of the centred x (B, D), with a graph."""
         indices, values, offsets = self._choose(x, k, whole)
-        pre = kernels.gather_pre(x, self.W_enc, self.b_enc, values, indices, offsets, centre=self._centre_of_inputs)
+        pre = sparse.gather_pre(x, self.W_enc, self.b_enc, values, indices, offsets, centre=self._centre_of_inputs)
         return Codes(indices, pre if self.signed else pre.relu(), offsets)
 
     def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
         if not self.config.multi_topk:
             return out.x_hat.new_zeros(())
         wide = out.source if out.source is not None else self.codes(x, k=self._wide)[0]
-        return kernels.square_norms(self._predict(x, wide) - y).mean() / 8
+        return sparse.square_norms(self._predict(x, wide) - y).mean() / 8
 
 
 class AbsTopK(TopK):
@@ -168,7 +168,7 @@ class Matryoshka(BatchTopK):
 
     def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
         left = y - x @ self.W_skip.t() if self.config.skip_connection else y
-        errors = [kernels.square_norms(self.partial(out.codes, n) - left).mean() for n in self.prefixes()]
+        errors = [sparse.square_norms(self.partial(out.codes, n) - left).mean() for n in self.prefixes()]
         return torch.stack(errors).sum() if errors else out.x_hat.new_zeros(())
 
 
@@ -188,7 +188,7 @@ class Penalised(SAE):
             return Codes(None, torch.addmm(bias, self._centre(x), self.W_enc))
         indices, values, offsets = found
         centre = self._centre_of_inputs
-        pre = kernels.gather_pre(inner, self.W_enc, bias, values, indices, offsets, centre=centre)
+        pre = sparse.gather_pre(inner, self.W_enc, bias, values, indices, offsets, centre=centre)
         return Codes(indices, pre, offsets)
 
 
@@ -252,7 +252,7 @@ class Gated(Penalised):
         x_hat = self._times(gate, self.W_dec.detach(), self.b_dec.detach())
         if self.config.skip_connection:
             x_hat = x_hat + x @ self.W_skip.detach().t()
-        return kernels.square_norms(x_hat - y).mean()
+        return sparse.square_norms(x_hat - y).mean()
 
     @torch.no_grad()
     def raise_threshold_(self, by: Tensor | float) -> None:

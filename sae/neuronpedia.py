@@ -20,7 +20,7 @@ import requests
 
 from sae import log
 from sae.config import UserError, require
-from sae.neuronpedia_format import MAX_FEATURES, as_json, batches, check_model, check_set
+from sae.pages.neuronpedia_format import MAX_FEATURES, as_json, batches, check_model, check_set
 
 API_BASE = "https://www.neuronpedia.org/api"
 KEY = "NEURONPEDIA_API_KEY"

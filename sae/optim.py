@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam as fused_adam
 
-from sae import kernels
 from sae.base import SAE, SHARED
 from sae.config import SAEConfig, UserError
 from sae.distributed import ALONE, Axis
+from sae.kernels import sparse
 from sae.schedules import adam_betas, peak_lr
 
 AT_ONCE = 2**18  # numbers of a tensor that plain torch takes in hand at a time, which caches hold
@@ -89,7 +89,7 @@ class Adam(torch.optim.Adam):
     def is_ours(self) -> bool:
         """Whether `squares` and `adam_` take the step: where they are quicker than torch's, and no scaler is in it."""
         params = [p for group in self.param_groups for p in group["params"]]
-        quicker = params[0].device.type == "cpu" or kernels.compiled(*params) is not None
+        quicker = params[0].device.type == "cpu" or sparse.compiled(*params) is not None
         return quicker and getattr(self, "found_inf", None) is None
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class Adam(torch.optim.Adam):
 
 def squares(grad: Tensor, W: Tensor | None = None) -> Tensor | float:
     """Sum of squares of grad; with rows W, of what is left of grad's rows (F, D) without their part along W's."""
-    if ops := kernels.compiled(grad):
+    if ops := sparse.compiled(grad):
         return ops.squares(grad, W)
     total = torch.zeros((), dtype=torch.float64, device=grad.device)
     for g, w in _blocks(grad, grad if W is None else W):
@@ -149,7 +149,7 @@ def adam_(
     unit_rows: p's rows (F, D) move on the sphere: the gradient's part along a row is dropped first, and the row gets
     unit norm after.
     """
-    if ops := kernels.compiled(p, grad):
+    if ops := sparse.compiled(p, grad):
         ops.adam_(p, grad, m, v, step, lr, beta1, beta2, eps, scale, unit_rows)
         return
     generator = torch.Generator(p.device).manual_seed(step)
@@ -168,7 +168,7 @@ def adam_(
         else:
             _rounded_adam_(w, g, first, second, generator, step, lr, beta1, beta2, eps)
         if unit_rows:
-            kernels.unit_rows_(w)
+            sparse.unit_rows_(w)
 
 
 def _rounded_adam_(

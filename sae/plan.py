@@ -18,8 +18,9 @@ import torch
 from sae.base import CAPACITY
 from sae.config import SAEConfig, TrainConfig, UserError
 from sae.distributed import DIGIT_BITS
-from sae.kernels import tokens_at_once
-from sae.language_model import PYGPT, LanguageModel, beside, read_plain
+from sae.files import beside
+from sae.kernels.sparse import tokens_at_once
+from sae.lm.language_model import PYGPT, LanguageModel, read_plain
 from sae.schedules import n_latents, tokens_per_step
 
 BIASES = {"gated": 3, "jumprelu": 2}  # vectors (F,) of a kind that have a gradient; others have one

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sae.evaluator import Totals
-from sae.formats import write_atomic
+from sae import files
+from sae.files import write_atomic
 from sae.hooks import natural
+from sae.metrics import Totals
 
 
 def _axes(n_rows: int = 1, n_columns: int = 1) -> tuple[Any, list[Any]]:
@@ -99,3 +103,56 @@ def plot_pareto(table: list[dict[str, Any]], front: list[str], path: Path) -> Pa
     axes.set(xlabel="active latents per token (L0)", ylabel="explained variance", title="Which SAE for which L0")
     axes.margins(x=0.2)
     return _save(figure, path)
+
+
+COLUMNS = ("explained_variance", "l0", "dead_fraction")
+
+
+def sweep_rows(last: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """One row for each combination but the seed: mean, and standard deviation (n - 1) over seeds.
+
+    last: metrics by name, a name being `hookpoint/label` with the seed, if it was swept, as the label's `seedN`.
+    """
+    groups: dict[str, list[Mapping[str, float]]] = {}
+    for name, metrics in last.items():
+        groups.setdefault(re.sub(r"[_/]?seed\d+", "", name), []).append(metrics)
+    table = []
+    for name, several in groups.items():
+        row: dict[str, Any] = {"name": name, "n_seeds": len(several)}
+        for column in COLUMNS:
+            values = [m[column] for m in several]
+            row[column] = statistics.fmean(values)
+            row[f"{column}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+        table.append(row)
+    return table
+
+
+def pareto_front(table: list[dict[str, Any]]) -> list[str]:
+    """Names of the rows that no other of their hookpoint beats: none with at most as many active latents explains as
+    much or more."""
+    best = []
+    for row in table:
+        same = lambda o, row=row: o["name"].split("/")[0] == row["name"].split("/")[0]
+        others = (o for o in table if o is not row and same(o) and o["l0"] <= row["l0"])
+        if not any(o["explained_variance"] >= row["explained_variance"] for o in others):
+            best.append(row["name"])
+    return best
+
+
+def write_sweep(last: Mapping[str, Mapping[str, float]], folder: Path) -> list[str]:
+    """Write sweep.json (all SAEs, and the table) and plots/pareto.png; returns the table as lines of text."""
+    table = sweep_rows(last)
+    front = pareto_front(table)
+    files.write_json({"saes": {name: dict(m) for name, m in last.items()}, "table": table, "pareto": front},
+                       folder / "sweep.json")  # fmt: skip
+    plot_pareto(table, front, folder / "plots" / "pareto.png")
+    width = max(len(row["name"]) for row in table)
+    lines = [f"{'':{width}}  explained variance        L0          dead   seeds"]
+    for row in table:
+        spread = lambda c, f, row=row: f" +- {row[f'{c}_sd']:{f}}" if row[f"{c}_sd"] is not None else ""
+        lines.append(
+            f"{row['name']:{width}}  {row['explained_variance']:.4f}{spread('explained_variance', '.4f'):10}  "
+            f"{row['l0']:8.2f}{spread('l0', '.2f'):8}  {100 * row['dead_fraction']:6.2f}%  {row['n_seeds']:3}"
+            + ("  *" if row["name"] in front else "")
+        )
+    return [*lines, f"* not beaten at its L0; picture: {folder / 'plots' / 'pareto.png'}"]

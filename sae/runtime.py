@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from sae import hooks
 from sae.config import UserError, did_you_mean, require
 from sae.edits import Coefficients, Condition, Edit, parse_condition, parse_edit
-from sae.formats import load_saes
-from sae.language_model import LanguageModel
+from sae.formats.store import load_saes
+from sae.lm.language_model import LanguageModel
 from sae.models import SAE
 
 ID_NAMES = ("input_ids", "idx", "ids", "tokens")  # what models call them; masks and positions are whole numbers too

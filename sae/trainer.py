@@ -23,16 +23,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sae import checkpoint, formats, kernels, log, native
+from sae import checkpoint, files, log
 from sae import config as cfg
 from sae import schedules as sched
-from sae.activations import Acts, ModelSource, Stream, TensorSource, check_finite
 from sae.checkpoint import checkpoints
 from sae.config import VERSION, SAEConfig, UserError
+from sae.data.activations import ModelSource, Stream, TensorSource
 from sae.distributed import ALONE, World
+from sae.formats import store
+from sae.hooks import Acts
+from sae.kernels import native, sparse
 from sae.learner import Learner
+from sae.log import Stopwatch
+from sae.metrics import check_finite
 from sae.models import SAE, create_sae
-from sae.stopwatch import Stopwatch
 
 CHECK_EVERY = 100  # steps between looks whether replicas are still equal
 
@@ -198,7 +202,7 @@ class SAETrainer:
         share = (max(steps, forwards) if apart else steps + forwards) / seconds
         parts = f"forwards {forwards:.1f} s, steps" if forwards else "steps"
         rate = f"{n_tokens / seconds:,.0f} tokens/s, {share:.0%} of the bound"
-        twice = kernels.second_looks(self.device)
+        twice = sparse.second_looks(self.device)
         looks = f"; {twice:.1%} of tokens were encoded twice, for proof" if twice else ""
         return f"{rate} ({parts} {steps:.1f} s of {seconds:.1f} s){looks}"
 
@@ -326,7 +330,7 @@ class SAETrainer:
         if self.world.everyone.rank == 0:
             if self.overwrite:
                 remove_run(self.save_dir)
-            formats.write_json(settings, self.save_dir / "config.json")
+            files.write_json(settings, self.save_dir / "config.json")
         self.world.everyone.barrier()
 
     def describe(self) -> dict[str, Any]:
@@ -372,7 +376,7 @@ class SAETrainer:
         part = {"saes": saes if first else {}, "own": own, "held": self.stream.held_dict()}
         for name, learner in self.learners.items() if first else ():
             hookpoint = learner.hookpoint or self.config.hook_point
-            formats.save_sae(learner.finished(), self.folder(name), hookpoint=hookpoint, **self.metadata)
+            store.save_sae(learner.finished(), self.folder(name), hookpoint=hookpoint, **self.metadata)
         checkpoint.write(path, state, part, self.world.everyone)
         return path
 
@@ -383,17 +387,17 @@ class SAETrainer:
         weights = {**sae.state_dict(), "feature_counts": learner.feature_counts.cpu()}
         if self.world.latents.size > 1:  # put together on disk, since one process may not hold all
             file = path.with_suffix(".safetensors")
-            formats.write_shards(weights, sae, file)
+            store.write_shards(weights, sae, file)
             if self.world.latents.rank > 0:
                 return
-            weights = formats.read_safetensors(file)
+            weights = files.read_safetensors(file)
             file.unlink()
         counts = weights.pop("feature_counts")
         best = {
             "step": self.step, "epoch": self.epoch, "sae_state_dict": weights, "config": sae.config.to_dict(),
             "feature_counts": counts, "best_val_loss": learner.best_val_loss,
         }  # fmt: skip
-        formats.write_torch(best, path)
+        files.write_torch(best, path)
 
     def load_checkpoint(self, path: str | Path | None = None) -> None:
         """Go on from a checkpoint, by default the newest whole one of save_dir, to the bit.
@@ -424,7 +428,7 @@ class SAETrainer:
 
 RUN_FILES = (
     "config.json", "metrics.jsonl", "checkpoint_step*.pt", "best_model.pt", "eval.json", "final_assessment.json",
-    "wandb_run_id", formats.CFG, formats.WEIGHTS,
+    "wandb_run_id", store.CFG, store.WEIGHTS,
 )  # fmt: skip
 # What may differ between the two halves of a resumed run.
 FREE_SETTINGS = {
@@ -435,8 +439,8 @@ FREE_SETTINGS = {
 
 def refuse_existing(save_dir: Path) -> None:
     """Raise UserError if the folder holds a run."""
-    if (save_dir / "config.json").exists() or checkpoints(save_dir) or (save_dir / formats.CFG).exists():
-        saved = checkpoints(save_dir) or any(save_dir.rglob(formats.CFG))  # of several SAEs, each in its folder
+    if (save_dir / "config.json").exists() or checkpoints(save_dir) or (save_dir / store.CFG).exists():
+        saved = checkpoints(save_dir) or any(save_dir.rglob(store.CFG))  # of several SAEs, each in its folder
         then = "give --resume, --overwrite" if saved else "it has no checkpoint to resume from yet; give --overwrite"
         raise UserError(
             f"'{save_dir}' holds a run already; {then} or another --run_name (from Python: overwrite=True or another "

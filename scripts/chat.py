@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sae import formats, log
-from sae.commands import ChatConfig
-from sae.config import UserError, build, from_cli, read_json, require
-from sae.conversation import Ask, Conversation, Feature, Notes, Token
+from sae import files, log
+from sae.chat.conversation import Ask, Conversation, Feature, Notes, Token
+from sae.chat.server import serve
+from sae.config import ChatConfig, UserError, build, from_cli, read_json, require
 from sae.edits import parse_edit
-from sae.language_model import best_device
-from sae.server import serve
+from sae.formats import store
+from sae.lm.language_model import best_device
 from scripts.sae_eval import trained_model
 
 HELP = """\
@@ -44,13 +44,13 @@ def open_conversation(c: ChatConfig) -> Conversation:
         bare = trained_model(c, {"model_name": "pygpt"}, device)
         assert bare is not None
         return Conversation(bare, {}, {})
-    path = c.sae_path or str(formats.newest_run("sae_models"))
-    folders = formats.sae_folders(path) if Path(path).is_dir() else {}
+    path = c.sae_path or str(store.newest_run("sae_models"))
+    folders = store.sae_folders(path) if Path(path).is_dir() else {}
     if not folders:
-        folder = formats.find_sae(path).parent
-        folders = {str(formats.load_cfg(path).get("hookpoint") or folder.name): folder}
-    saes = {name: formats.load_sae(path if len(folders) == 1 else at, device=device) for name, at in folders.items()}
-    trained_on = formats.load_cfg(next(iter(folders.values())))
+        folder = store.find_sae(path).parent
+        folders = {str(store.load_cfg(path).get("hookpoint") or folder.name): folder}
+    saes = {name: store.load_sae(path if len(folders) == 1 else at, device=device) for name, at in folders.items()}
+    trained_on = store.load_cfg(next(iter(folders.values())))
     lm = trained_model(c, trained_on, device)
     if lm is None:
         raise UserError(f"'{path}' does not say which model it belongs to; give --model")
@@ -302,9 +302,7 @@ class Terminal:
 
     def save(self, text: str) -> None:
         require(bool(text), "give the file to save to: /save talk.json")
-        formats.write_json(
-            {"model": self.chat.lm.name, "saes": list(self.chat.notes), "answers": self.kept}, Path(text)
-        )
+        files.write_json({"model": self.chat.lm.name, "saes": list(self.chat.notes), "answers": self.kept}, Path(text))
         self.line(f"{len(self.kept)} answers saved to {text}")
 
     def replay(self, text: str) -> None:

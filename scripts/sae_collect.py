@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sae import cache, hooks, log
-from sae.activations import ModelSource
+from sae import hooks, log
 from sae.config import CollectConfig, UserError, from_cli
-from sae.datasets import open_dataset
-from sae.language_model import best_device, load_language_model
-from sae.tokens import TokenRows
+from sae.data import cache
+from sae.data.activations import ModelSource
+from sae.data.datasets import open_dataset
+from sae.data.tokens import TokenRows
+from sae.lm.language_model import best_device, load_language_model
 from scripts.sae_train import choose
 
 

@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sae import distributed, formats, hooks, log, plots
-from sae.activations import Acts, Source, gather
-from sae.assessment import assess, decoder_similarity
-from sae.commands import ChatConfig
-from sae.config import EvalConfig, TrainConfig, UserError, from_cli
-from sae.datasets import Dataset, open_dataset
+from sae import distributed, files, hooks, log, plots
+from sae.config import ChatConfig, EvalConfig, TrainConfig, UserError, from_cli
+from sae.data.activations import Source, gather
+from sae.data.datasets import Dataset, open_dataset
 from sae.distributed import ALONE, World
-from sae.evaluator import SAEEvaluator, evaluate, summary
-from sae.language_model import LanguageModel, best_device, load_language_model
+from sae.evaluator import SAEEvaluator, assess, decoder_similarity, evaluate, summary
+from sae.formats import store
+from sae.hooks import Acts
+from sae.lm.language_model import LanguageModel, best_device, load_language_model
 from sae.models import SAE
 
 
@@ -50,14 +50,14 @@ def trained_model(
 
 def open_sae(c: EvalConfig, lm: LanguageModel | None = None) -> Opened:
     """The SAE a config means and what it belongs to. lm: its model, where that is loaded already."""
-    path = Path(c.sae_path) if c.sae_path else formats.newest_run("sae_models")
+    path = Path(c.sae_path) if c.sae_path else store.newest_run("sae_models")
     device = best_device(distributed.local_device(c.device))
-    sae = formats.load_sae(c.sae_path or path, device=device)
-    trained_on = formats.load_cfg(c.sae_path or path)
-    folder = formats.find_sae(c.sae_path or path).parent
+    sae = store.load_sae(c.sae_path or path, device=device)
+    trained_on = store.load_cfg(c.sae_path or path)
+    folder = store.find_sae(c.sae_path or path).parent
     log.say(f"SAE: {c.sae_path or folder}")
     out = Path(c.output_dir) if c.output_dir else folder
-    formats.check_writable(out, "--output_dir")
+    files.check_writable(out, "--output_dir")
     hookpoint = trained_on.get("hookpoint")
     if not hookpoint:
         raise UserError(f"'{path}' does not say which hookpoint it belongs to; its cfg.json needs metadata.hookpoint")
@@ -87,7 +87,7 @@ def measure(c: EvalConfig, opened: Opened, world: World = ALONE) -> None:
     )  # fmt: skip
     if world.everyone.rank > 0:
         return
-    formats.write_json(report.to_dict(), out / "eval.json")
+    files.write_json(report.to_dict(), out / "eval.json")
     pictures = plots.plot_evaluation(totals, out / "plots")
     if (folder / "metrics.jsonl").is_file():
         pictures += plots.plot_training(folder / "metrics.jsonl", out / "plots")
@@ -100,7 +100,7 @@ def measure(c: EvalConfig, opened: Opened, world: World = ALONE) -> None:
 def write_assessment(metrics: Mapping[str, Any], sae: SAE, out: Path) -> None:
     """Write final_assessment.json to `out`, and say what stands in it."""
     assessment = assess(metrics, decoder_similarity(sae.W_dec))
-    formats.write_json(assessment.to_dict(), out / "final_assessment.json")
+    files.write_json(assessment.to_dict(), out / "final_assessment.json")
     for line in assessment.lines():
         log.say(line)
 
@@ -115,7 +115,7 @@ def assess_run(
     """
     val: Acts = {}
     for hookpoint, folder in folders.items():
-        if not formats.load_cfg(folder).get("activations_file"):
+        if not store.load_cfg(folder).get("activations_file"):
             device = c.model_device or c.device
             one = EvalConfig(sae_path=str(folder), device=device, model_batch_size=c.model_batch_size)
             opened = open_sae(one, lm)
@@ -127,7 +127,7 @@ def assess_run(
             if not val:
                 held_out.rewind()
                 val = gather(held_out, c.val_tokens, "the assessment")
-            sae = formats.load_sae(folder, device=best_device(c.device))
+            sae = store.load_sae(folder, device=best_device(c.device))
             settings = {"architecture": sae.config.activation, "d_in": sae.d_in, "d_sae": sae.d_sae}
             metrics = SAEEvaluator(sae).evaluate(val[hookpoint.split("/")[0]])
             write_assessment({**metrics, **settings, "hookpoint": hookpoint}, sae, folder)

@@ -9,19 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae import cache, distributed, formats, hooks, kernels, log, native, plan, sweep
-from sae.activation_files import FileSource, is_activation_file
-from sae.activations import ModelSource, Source, Stream, gather
+from sae import distributed, files, hooks, log, plan, plots
 from sae.checkpoint import checkpoints, to_resume_from
 from sae.config import REPLACED, CollectConfig, TrainConfig, UserError, from_cli, require, variants
-from sae.datasets import open_dataset
+from sae.data import cache
+from sae.data.activation_files import FileSource, is_activation_file
+from sae.data.activations import ModelSource, Source, Stream, gather
+from sae.data.datasets import open_dataset
+from sae.data.tokens import TokenRows
 from sae.distributed import World
 from sae.end_to_end import EndToEnd, RowStream, held_out
 from sae.flags import said
-from sae.language_model import LanguageModel, best_device, load_language_model
+from sae.formats import store
+from sae.kernels import native, sparse
+from sae.lm.language_model import LanguageModel, best_device, load_language_model
 from sae.models import SAE, create_sae
 from sae.schedules import n_latents, tokens_per_step
-from sae.tokens import TokenRows
 from sae.trainer import SAETrainer, refuse_existing, shuffle_seed
 from scripts.sae_eval import assess_run
 
@@ -194,7 +197,7 @@ def check_folder(c: TrainConfig, folder: Path) -> None:
         to_resume_from(folder)
     elif not c.overwrite:
         refuse_existing(folder)
-    formats.check_writable(Path(c.save_dir), "--save_dir")
+    files.check_writable(Path(c.save_dir), "--save_dir")
 
 
 def settings_of_saes(c: TrainConfig, widths: dict[str, int], hookpoints: list[str]) -> dict[str, TrainConfig]:
@@ -239,7 +242,7 @@ def pretrained_saes(c: TrainConfig, saes: dict[str, SAE | None]) -> dict[str, SA
             found[name] = None
             continue
         inside = Path(c.finetune) / name
-        sae = formats.load_sae(inside if inside.is_dir() else c.finetune)
+        sae = store.load_sae(inside if inside.is_dir() else c.finetune)
         for what in ("activation", "d_in", "d_out", "d_sae", "transcode", "skip_connection", "tied"):
             got, wanted = getattr(sae.config, what), getattr(fresh.config, what)
             if got != wanted:
@@ -433,7 +436,7 @@ def announce(configs: dict[str, TrainConfig], trainer: SAETrainer) -> None:
         if (getattr(trainer.config, name) or 0) > stream.n_batches:
             given = f"--{name} {getattr(trainer.config, name)}"
             log.say(f"{given} is more than the run's {stream.n_batches} steps: the run ends before that is over")
-    log.say(f"{stream.n_batches} steps of {stream.batch_size} tokens on {device} (kernels: {kernels.status(device)})")
+    log.say(f"{stream.n_batches} steps of {stream.batch_size} tokens on {device} (kernels: {sparse.status(device)})")
 
 
 def say_how_to_go_on(trainer: SAETrainer, folder: Path) -> None:
@@ -451,7 +454,7 @@ def finish(trainer: SAETrainer, metrics: dict[str, float], folder: Path, *, eval
     if not metrics:
         log.say(f"there was nothing left to do; saved to {folder}")
     elif len(trainer.names) > 1 and trainer.last and log.speaks():
-        for line in sweep.write(trainer.last, folder):
+        for line in plots.write_sweep(trainer.last, folder):
             log.say(line)
         log.say(f"(figures {where}) saved to {folder}{then}")
     else:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from sae import formats, log
-from sae import neuronpedia_format as form
-from sae.commands import UploadConfig
-from sae.config import UserError, from_cli, require
-from sae.language_model import load_language_model
+from sae import log
+from sae.config import UploadConfig, UserError, from_cli, require
+from sae.formats import store
+from sae.lm.language_model import load_language_model
 from sae.neuronpedia import KEY, Journal, NeuronpediaClient
+from sae.pages import neuronpedia_format as form
 
 SHOWN = 100  # broken records named
 
@@ -35,8 +35,8 @@ def choose(c: UploadConfig) -> Target:
     """The features and the names that the flags mean. With --features and names given, no SAE is needed."""
     folder, trained_on = None, {}
     if c.sae_path or not (c.features and c.model_id and c.layer is not None):
-        path = Path(c.sae_path) if c.sae_path else formats.newest_run("sae_models")
-        folder, trained_on = formats.find_sae(path).parent, formats.load_cfg(path)
+        path = Path(c.sae_path) if c.sae_path else store.newest_run("sae_models")
+        folder, trained_on = store.find_sae(path).parent, store.load_cfg(path)
     if c.features:
         features = Path(c.features)
     else:
@@ -93,7 +93,7 @@ def export(c: UploadConfig, target: Target) -> None:
         target.model_id, count_layers(c, target), c.set_name, target.layer,
         hook_name=f"blocks.{target.layer}.hook_resid_post" if is_block else hookpoint,
         dataset=str(target.trained_on.get("dataset_path") or ""),
-        vectors=formats.load_sae(target.folder).W_dec.detach().numpy() if target.folder else None,
+        vectors=store.load_sae(target.folder).W_dec.detach().numpy() if target.folder else None,
     )  # fmt: skip
     log.say(f"written to {form.write_export(target.features, c.export, about)}")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sae import distributed, log
 from sae.config import VizConfig, from_cli
-from sae.explainer import Endpoint, Explainer
 from sae.feature_viz import FeatureVisualizer
-from sae.labels import distribution
+from sae.pages.explainer import Endpoint, Explainer
+from sae.pages.labels import distribution
 from sae.plots import plot_evaluation, plot_training
 from scripts.sae_eval import open_sae
 

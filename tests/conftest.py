@@ -16,7 +16,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count(
 
 from model import GPT, GPTConfig, save_atomic  # noqa: E402
 from sae.config import SAEConfig  # noqa: E402
-from sae.language_model import load_language_model  # noqa: E402
+from sae.lm.language_model import load_language_model  # noqa: E402
 from sae.models import create_sae  # noqa: E402
 from tokenizer import BPETokenizer  # noqa: E402
 

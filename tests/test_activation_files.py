@@ -15,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sae import cache, formats
-from sae.activation_files import FileSource, is_activation_file
-from sae.activations import ActivationCollector, ModelSource, Stream, gather
-from sae.cache import BlockSource, first_held_out
 from sae.config import UserError
-from sae.datasets import open_dataset
-from sae.tokens import TokenRows
+from sae.data import cache
+from sae.data.activation_files import FileSource, is_activation_file
+from sae.data.activations import ActivationCollector, ModelSource, Stream, gather
+from sae.data.cache import BlockSource, first_held_out
+from sae.data.datasets import open_dataset
+from sae.data.tokens import TokenRows
+from sae.formats import store
 from scripts import sae_collect, sae_eval, sae_train
 from tests.conftest import ROOT, planted
 from tests.test_scripts import SMALL, call
@@ -444,7 +445,7 @@ def test_several_tensors_several_saes_and_epochs(here):
     torch.save({"h.0": x, "h.1": x * 2, "h.2": x}, "acts.pt")
     flags = ["--activations", "acts.pt", "--hookpoints", "h.0", "h.1", *SMALL, "--max_tokens", 10_000]
     assert call(sae_train, *flags, "--run_name", "r", "--num_epochs", 3) == 0
-    assert list(formats.load_saes(here / "sae_models" / "r")) == ["h.0", "h.1"]
+    assert list(store.load_saes(here / "sae_models" / "r")) == ["h.0", "h.1"]
     lines = [json.loads(line) for line in (here / "sae_models" / "r" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 950 * 3 // 64
     assert [line for line in lines if "n_passes" in line][-1][
@@ -467,7 +468,7 @@ def test_a_run_on_collected_activations_resumes_to_the_bit(here, gpt_path, text_
     (here / "sae_models" / "a" / "checkpoint_step44.pt").unlink()
     assert call(sae_train, *flags, "--run_name", "a", "--resume") == 0
     assert "at step 30" in capsys.readouterr().out
-    whole, resumed = (formats.load_sae(here / run) for run in ("whole", "sae_models/a"))
+    whole, resumed = (store.load_sae(here / run) for run in ("whole", "sae_models/a"))
     for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q), name
     if kind == "file":

@@ -9,12 +9,12 @@ import shutil
 import pytest
 import torch
 
-from sae import cache
-from sae.activations import ActivationCollector, ModelSource, Stream, TensorSource, gather
-from sae.cache import CacheSource, provenance, read_manifest, refuse_stale, write_cache
 from sae.config import UserError
-from sae.datasets import open_dataset
-from sae.tokens import TokenRows, kept_positions
+from sae.data import cache
+from sae.data.activations import ActivationCollector, ModelSource, Stream, TensorSource, gather
+from sae.data.cache import CacheSource, provenance, read_manifest, refuse_stale, write_cache
+from sae.data.datasets import open_dataset
+from sae.data.tokens import TokenRows, kept_positions
 
 HOOK = "transformer.h.1"
 
@@ -110,7 +110,7 @@ def test_nan_and_empty_are_refused(lm, text_file, tmp_path):
     bad = torch.zeros(100, 3)
     bad[50, 1] = torch.inf
     with pytest.raises(UserError, match="NaN or infinity"):
-        from sae.activations import check_finite
+        from sae.metrics import check_finite
 
         check_finite({"x": bad})
     (tmp_path / "empty.txt").touch()

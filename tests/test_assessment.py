@@ -11,9 +11,8 @@ import re
 import pytest
 import torch
 
-from sae.assessment import Assessment, assess, decoder_similarity, similarity_by_chance
 from sae.config import EvalConfig, SAEConfig, TrainConfig
-from sae.evaluator import SAEEvaluator
+from sae.evaluator import Assessment, SAEEvaluator, assess, decoder_similarity, similarity_by_chance
 from sae.models import create_sae
 from scripts import sae_collect, sae_eval, sae_train
 from tests.test_scripts import SMALL, call

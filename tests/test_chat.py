@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from sae import hooks
-from sae.commands import ChatConfig
-from sae.config import UserError
-from sae.conversation import Ask, Conversation, Notes
-from sae.formats import save_sae
+from sae.chat.conversation import Ask, Conversation, Notes
+from sae.config import ChatConfig, UserError
+from sae.formats.store import save_sae
 from scripts import chat
 from tests.conftest import ROOT
 from tests.test_runtime import HOOK, an_sae, logits, prompt_ids

@@ -18,8 +18,8 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from sae.config import UserError
-from sae.dashboard import Listing, save_pages, whole_page
-from sae.records import Context, FeatureRecord, Histogram
+from sae.pages.dashboard import Listing, save_pages, whole_page
+from sae.pages.records import Context, FeatureRecord, Histogram
 from tests.conftest import ROOT
 
 OUTPUT = ROOT / "test_output"  # screenshots; playwright makes the folder

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sae import datasets, log
+from sae import log
 from sae.config import UserError
-from sae.datasets import open_dataset
-from sae.language_model import beside
-from sae.tokens import TokenRows
+from sae.data import datasets
+from sae.data.datasets import open_dataset
+from sae.data.tokens import TokenRows
+from sae.files import beside
 from scripts import sae_collect, sae_eval, sae_train
 from tests.conftest import make_text
 

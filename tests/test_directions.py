@@ -6,7 +6,7 @@ Run: python -m pytest tests/test_directions.py
 import pytest
 import torch
 
-from sae import directions
+from sae.pages import directions
 
 
 def clusters(n=12, size=25, d=32, seed=0):

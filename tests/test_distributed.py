@@ -14,11 +14,12 @@ import time
 import pytest
 import torch
 
-from sae import distributed, formats, log, plan
+from sae import distributed, files, log, plan
 from sae.checkpoint import checkpoints
 from sae.config import PENALISED, UserError
 from sae.distributed import Axis, arrange, balance
 from sae.flags import Lost
+from sae.formats import store
 from sae.models import KINDS
 from tests import world_runner
 from tests.conftest import ROOT
@@ -59,7 +60,7 @@ def metrics(folder, hookpoint, what):
 
 
 def same_weights(one, other, tolerance):
-    a, b = (formats.read_safetensors(folder / formats.WEIGHTS) for folder in (one, other))
+    a, b = (files.read_safetensors(folder / store.WEIGHTS) for folder in (one, other))
     assert a.keys() == b.keys()
     for name, x in a.items():
         assert (x - b[name]).norm() <= tolerance * x.norm(), name
@@ -80,7 +81,7 @@ def test_weights_equal_those_of_one_process(done, kind, layout):
             want = metrics(one, hookpoint, what)
             closer = what == "explained_variance" and kind not in PENALISED
             assert metrics(ours, hookpoint, what) == pytest.approx(want, rel=0 if closer else 1e-4, abs=1e-5), what
-    best = [formats.read_torch(f / "best_model.pt") for f in (one / "a", ours / "a" if layout == "plan" else ours)]
+    best = [files.read_torch(f / "best_model.pt") for f in (one / "a", ours / "a" if layout == "plan" else ours)]
     torch.testing.assert_close(best[1]["sae_state_dict"], best[0]["sae_state_dict"], rtol=1e-3, atol=1e-5)
     assert torch.equal(best[1]["feature_counts"], best[0]["feature_counts"])
 
@@ -219,7 +220,7 @@ def test_a_dead_process_ends_the_run_and_another_number_goes_on(gpt_path, text_f
     steps = metrics(tmp_path / "run", "transformer.h.0", "step")
     assert steps == sorted(steps)
     assert steps[-1] == 250
-    assert set(formats.load_saes(tmp_path / "run")) == {"transformer.h.0", "transformer.h.1"}
+    assert set(store.load_saes(tmp_path / "run")) == {"transformer.h.0", "transformer.h.1"}
 
 
 def test_what_several_processes_cannot_do_is_said(gpt_path, text_file, tmp_path):

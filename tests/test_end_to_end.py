@@ -9,14 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sae import formats, hooks
-from sae.activations import ModelSource
+from sae import hooks
 from sae.config import SAEConfig, UserError
-from sae.datasets import open_dataset
+from sae.data.activations import ModelSource
+from sae.data.datasets import open_dataset
+from sae.data.tokens import TokenRows
 from sae.end_to_end import EndToEnd, Rows, RowStream, held_out
+from sae.formats import store
 from sae.learner import Learner
 from sae.models import create_sae
-from sae.tokens import TokenRows
 from sae.trainer import SAETrainer
 from scripts import sae_train
 from tests.test_scripts import base, call, here  # noqa: F401  (fixtures)
@@ -184,7 +185,7 @@ def test_through_the_script(here, base, capsys):  # noqa: F811
         "skip": ["--loss_fn", "kl", "--hook_type", "mlp", "--transcode", "--skip_connection"],
     }.items():
         assert call(sae_train, *base, *small, *more, "--run_name", name, "--log_every", 5) == 0
-        saes = formats.load_saes(here / "sae_models" / name)
+        saes = store.load_saes(here / "sae_models" / name)
         assert len(saes) == 2
         lines = [json.loads(x) for x in (here / "sae_models" / name / "metrics.jsonl").read_text().splitlines()]
         assert all(x["objective"] > 0 for x in lines if "objective" in x)
@@ -192,7 +193,7 @@ def test_through_the_script(here, base, capsys):  # noqa: F811
 
 
 def test_a_model_without_a_head_is_refused(minilm_path):
-    from sae.language_model import load_language_model
+    from sae.lm.language_model import load_language_model
 
     bert = load_language_model(minilm_path, device="cpu")
     with pytest.raises(UserError, match="no next-token head"):

@@ -8,11 +8,12 @@ import torch
 from torch.nn import functional as F
 
 from sae.config import SAEConfig, UserError
-from sae.datasets import open_dataset
-from sae.evaluator import SAEEvaluator, Totals, divergence, evaluate, summary
-from sae.kernels import Codes
+from sae.data.datasets import open_dataset
+from sae.data.tokens import TokenRows, kept_positions
+from sae.evaluator import SAEEvaluator, evaluate, summary
+from sae.kernels.sparse import Codes
+from sae.metrics import Totals, divergence
 from sae.models import KINDS, SAE, Output, create_sae
-from sae.tokens import TokenRows, kept_positions
 
 HOOK = "transformer.h.1"
 
@@ -170,7 +171,7 @@ def test_report_keys_and_summary(lm, text_file):
 
 
 def test_encoders_have_no_cross_entropy(minilm_path, text_file):
-    from sae.language_model import load_language_model
+    from sae.lm.language_model import load_language_model
 
     lm = load_language_model(minilm_path, device="cpu")
     sae = create_sae(SAEConfig(d_in=384, d_sae=64, k=4))

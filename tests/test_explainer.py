@@ -11,10 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sae import explainer, log
+from sae import log
 from sae.config import UserError
-from sae.explainer import Endpoint, Example, Explainer, accuracy, examples, explained, marked, read_list
-from sae.records import Context, FeatureRecord, read_features
+from sae.pages import explainer
+from sae.pages.explainer import Endpoint, Example, Explainer, accuracy, examples, explained, marked, read_list
+from sae.pages.records import Context, FeatureRecord, read_features
 from scripts import sae_viz
 from tests.test_feature_viz import run_folder as run_folder
 

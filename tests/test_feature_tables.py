@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.config import SAEConfig
-from sae.feature_tables import BLOCK, EDGES, POSITIONS, FeatureTables, Sample, bins
-from sae.kernels import Codes
+from sae.kernels.sparse import Codes
 from sae.models import create_sae
+from sae.pages.feature_tables import BLOCK, EDGES, POSITIONS, FeatureTables, Sample, bins
 
 
 @given(st.floats(2.0**-20, 2.0**20, width=32))

@@ -19,16 +19,17 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from sae import formats, log
+from sae import log
 from sae.config import UserError, VizConfig
-from sae.datasets import open_dataset
-from sae.evaluator import Totals
-from sae.feature_tables import POSITIONS
+from sae.data.datasets import open_dataset
+from sae.data.tokens import TokenRows, kept_positions
 from sae.feature_viz import INTERVALS, PER_INTERVAL, FeatureVisualizer, collect_features
-from sae.kernels import Codes
+from sae.formats import store
+from sae.kernels.sparse import Codes
+from sae.metrics import Totals
+from sae.pages.feature_tables import POSITIONS
+from sae.pages.records import read_features
 from sae.plots import plot_evaluation, plot_training
-from sae.records import read_features
-from sae.tokens import TokenRows, kept_positions
 from scripts import sae_viz
 from tests.conftest import DEAD, HOOK, ROOT, some_sae
 
@@ -273,7 +274,7 @@ def test_a_new_folder_takes_the_old_ones_place(lm, documents, tmp_path, monkeypa
     whole = read()
     assert whole.keys() == {"index.html", "features.jsonl", "0.js", "1.js", "index.js", "about.json"}
     # half written: the old pages stay
-    monkeypatch.setattr("sae.dashboard._write_chunk", lambda *_: 1 / 0)
+    monkeypatch.setattr("sae.pages.dashboard._write_chunk", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         viz.save(folder)
     assert read() == whole
@@ -316,7 +317,7 @@ def test_one_html_text_for_a_notebook(lm, documents):
 def run_folder(tmp_path, gpt_path, documents):
     """What sae_train leaves behind, as far as sae_viz reads it."""
     metadata = {"model_name": gpt_path, "dataset_path": str(documents), "context_size": 32, "hookpoint": HOOK}
-    formats.save_sae(some_sae(), tmp_path / "layer_1", **metadata)
+    store.save_sae(some_sae(), tmp_path / "layer_1", **metadata)
     return tmp_path / "layer_1"
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae import formats
+from sae import files
 from sae.config import SAEConfig, UserError
+from sae.formats import store
 from sae.models import KINDS, create_sae
 
 ALL = sorted(KINDS)
@@ -30,27 +31,27 @@ def make(activation, **fields):
 @pytest.mark.parametrize("activation", ALL)
 def test_save_load_is_bit_equal(activation, tmp_path):
     sae = make(activation).eval()
-    formats.save_sae(sae, tmp_path / "run", hookpoint="transformer.h.3", model_name="pygpt")
+    store.save_sae(sae, tmp_path / "run", hookpoint="transformer.h.3", model_name="pygpt")
     x = torch.randn(9, 6)
-    for path in (tmp_path / "run", tmp_path / "run" / formats.WEIGHTS, tmp_path):
-        back = formats.load_sae(path)
+    for path in (tmp_path / "run", tmp_path / "run" / store.WEIGHTS, tmp_path):
+        back = store.load_sae(path)
         assert back.config == sae.config
         assert torch.equal(back(x).x_hat, sae(x).x_hat)
-    assert formats.load_cfg(tmp_path / "run")["hookpoint"] == "transformer.h.3"
-    assert formats.load_saes(tmp_path).keys() == {"transformer.h.3"}
-    assert formats.newest_run(tmp_path) == tmp_path / "run"
+    assert store.load_cfg(tmp_path / "run")["hookpoint"] == "transformer.h.3"
+    assert store.load_saes(tmp_path).keys() == {"transformer.h.3"}
+    assert store.newest_run(tmp_path) == tmp_path / "run"
 
 
 def test_the_layout_is_saelens(tmp_path):
-    formats.save_sae(make("topk"), tmp_path)
-    weights, cfg = load_file(tmp_path / formats.WEIGHTS), json.loads((tmp_path / "cfg.json").read_text())
+    store.save_sae(make("topk"), tmp_path)
+    weights, cfg = load_file(tmp_path / store.WEIGHTS), json.loads((tmp_path / "cfg.json").read_text())
     assert {n: tuple(w.shape) for n, w in weights.items()} == {
         "W_enc": (6, 20), "b_enc": (20,), "W_dec": (20, 6), "b_dec": (6,),
     }  # fmt: skip
     assert (cfg["architecture"], cfg["k"], cfg["apply_b_dec_to_input"]) == ("topk", 4, True)
     assert cfg["metadata"]["sae_lens_version"] >= "6.0.0"  # below, SAELens takes its old flat layout
-    formats.save_sae(make("gated"), tmp_path)
-    assert set(load_file(tmp_path / formats.WEIGHTS)) == {"W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"}
+    store.save_sae(make("gated"), tmp_path)
+    assert set(load_file(tmp_path / store.WEIGHTS)) == {"W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"}
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "gated"])
@@ -63,7 +64,7 @@ def test_files_of_saelens_itself(architecture, apply_b_dec, tmp_path):
     w |= {"b_gate": r(20), "b_mag": r(20), "r_mag": r(20)} if architecture == "gated" else {"b_enc": r(20)}
     cfg = {"architecture": architecture, "d_in": 6, "d_sae": 20, "k": 4, "apply_b_dec_to_input": apply_b_dec}
     cfg |= {"normalize_activations": "none", "rescale_acts_by_decoder_norm": True, "metadata": {}}
-    save_file(w, tmp_path / formats.WEIGHTS)
+    save_file(w, tmp_path / store.WEIGHTS)
     (tmp_path / "cfg.json").write_text(json.dumps(cfg))
     x = r(11, 6)
     inner = x - w["b_dec"] * apply_b_dec
@@ -76,22 +77,22 @@ def test_files_of_saelens_itself(architecture, apply_b_dec, tmp_path):
     else:
         f = (inner @ w["W_enc"] + w["b_enc"]).relu()
     want = f @ w["W_dec"] + w["b_dec"]
-    torch.testing.assert_close(formats.load_sae(tmp_path)(x).x_hat, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(store.load_sae(tmp_path)(x).x_hat, want, rtol=1e-4, atol=1e-5)
 
 
 def test_best_model_in_the_nanochat_documents_keys(tmp_path):
     sae = make("topk")
     path = tmp_path / "best_model.pt"
-    formats.write_torch({"sae_state_dict": sae.state_dict(), "config": sae.config.to_dict(), "step": 3}, path)
-    back = formats.load_sae(path)
+    files.write_torch({"sae_state_dict": sae.state_dict(), "config": sae.config.to_dict(), "step": 3}, path)
+    back = store.load_sae(path)
     assert torch.equal(back.W_enc, sae.W_enc)
     assert back.config == sae.config
 
 
 def corrupt(path, name, change):
-    weights = load_file(path / formats.WEIGHTS)
+    weights = load_file(path / store.WEIGHTS)
     change(weights)
-    save_file(weights, path / formats.WEIGHTS)
+    save_file(weights, path / store.WEIGHTS)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +102,8 @@ def corrupt(path, name, change):
         (lambda p: corrupt(p, "W_dec", lambda w: w.update(W_dec=torch.zeros(3, 3))), "should be (20, 6)"),
         (lambda p: corrupt(p, "extra", lambda w: w.update(extra=torch.zeros(1))), "should be absent"),
         (lambda p: corrupt(p, "W_enc", lambda w: w["W_enc"][:, 3].fill_(math.nan)), "tensor W_enc holds NaN"),
-        (lambda p: (p / formats.WEIGHTS).write_bytes((p / formats.WEIGHTS).read_bytes()[:200]), "damaged"),
-        (lambda p: (p / formats.WEIGHTS).write_bytes(b""), "damaged"),
+        (lambda p: (p / store.WEIGHTS).write_bytes((p / store.WEIGHTS).read_bytes()[:200]), "damaged"),
+        (lambda p: (p / store.WEIGHTS).write_bytes(b""), "damaged"),
         (lambda p: (p / "cfg.json").write_text("{"), "not valid json"),
         (lambda p: (p / "cfg.json").write_text("[]"), "json object"),
         (lambda p: (p / "cfg.json").unlink(), "cannot read"),
@@ -113,14 +114,14 @@ def corrupt(path, name, change):
         (lambda p: (p / "cfg.json").write_text('{"metadata": []}'), "json object with metadata"),
         (lambda p: (p / "cfg.json").write_text("[" * 100_000), "not valid json"),
         (lambda p: (p / "cfg.json").write_text('{"normalize_activations": "layer_norm"}'), "not read yet"),
-        (lambda p: (p / formats.WEIGHTS).unlink(), "holds no sae_weights.safetensors"),
+        (lambda p: (p / store.WEIGHTS).unlink(), "holds no sae_weights.safetensors"),
     ],
 )
 def test_damaged_saes_are_one_sentence(break_it, words, tmp_path):
-    formats.save_sae(make("topk"), tmp_path)
+    store.save_sae(make("topk"), tmp_path)
     break_it(tmp_path)
     with pytest.raises(UserError) as e:
-        formats.load_sae(tmp_path)
+        store.load_sae(tmp_path)
     assert words in str(e.value)
     assert len(str(e.value).splitlines()) == 1
 
@@ -140,14 +141,14 @@ def test_hostile_and_torn_checkpoints(tmp_path):
     torch.save([1, 2], tmp_path / "e.pt")
     for name in "abcdefg":
         with pytest.raises(UserError) as e:
-            formats.load_sae(tmp_path / f"{name}.pt")
+            store.load_sae(tmp_path / f"{name}.pt")
         assert len(str(e.value).splitlines()) == 1
     assert not marker.exists()
 
 
 def test_writes_are_atomic(tmp_path):
     path = tmp_path / "x.json"
-    formats.write_json({"a": float("nan"), "b": [1.5]}, path)
+    files.write_json({"a": float("nan"), "b": [1.5]}, path)
     assert json.loads(path.read_text()) == {"a": None, "b": [1.5]}
 
     def half(tmp):
@@ -155,26 +156,26 @@ def test_writes_are_atomic(tmp_path):
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError):
-        formats.write_atomic(path, half)
+        files.write_atomic(path, half)
     assert json.loads(path.read_text())["b"] == [1.5]
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
     with pytest.raises(UserError, match="cannot write"):
-        formats.write_json({}, path / "below" / "a" / "file.json")
+        files.write_json({}, path / "below" / "a" / "file.json")
 
 
 def test_finding_saes(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="run sae_train first"):
-        formats.newest_run(tmp_path)
+        store.newest_run(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
-        formats.load_sae(tmp_path / "nowhere")
+        store.load_sae(tmp_path / "nowhere")
     for i in (10, 2):
-        formats.save_sae(make("topk"), tmp_path / f"h.{i}", hookpoint=f"h.{i}")
-    assert list(formats.load_saes(tmp_path)) == ["h.2", "h.10"]
-    assert list(formats.load_saes(tmp_path, hook_points=["h.10"])) == ["h.10"]
+        store.save_sae(make("topk"), tmp_path / f"h.{i}", hookpoint=f"h.{i}")
+    assert list(store.load_saes(tmp_path)) == ["h.2", "h.10"]
+    assert list(store.load_saes(tmp_path, hook_points=["h.10"])) == ["h.10"]
     with pytest.raises(UserError, match="holds 2 SAEs"):
-        formats.load_sae(tmp_path)
+        store.load_sae(tmp_path)
     with pytest.raises(UserError, match="wanted h.3"):
-        formats.load_saes(tmp_path, hook_points=["h.3"])
+        store.load_saes(tmp_path, hook_points=["h.3"])
 
     import huggingface_hub
 
@@ -185,7 +186,7 @@ def test_finding_saes(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert formats.load_sae("org/repo/h.10").d_sae == 20
+    assert store.load_sae("org/repo/h.10").d_sae == 20
     assert asked[0][0] == "org/repo"
 
     def offline(repo, allow_patterns):
@@ -193,7 +194,7 @@ def test_finding_saes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(UserError, match="the hub did not give it"):
-        formats.load_sae("org/repo")
+        store.load_sae("org/repo")
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
@@ -202,16 +203,16 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="free some space"):
-        formats.write_torch({}, tmp_path / "x.pt")
+        files.write_torch({}, tmp_path / "x.pt")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_files_are_as_readable_as_the_umask_says(tmp_path):
     before = os.umask(0o027)
     try:
-        formats.save_sae(create_sae(SAEConfig(d_in=4, d_sae=8, k=2)), tmp_path / "sae")
+        store.save_sae(create_sae(SAEConfig(d_in=4, d_sae=8, k=2)), tmp_path / "sae")
     finally:
         os.umask(before)
     assert {p.name: oct(p.stat().st_mode & 0o777) for p in (tmp_path / "sae").iterdir()} == {
-        formats.CFG: "0o640", formats.WEIGHTS: "0o640",
+        store.CFG: "0o640", store.WEIGHTS: "0o640",
     }  # fmt: skip

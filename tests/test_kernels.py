@@ -6,8 +6,8 @@ Run: python -m pytest tests/test_kernels.py
 import pytest
 import torch
 
-from sae import kernels, native, selection
-from sae.kernels import Codes
+from sae.kernels import native, selection, sparse
+from sae.kernels.sparse import Codes
 
 SIZES = [(33, 127, 1001, 7), (1, 5, 9, 9), (64, 32, 64, 1), (7, 3, 2, 2)]  # B, D, F, K
 
@@ -33,7 +33,7 @@ def test_gather_pre_equals_its_twin(size, dtype):
     x, W_enc, b_enc, _, indices, grad, _ = problem(*size, dtype=dtype)
     values = (x @ W_enc + b_enc).gather(1, indices)
     run = lambda f: gradients(lambda x, W, b: f(x, W, b, values, indices), x, W_enc, b_enc, out_grad=grad)
-    for got, want in zip(run(kernels.gather_pre), run(kernels.gather_pre_reference), strict=True):
+    for got, want in zip(run(sparse.gather_pre), run(sparse.gather_pre_reference), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 if dtype is torch.float32 else 1e-10)
 
 
@@ -45,7 +45,7 @@ def test_the_centre_of_gather_pre_has_the_gradient_of_its_twin(dtype):
     run = lambda f: gradients(
         lambda c, W, b: f(x - centre, W, b, values, indices, centre=c), centre, W_enc, b_enc, out_grad=grad
     )
-    for got, want in zip(run(kernels.gather_pre), run(kernels.gather_pre_reference), strict=True):
+    for got, want in zip(run(sparse.gather_pre), run(sparse.gather_pre_reference), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3 if dtype is torch.float32 else 1e-10)
 
 
@@ -56,7 +56,7 @@ def test_decode_equals_its_twin(size, dtype, of_each):
     _, _, _, W_dec, indices, values, grad = problem(*size, dtype=dtype)
     bias = 2 * grad if of_each else grad[0]
     run = lambda f: gradients(lambda v, W, b: f(indices, v, W, bias=b), values, W_dec, bias, out_grad=grad)
-    for got, want in zip(run(kernels.decode), run(kernels.decode_reference), strict=True):
+    for got, want in zip(run(sparse.decode), run(sparse.decode_reference), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 if dtype is torch.float32 else 1e-10)
 
 
@@ -74,14 +74,14 @@ def ragged(size, dtype=torch.float64):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_ragged_codes_equal_their_twins(size, dtype):
     x, W_enc, b_enc, W_dec, indices, offsets, values, grad = ragged(size, dtype)
-    pre = kernels.at(x @ W_enc + b_enc, indices, offsets)
+    pre = sparse.at(x @ W_enc + b_enc, indices, offsets)
     gather = lambda f: gradients(
         lambda x, W, b: f(x, W, b, pre, indices, offsets), x, W_enc, b_enc, out_grad=torch.ones_like(values) + values
     )
     decode = lambda f: gradients(lambda v, W: f(indices, v, W, offsets), values, W_dec, out_grad=grad)
     tolerance = 1e-5 if dtype is torch.float32 else 1e-10
-    for fast, twin in ((gather(kernels.gather_pre), gather(kernels.gather_pre_reference)),
-                       (decode(kernels.decode), decode(kernels.decode_reference))):  # fmt: skip
+    for fast, twin in ((gather(sparse.gather_pre), gather(sparse.gather_pre_reference)),
+                       (decode(sparse.decode), decode(sparse.decode_reference))):  # fmt: skip
         for got, want in zip(fast, twin, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=tolerance)
     codes = Codes(indices, values, offsets)
@@ -117,15 +117,15 @@ def test_batch_top_k_and_above(enabled, monkeypatch):
 def test_a_latent_named_twice_counts_twice():
     W_dec = torch.eye(3)
     indices, values = torch.tensor([[1, 1]]), torch.tensor([[2.0, 3.0]])
-    assert kernels.decode(indices, values, W_dec).tolist() == [[0.0, 5.0, 0.0]]
-    assert kernels.decode_reference(indices, values, W_dec).tolist() == [[0.0, 5.0, 0.0]]
+    assert sparse.decode(indices, values, W_dec).tolist() == [[0.0, 5.0, 0.0]]
+    assert sparse.decode_reference(indices, values, W_dec).tolist() == [[0.0, 5.0, 0.0]]
 
 
 def test_second_derivatives_are_refused_rather_than_wrong():
     x, W_enc, b_enc, W_dec, indices, values, _ = problem(5, 6, 9, 2, dtype=torch.float32)
     uses = {
-        W_enc.requires_grad_(): lambda W: kernels.gather_pre(x, W, b_enc, values, indices),
-        W_dec.requires_grad_(): lambda W: kernels.decode(indices, values, W),
+        W_enc.requires_grad_(): lambda W: sparse.gather_pre(x, W, b_enc, values, indices),
+        W_dec.requires_grad_(): lambda W: sparse.decode(indices, values, W),
     }
     for weights, use in uses.items():
         (grad,) = torch.autograd.grad(use(weights).square().sum(), weights, create_graph=True)
@@ -136,18 +136,18 @@ def test_second_derivatives_are_refused_rather_than_wrong():
 def test_backward_is_deterministic_to_the_bit():
     x, W_enc, b_enc, _, indices, grad, _ = problem(200, 40, 300, 8, dtype=torch.float32)
     pre = (x @ W_enc + b_enc).gather(1, indices)
-    run = lambda: gradients(lambda W: kernels.gather_pre(x, W, b_enc, pre, indices), W_enc, out_grad=grad)[1]
+    run = lambda: gradients(lambda W: sparse.gather_pre(x, W, b_enc, pre, indices), W_enc, out_grad=grad)[1]
     assert torch.equal(run(), run())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # plain torch, and C++ where there is a compiler
 def test_both_gradients_of_a_step_take_one_sort_of_its_latents(dtype, monkeypatch):
     x, W_enc, b_enc, W_dec, indices, _, _ = problem(20, 8, 30, 5, dtype)
-    sort, sorted_ = kernels._by_latent, []
-    monkeypatch.setattr(kernels, "_by_latent", lambda *a: sorted_.append(sort(*a)) or sorted_[-1])
+    sort, sorted_ = sparse._by_latent, []
+    monkeypatch.setattr(sparse, "_by_latent", lambda *a: sorted_.append(sort(*a)) or sorted_[-1])
     weights = [t.requires_grad_() for t in (W_enc, b_enc, W_dec)]
-    pre = kernels.gather_pre(x, W_enc, b_enc, (x @ W_enc + b_enc).detach().gather(1, indices), indices)
-    kernels.decode(indices, pre.relu(), W_dec).square().sum().backward()
+    pre = sparse.gather_pre(x, W_enc, b_enc, (x @ W_enc + b_enc).detach().gather(1, indices), indices)
+    sparse.decode(indices, pre.relu(), W_dec).square().sum().backward()
     chosen = torch.zeros(20, 30, dtype=dtype).scatter(1, indices, 1.0)
     want = torch.autograd.grad(((x @ W_enc + b_enc).relu() * chosen @ W_dec).square().sum(), weights)
     torch.testing.assert_close([w.grad for w in weights], list(want), rtol=1e-4, atol=1e-4)
@@ -158,7 +158,7 @@ def test_both_gradients_of_a_step_take_one_sort_of_its_latents(dtype, monkeypatc
 def test_a_sort_serves_the_latents_it_was_made_of_alone(dtype):
     x, values = torch.eye(4, dtype=dtype), torch.ones(8, dtype=dtype)
     indices, offsets = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0]), torch.tensor([0, 2, 4, 6])
-    sums = lambda n=3: kernels._sum_by_latent(indices, offsets, values, x, n).int().tolist()
+    sums = lambda n=3: sparse._sum_by_latent(indices, offsets, values, x, n).int().tolist()
     assert sums() == [[1, 1, 0, 2], [1, 0, 1, 0], [0, 1, 1, 0]] and sums(4) == [*sums(), [0] * 4]
     indices[0] = 2
     assert sums() == [[0, 1, 0, 2], [1, 0, 1, 0], [1, 1, 1, 0]]
@@ -171,16 +171,16 @@ def test_a_sort_serves_the_latents_it_was_made_of_alone(dtype):
 def test_double_check_by_finite_differences():
     x, W_enc, b_enc, W_dec, indices, values, _ = problem(4, 3, 6, 2)
     inputs = [t.requires_grad_() for t in (x, W_enc.contiguous(), b_enc)]
-    pre_at = lambda x, W, b: kernels.gather_pre(x, W, b, (x @ W + b).detach().gather(1, indices), indices)
+    pre_at = lambda x, W, b: sparse.gather_pre(x, W, b, (x @ W + b).detach().gather(1, indices), indices)
     assert torch.autograd.gradcheck(pre_at, inputs)
     assert torch.autograd.gradcheck(
-        lambda v, W: kernels.decode(indices, v, W), [values.requires_grad_(), W_dec.requires_grad_()]
+        lambda v, W: sparse.decode(indices, v, W), [values.requires_grad_(), W_dec.requires_grad_()]
     )
 
 
 def test_the_path_for_other_devices_equals_the_fast_one():
     _, _, _, W_dec, indices, _, left = problem(33, 127, 1001, 7)
-    fast = kernels._dot_at(indices, None, left, W_dec)
+    fast = sparse._dot_at(indices, None, left, W_dec)
     slow = torch.stack([(left * W_dec[indices[:, j]]).sum(-1) for j in range(indices.shape[1])], 1)
     torch.testing.assert_close(fast, slow)
 

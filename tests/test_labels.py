@@ -9,8 +9,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from sae.feature_tables import Events
-from sae.labels import (
+from sae.pages.feature_tables import Events
+from sae.pages.labels import (
     BETA2,
     LEAST,
     Label,

@@ -17,9 +17,11 @@ import tiktoken
 import torch
 from torch.nn import functional as F
 
-from sae import hooks, language_model
+from sae import hooks
 from sae.config import UserError
-from sae.language_model import ROOT, HFTokenizer, LanguageModel, beside, best_device, load_language_model
+from sae.files import beside
+from sae.lm import language_model
+from sae.lm.language_model import ROOT, HFTokenizer, LanguageModel, best_device, load_language_model
 
 
 def batch(lm, n=2, t=16):

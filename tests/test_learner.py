@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
-from sae import native
 from sae.config import SAEConfig, UserError
+from sae.kernels import native
 from sae.learner import Learner
 from sae.models import KINDS, create_sae
 from sae.optim import Adam, clip_gradients_

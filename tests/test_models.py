@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from sae import selection
 from sae.config import SAEConfig, UserError
+from sae.kernels import selection
 from sae.models import KINDS, create_sae
 from sae.trainer import train_sae_from_activations
 from tests.conftest import planted

@@ -16,11 +16,12 @@ import tiktoken
 import torch
 from torch.nn import functional as F
 
-from sae import formats, hooks
+from sae import hooks
 from sae.config import SAEConfig, UserError
-from sae.datasets import open_dataset
+from sae.data.datasets import open_dataset
 from sae.evaluator import evaluate
-from sae.language_model import load_language_model
+from sae.formats import store
+from sae.lm.language_model import load_language_model
 from sae.models import create_sae
 from scripts import sae_collect, sae_eval, sae_train
 
@@ -504,7 +505,7 @@ def test_train_and_eval(base, text_file, tmp_path, monkeypatch):
     assert report["n_tokens"] >= 300
     assert report["ce_clean"] > 0
     assert report["ce_zero"] != report["ce_clean"]
-    sae = formats.load_sae(tmp_path / "sae_models" / "layer_1")
+    sae = store.load_sae(tmp_path / "sae_models" / "layer_1")
     assert (sae.d_in, sae.d_sae) == (D, 8 * D)
     # collected once, trained on later: the cache knows its model again
     collect = ["--model", str(base), "--layer", "2", "--hook_type", "resid_pre", "--max_tokens", "2000"]

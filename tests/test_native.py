@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae import hooks, kernels, native, optim, selection
+from sae import hooks, optim
 from sae.config import SAEConfig
-from sae.language_model import load_language_model
+from sae.kernels import native, selection, sparse
 from sae.learner import Learner
+from sae.lm.language_model import load_language_model
 from sae.models import create_sae
 from sae.optim import Adam, Optimizer
 
@@ -180,7 +181,7 @@ def test_eight_bits_choose_the_same_for_few_tokens(name, absolute):
     floor = torch.full_like(b, float(pre.quantile(0.97)) if len(x) else 0.0)
     indices, values, offsets = selection.choose_above(x, W, b, floor, packed=packed)
     blur = 1e-6 * float((x.norm(dim=1).max() * W.norm(dim=0).max() + b.abs().max()) if len(x) else 0)
-    found = kernels.Codes(indices, values, offsets)
+    found = sparse.Codes(indices, values, offsets)
     dense = found.dense(len(b))
     torch.testing.assert_close(dense[dense != 0], pre[dense != 0], rtol=1e-5, atol=blur)
     assert not ((pre > floor + blur) & (dense == 0)).any()
@@ -289,8 +290,8 @@ def test_sparse_products_equal_their_twins(size, monkeypatch):
     first = torch.arange(B).mul_(3).clamp_(max=B * K)  # tokens with places of their own number
     flat = indices.reshape(-1), first, values.reshape(-1)
     run = lambda: (
-        kernels._sum_by_latent(indices, None, values, x, F), kernels._dot_at(indices, None, x, W),
-        *kernels._bag_backward(indices, None, values, x, W), *kernels._bag_backward(*flat, x, W),
+        sparse._sum_by_latent(indices, None, values, x, F), sparse._dot_at(indices, None, x, W),
+        *sparse._bag_backward(indices, None, values, x, W), *sparse._bag_backward(*flat, x, W),
     )  # fmt: skip
     fast = run()
     monkeypatch.setattr(native, "enabled", False)
@@ -302,18 +303,18 @@ def test_sparse_products_equal_their_twins(size, monkeypatch):
 @needs_compiler
 def test_an_index_out_of_range_is_refused():
     with pytest.raises(RuntimeError):
-        kernels.decode(torch.tensor([[0, 9]]), torch.ones(1, 2), torch.ones(3, 4))
+        sparse.decode(torch.tensor([[0, 9]]), torch.ones(1, 2), torch.ones(3, 4))
     with pytest.raises(RuntimeError):
-        kernels._sum_by_latent(torch.tensor([[0, 9]]), None, torch.ones(1, 2), torch.ones(1, 4), 3)
+        sparse._sum_by_latent(torch.tensor([[0, 9]]), None, torch.ones(1, 2), torch.ones(1, 4), 3)
     with pytest.raises(RuntimeError):
-        kernels._dot_at(torch.tensor([[-1]]), None, torch.ones(1, 4), torch.ones(3, 4))
+        sparse._dot_at(torch.tensor([[-1]]), None, torch.ones(1, 4), torch.ones(3, 4))
 
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_moments_equal_their_twin(enabled, monkeypatch):
     monkeypatch.setattr(native, "enabled", enabled)
     x, y = randn(100, 37) + 1000, randn(100, 37, seed=1) + 1000
-    for got, want in zip(kernels.moments(x, y), kernels.moments_reference(x, y), strict=True):
+    for got, want in zip(sparse.moments(x, y), sparse.moments_reference(x, y), strict=True):
         assert got.dtype == torch.float64
         torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
 
@@ -325,10 +326,10 @@ def test_rows_are_projected_and_brought_to_unit_norm(enabled, monkeypatch):
     W[4] = 0
     along = ((grad * W).sum(1) / W.square().sum(1).clamp(min=1e-24))[:, None] * W
     want, length = grad - along, W.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    kernels.project_rows_(grad, W)
+    sparse.project_rows_(grad, W)
     torch.testing.assert_close(grad, want)
     rows = W.clone()
-    factors = kernels.unit_rows_(rows)
+    factors = sparse.unit_rows_(rows)
     torch.testing.assert_close(factors, 1 / length)
     torch.testing.assert_close(rows, W / length)
 
@@ -360,13 +361,13 @@ def test_variance_equals_the_formula(enabled, monkeypatch):
     monkeypatch.setattr(native, "enabled", enabled)
     x = randn(50, 9) + 100
     want = (x.double() - x.double().mean(0)).square().sum(1).mean().float()
-    torch.testing.assert_close(kernels.variance(x), want)
+    torch.testing.assert_close(sparse.variance(x), want)
 
 
 def test_square_norms_have_the_gradients_of_the_formula():
     x = randn(5, 3).double().requires_grad_()
-    assert torch.autograd.gradcheck(kernels.square_norms, (x,))
-    torch.testing.assert_close(kernels.square_norms(x), x.square().sum(-1))
+    assert torch.autograd.gradcheck(sparse.square_norms, (x,))
+    torch.testing.assert_close(sparse.square_norms(x), x.square().sum(-1))
 
 
 @pytest.mark.parametrize("enabled", [True, False])

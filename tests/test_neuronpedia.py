@@ -18,10 +18,11 @@ from threading import Thread
 import numpy as np
 import pytest
 
-from sae import NeuronpediaClient, SAEConfig, create_sae, formats, neuronpedia
-from sae import neuronpedia_format as form
+from sae import NeuronpediaClient, SAEConfig, create_sae, neuronpedia
 from sae.config import UserError
+from sae.formats import store
 from sae.neuronpedia import Journal, Refused, Unsure
+from sae.pages import neuronpedia_format as form
 from scripts import sae_upload
 from tests.fake_neuronpedia import KEY, OPAQUE, Answer, Fault, Neuronpedia, import_tree
 from tests.test_scripts import call
@@ -561,7 +562,7 @@ def run(tmp_path, gpt_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "sae_models" / "layer_1"
     sae = create_sae(SAEConfig(d_in=32, d_sae=8, k=2))
-    formats.save_sae(sae, folder, hookpoint="transformer.h.1", model_name=gpt_path, dataset_path="embedded")
+    store.save_sae(sae, folder, hookpoint="transformer.h.1", model_name=gpt_path, dataset_path="embedded")
     write(folder / "features" / "features.jsonl", [record(i, n_contexts=0 if i > 5 else 3) for i in range(8)])
     return folder
 
@@ -582,7 +583,7 @@ def test_the_import_tree(run, tmp_path, capsys):
     assert len(db.explanations) == 8
     row, feature = db.neurons[MODEL, SOURCE, "3"], form.to_feature(record(3))
     assert row["hookName"] == "blocks.1.hook_resid_post"
-    W_dec = formats.load_sae(run).W_dec.detach()
+    W_dec = store.load_sae(run).W_dec.detach()
     assert np.array_equal(np.array(row["vector"], dtype=np.float32), W_dec[3].numpy())
     assert (
         row["vectorDefaultSteerStrength"]

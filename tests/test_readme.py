@@ -12,8 +12,7 @@ import pytest
 
 import train
 from benchmarks import render
-from sae.commands import ChatConfig, UploadConfig
-from sae.config import CollectConfig, EvalConfig, TrainConfig, VizConfig, from_cli
+from sae.config import ChatConfig, CollectConfig, EvalConfig, TrainConfig, UploadConfig, VizConfig, from_cli
 from tests.conftest import ROOT
 
 DOCUMENTS = ("README.md", "SAE_README.md", "assets/pygpt/README.md", "CONTRIBUTING.md")

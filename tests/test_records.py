@@ -8,7 +8,7 @@ import json
 import pytest
 
 from sae.config import UserError
-from sae.records import Context, FeatureRecord, Histogram, read_features, read_lines, read_values, write_features
+from sae.pages.records import Context, FeatureRecord, Histogram, read_features, read_lines, read_values, write_features
 
 KEYS = {
     "latent", "density", "max_activation", "mean_active", "label", "label_precision", "label_recall", "promoted",

@@ -13,8 +13,8 @@ from torch import nn
 from sae import hooks
 from sae.config import SAEConfig, UserError
 from sae.edits import Condition, Edit, parse_condition, parse_edit
-from sae.kernels import Codes
-from sae.language_model import load_language_model
+from sae.kernels.sparse import Codes
+from sae.lm.language_model import load_language_model
 from sae.models import KINDS, create_sae
 from sae.runtime import InterpretableModel
 

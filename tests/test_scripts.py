@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from sae import formats, log
-from sae.commands import ChatConfig
-from sae.config import EvalConfig
+from sae import files, log
+from sae.config import ChatConfig, EvalConfig
+from sae.formats import store
 from scripts import sae_collect, sae_eval, sae_train, sae_upload, sae_viz
 from scripts.chat import open_conversation
 from scripts.sae_eval import open_sae
@@ -72,7 +72,7 @@ def test_train_eval_viz_as_they_stand(here, base, capsys):
     # the run's own config.json starts the same run again
     again = ["--config", run / "config.json", "--run_name", "again"]
     assert call(sae_train, *again) == 0
-    a, b = (formats.read_safetensors(p / formats.WEIGHTS) for p in (run, here / "sae_models" / "again"))
+    a, b = (files.read_safetensors(p / store.WEIGHTS) for p in (run, here / "sae_models" / "again"))
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
@@ -86,9 +86,9 @@ def test_every_kind_and_hook_type_trains(here, base, activation):
 
 def test_several_hookpoints_in_one_run(here, base):
     assert call(sae_train, "--hookpoints", "transformer.h.*.mlp", *base, *SMALL, "--run_name", "mlps") == 0
-    assert len(formats.load_saes(here / "sae_models" / "mlps")) == 3
+    assert len(store.load_saes(here / "sae_models" / "mlps")) == 3
     assert call(sae_train, "--layers", 0, 2, *base, *SMALL) == 0
-    assert list(formats.load_saes(here / "sae_models" / "layers_0_2")) == ["transformer.h.0", "transformer.h.2"]
+    assert list(store.load_saes(here / "sae_models" / "layers_0_2")) == ["transformer.h.0", "transformer.h.2"]
     assert call(sae_eval, "--sae_path", "sae_models/layers_0_2/transformer.h.2", "--eval_tokens", 200) == 0
 
 
@@ -234,13 +234,13 @@ def test_resume_needs_no_flags(here, base, capsys):
     flags = [*base, *SMALL, "--activation", "gated", "--save_every", 5, "--init_seeds", 0, 1, "--no-save_best"]
     assert call(sae_train, "--layer", 1, *flags) == 0
     run = here / "sae_models" / "layer_1"
-    weights = lambda: {name: sae.state_dict() for name, sae in formats.load_saes(here / "sae_models").items()}
+    weights = lambda: {name: sae.state_dict() for name, sae in store.load_saes(here / "sae_models").items()}
     before = weights()
     for more in ([], ["--layer", 1], ["--run_name", "layer_1"], ["--run_name", "renamed"], ["--save_every", 2]):
         if "renamed" in more:
             run = run.rename(run.with_name("renamed"))
         (run / "checkpoint_step10.pt").unlink()  # as if it had been killed on the way
-        for file in run.rglob(formats.WEIGHTS):
+        for file in run.rglob(store.WEIGHTS):
             file.unlink()
         capsys.readouterr()
         assert call(sae_train, *more, "--resume") == 0
@@ -351,7 +351,7 @@ def test_eval_and_viz_refuse_too(here, base, capsys):
     assert "256" in capsys.readouterr().err
     assert call(sae_eval, "--sae_path", "nowhere") == 2
     assert call(sae_eval, "--model", "out/ckpt.pt") == 2
-    weights = here / "sae_models" / "layer_1" / formats.WEIGHTS
+    weights = here / "sae_models" / "layer_1" / store.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:1000])
     assert call(sae_eval) == 2
     assert "damaged" in capsys.readouterr().err
@@ -375,7 +375,7 @@ def test_help_and_typos_as_real_processes(name, tmp_path):
 
 def test_a_sweep_takes_one_pass_over_the_model(here, base, capsys, monkeypatch):
     """3 layers x 2 k x 2 seeds: the model runs as often as for one SAE, and each SAE is the one trained alone."""
-    from sae.language_model import LanguageModel
+    from sae.lm.language_model import LanguageModel
 
     forwards = []
     hidden = LanguageModel.hidden
@@ -388,9 +388,9 @@ def test_a_sweep_takes_one_pass_over_the_model(here, base, capsys, monkeypatch):
     assert call(sae_train, *base, *SMALL[2:], *lists, "--run_name", "all") == 0
     assert len(forwards) == n_alone > 0
     out = capsys.readouterr().out
-    saes = formats.load_saes(here / "sae_models" / "all")
+    saes = store.load_saes(here / "sae_models" / "all")
     assert len(saes) == 12
-    alone = formats.load_sae(here / "sae_models" / "layer_2")
+    alone = store.load_sae(here / "sae_models" / "layer_2")
     same = saes["transformer.h.2/k4_seed1"]
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), same.parameters(), strict=True))
     result = json.loads((here / "sae_models" / "all" / "sweep.json").read_text())
@@ -404,9 +404,9 @@ def test_a_sweep_takes_one_pass_over_the_model(here, base, capsys, monkeypatch):
     assert (here / "sae_models" / "all" / "plots" / "pareto.png").stat().st_size > 5000
     # every one of them is an SAE like any other, and the sweep resumes
     assert call(sae_eval, "--eval_tokens", 200, "--sae_path", "sae_models/all/transformer.h.0/k2_seed1") == 0
-    before = formats.read_safetensors(here / "sae_models/all/transformer.h.0/k2_seed1" / formats.WEIGHTS)
+    before = files.read_safetensors(here / "sae_models/all/transformer.h.0/k2_seed1" / store.WEIGHTS)
     assert call(sae_train, *base, *SMALL[2:], *lists, "--run_name", "all", "--resume") == 0
-    after = formats.read_safetensors(here / "sae_models/all/transformer.h.0/k2_seed1" / formats.WEIGHTS)
+    after = files.read_safetensors(here / "sae_models/all/transformer.h.0/k2_seed1" / store.WEIGHTS)
     assert all(torch.equal(before[n], after[n]) for n in before)
 
 
@@ -423,10 +423,10 @@ def test_a_sweep_resumes_to_the_bit_in_the_middle_of_an_epoch(here, base):
     assert call(sae_train, *flags, *lists, "--save_dir", runs, "--run_name", "cut", "--resume") == 0
     assert newest.is_file()
     assert not (here / "sae_models").exists()
-    names = list(formats.load_saes(runs / "whole"))
+    names = list(store.load_saes(runs / "whole"))
     assert len(names) == 4
     for name in names:
-        a, b = (formats.read_safetensors(runs / run / name / formats.WEIGHTS) for run in ("whole", "cut"))
+        a, b = (files.read_safetensors(runs / run / name / store.WEIGHTS) for run in ("whole", "cut"))
         assert all(torch.equal(a[n], b[n]) for n in a), name
 
 
@@ -436,7 +436,7 @@ def test_transcoders_through_every_script(here, base, activation, form):
     flags = ["--layer", 1, "--hook_type", "mlp", "--transcode", "--activation", activation, *form]
     assert call(sae_train, *flags, *base, *SMALL) == 0
     folder = here / "sae_models" / "layer_1_mlp"
-    sae = formats.load_sae(folder)
+    sae = store.load_sae(folder)
     assert sae.config.transcode
     assert ("W_skip" in dict(sae.named_parameters())) == bool(form)
     assert call(sae_eval, "--eval_tokens", 300) == 0
@@ -457,7 +457,7 @@ def test_finetuning_and_assessment(here, base, capsys):
     assert (first / "eval.json").is_file()
     flags = ["--layer", 1, *base, *SMALL[2:], "--k", 4, "--lr", 1e-9, "--finetune", first, "--run_name", "second"]
     assert call(sae_train, *flags) == 0
-    a, b = (formats.load_sae(f) for f in (first, here / "sae_models" / "second"))
+    a, b = (store.load_sae(f) for f in (first, here / "sae_models" / "second"))
     for x, y in zip(a.parameters(), b.parameters(), strict=True):  # a step size of nothing keeps what was given
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
     capsys.readouterr()
@@ -492,7 +492,7 @@ def test_a_gate_is_not_left_untrained(here, base, capsys):
 
 def test_layer_stride_and_matched_lists(here, base):
     assert call(sae_train, "--layer_stride", 2, *base, *SMALL) == 0
-    assert list(formats.load_saes(here / "sae_models" / "layers_0_2")) == ["transformer.h.0", "transformer.h.2"]
+    assert list(store.load_saes(here / "sae_models" / "layers_0_2")) == ["transformer.h.0", "transformer.h.2"]
     flags = ["--hookpoints", "transformer.h.*.mlp", "--layer_stride", 2, "--run_name", "mlps"]
     assert call(sae_train, *flags, *base, *SMALL) == 0
-    assert list(formats.load_saes(here / "sae_models" / "mlps")) == ["transformer.h.0.mlp", "transformer.h.2.mlp"]
+    assert list(store.load_saes(here / "sae_models" / "mlps")) == ["transformer.h.0.mlp", "transformer.h.2.mlp"]

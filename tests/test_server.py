@@ -23,12 +23,12 @@ from playwright.sync_api import expect, sync_playwright
 
 from benchmarks.bench_server import ask, memory_mb, question, server, storm
 from model import GPT, GPTConfig, save_atomic
-from sae import server as page_server
+from sae.chat import server as page_server
+from sae.chat.conversation import Ask
+from sae.chat.server import Job, Refused, Writer, hosts_of, serve
 from sae.config import SAEConfig, UserError
-from sae.conversation import Ask
-from sae.formats import save_sae
+from sae.formats.store import save_sae
 from sae.models import create_sae
-from sae.server import Job, Refused, Writer, hosts_of, serve
 from tests.conftest import ROOT
 from tests.test_chat import record
 from tokenizer import CHAT_TOKENS, BPETokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sae.syntax import KINDS, PLACES, STATEMENTS, annotate
+from sae.pages.syntax import KINDS, PLACES, STATEMENTS, annotate
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = '''import os.path as p
@@ -68,7 +68,7 @@ def test_each_word_is_what_it_is(word, n, wanted):
 
 
 def test_names_of_functions_are_those_that_ast_finds():
-    text = (ROOT / "sae" / "labels.py").read_text()
+    text = (ROOT / "sae" / "pages" / "labels.py").read_text()
     found, lines = annotate(text), np.cumsum([0] + [len(line) for line in text.splitlines(keepends=True)])
     assert found is not None
     code = KINDS.index("a function's name in its def")

@@ -15,14 +15,14 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from sae import tokens
-from sae.activations import ModelSource, Stream, gather
 from sae.config import UserError
-from sae.datasets import Dataset, open_dataset
+from sae.data import tokens
+from sae.data.activations import ModelSource, Stream, gather
+from sae.data.datasets import Dataset, open_dataset
+from sae.data.tokens import HOLD_OUT, TokenRows, documents_of_split, kept_positions
 from sae.evaluator import evaluate
-from sae.language_model import HFTokenizer, LanguageModel, load_language_model
+from sae.lm.language_model import HFTokenizer, LanguageModel, load_language_model
 from sae.models import SAEConfig, create_sae
-from sae.tokens import HOLD_OUT, TokenRows, documents_of_split, kept_positions
 from tests.conftest import make_text
 
 CHAT = [

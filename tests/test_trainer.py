@@ -14,12 +14,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae import formats
-from sae.activations import ModelSource, Stream, TensorSource
+from sae import files
 from sae.config import SAEConfig, TrainConfig, UserError
-from sae.datasets import open_dataset
+from sae.data.activations import ModelSource, Stream, TensorSource
+from sae.data.datasets import open_dataset
+from sae.data.tokens import TokenRows
+from sae.formats import store
 from sae.models import KINDS, create_sae
-from sae.tokens import TokenRows
 from sae.trainer import SAETrainer, checkpoints, train_sae_from_activations
 from tests.conftest import ROOT, planted
 
@@ -89,7 +90,7 @@ def test_several_hookpoints_train_as_they_would_alone(lm, text_file, tmp_path):
         alone = run([name])
         for a, b in zip(alone.sae.parameters(), both.saes[name].parameters(), strict=True):
             assert torch.equal(a, b)
-    assert set(formats.load_saes(tmp_path / "both")) == set(HOOKS)
+    assert set(store.load_saes(tmp_path / "both")) == set(HOOKS)
     (tmp_path / "both" / "checkpoint_step10.pt").unlink()
     again = run(HOOKS, tmp_path / "both", resume=True)
     for a, b in zip(again.saes[HOOKS[1]].parameters(), both.saes[HOOKS[1]].parameters(), strict=True):
@@ -126,7 +127,7 @@ def test_sigkill_and_resume_through_the_script(gpt_path, text_file, tmp_path):
     said = child.communicate()[0]
     assert child.returncode == 130 and "goes on from its last checkpoint" in said
     subprocess.run(command("killed", "--resume"), cwd=ROOT, env=env, check=True, capture_output=True)
-    a, b = (formats.read_safetensors(tmp_path / name / formats.WEIGHTS) for name in ("whole", "killed"))
+    a, b = (files.read_safetensors(tmp_path / name / store.WEIGHTS) for name in ("whole", "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -275,7 +276,7 @@ def test_checkpoints_of_other_settings_and_broken_ones_are_refused(tmp_path):
     assert older.step == 15
     with pytest.raises(UserError, match="is no training checkpoint"):
         trainer(config()).load_checkpoint(tmp_path / "run" / "best_model.pt")
-    formats.write_torch({**formats.read_torch(checkpoints(tmp_path / "run")[0]), "format": 1}, newest)
+    files.write_torch({**files.read_torch(checkpoints(tmp_path / "run")[0]), "format": 1}, newest)
     with pytest.raises(UserError, match="another version"):
         trainer(config(), tmp_path / "run").load_checkpoint(newest)
 
@@ -328,8 +329,8 @@ def test_the_promised_short_call(activation, tmp_path):
     assert sae.encode(x[:5]).shape == (5, 192)
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"config.json", "metrics.jsonl", "cfg.json", "sae_weights.safetensors", "best_model.pt"} <= names
-    assert torch.equal(formats.load_sae(tmp_path / "run").W_enc, sae.W_enc)
-    best = formats.read_torch(tmp_path / "run" / "best_model.pt")
+    assert torch.equal(store.load_sae(tmp_path / "run").W_enc, sae.W_enc)
+    best = files.read_torch(tmp_path / "run" / "best_model.pt")
     assert {"step", "epoch", "sae_state_dict", "config", "feature_counts", "best_val_loss"} <= best.keys()
     before = t.evaluate()
     assert before == t.evaluate()
@@ -376,7 +377,7 @@ def test_overwriting_takes_the_old_runs_hookpoints_away(lm, text_file, tmp_path)
 
     run(HOOKS)
     run(HOOKS[:1], overwrite=True)
-    assert list(formats.load_saes(tmp_path / "m")) == HOOKS[:1]
+    assert list(store.load_saes(tmp_path / "m")) == HOOKS[:1]
 
 
 def test_resume_refuses_other_data(tmp_path):

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from sae import kernels, native, selection
 from sae.config import SAEConfig
+from sae.kernels import native, selection, sparse
 from sae.learner import Learner
 from sae.models import create_sae
 
@@ -25,7 +25,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read where functions are defined, which 
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from sae import triton_encoder, triton_kernels  # noqa: E402
+from sae.kernels import triton_encoder, triton_kernels  # noqa: E402
 
 del os.environ["TRITON_INTERPRET"]
 
@@ -35,7 +35,7 @@ def interpreted(monkeypatch):
     """All kernels through the interpreter, which loses most of its time in two places: it looks through the whole of
     Triton's language again at every call of a function, and it adds up bits in loops where Triton sorts."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(kernels, "interpreted", True)
+    monkeypatch.setattr(sparse, "interpreted", True)
     interpreter._patch_lang(tl.standard.sum.fn)
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", lambda self, *a, **k: self.rewrite()(*a, **k))
     monkeypatch.setattr(tl, "sort", quick_sort)
@@ -147,7 +147,7 @@ def test_second_looks_are_rare_and_counted():
     _, _, again = triton_encoder.encode_top_k(x, W, b, 16, False)
     assert again == 0
     assert triton_encoder.looks()[0] - seen == 32
-    assert 0 <= kernels.second_looks(torch.device("cpu")) < 1
+    assert 0 <= sparse.second_looks(torch.device("cpu")) < 1
 
 
 def test_a_token_that_is_not_finite_spoils_no_other():
@@ -173,7 +173,7 @@ def test_batch_top_k_and_above(monkeypatch):
     x, W, b = randn(40, 31), randn(301, 31).t(), randn(301)
     x[5] *= 30  # a token with far more than its share
     pre = x @ W + b
-    ragged_to_dense = lambda found: kernels.Codes(*found).dense(301)
+    ragged_to_dense = lambda found: sparse.Codes(*found).dense(301)
     for n in (1, 900):
         found = selection.choose_batch_top_k(x, W, b, n)
         cut = pre.flatten().topk(n).values.min()
@@ -210,8 +210,8 @@ def test_gradients_equal_those_of_float64(size, dtype, of_each):
     chosen = selection.choose_top_k(inputs[0], inputs[1].t(), inputs[2], K)
 
     def fast(x, W, b, W_dec, b_dec):
-        pre = kernels.gather_pre(x, W.t(), b, chosen[1], chosen[0])
-        return kernels.decode(chosen[0], pre.relu(), W_dec, bias=b_dec)
+        pre = sparse.gather_pre(x, W.t(), b, chosen[1], chosen[0])
+        return sparse.decode(chosen[0], pre.relu(), W_dec, bias=b_dec)
 
     def plain(x, W, b, W_dec, b_dec):
         pre = (x @ W.t() + b).gather(1, chosen[0]).relu()
@@ -240,16 +240,16 @@ def test_ragged_codes_equal_their_twins():
     indices, offsets, values = ragged(9, 30, 12)
     x, W, grad = randn(9, 33), randn(30, 33), randn(9, 33, seed=1)
     decode = lambda f: gradients(lambda v, W: f(indices, v, W, offsets), values, W, out_grad=grad)
-    pre = kernels.at(x @ W.t(), indices, offsets)
+    pre = sparse.at(x @ W.t(), indices, offsets)
     gather = lambda f: gradients(
         lambda x, W, b: f(x, W.t(), b, pre, indices, offsets), x, W, torch.zeros(30), out_grad=values
     )
-    for fast, twin in ((decode(kernels.decode), decode(kernels.decode_reference)),
-                       (gather(kernels.gather_pre), gather(kernels.gather_pre_reference))):  # fmt: skip
+    for fast, twin in ((decode(sparse.decode), decode(sparse.decode_reference)),
+                       (gather(sparse.gather_pre), gather(sparse.gather_pre_reference))):  # fmt: skip
         for got, want in zip(fast, twin, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    codes = kernels.Codes(indices, values, offsets)
-    dense = kernels.Codes(None, codes.dense(30))
+    codes = sparse.Codes(indices, values, offsets)
+    dense = sparse.Codes(None, codes.dense(30))
     for got, want in zip(codes.activity(30), dense.activity(30), strict=True):
         assert torch.equal(got, want)
 
@@ -258,11 +258,11 @@ def test_a_latent_of_many_tokens_is_summed_in_pieces():
     indices = torch.stack([torch.full((300,), 2), torch.arange(300) % 7], 1)
     indices[:, 1][indices[:, 1] == 2] = 6
     x, values = randn(300, 20), randn(300, 2)
-    got = kernels._sum_by_latent(indices, None, values, x, 9)
+    got = sparse._sum_by_latent(indices, None, values, x, 9)
     want = torch.zeros(300, 9).scatter_add(1, indices, values).t() @ x
     assert len(x) > 2 * triton_kernels.PIECE
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    assert torch.equal(got, kernels._sum_by_latent(indices, None, values, x, 9))
+    assert torch.equal(got, sparse._sum_by_latent(indices, None, values, x, 9))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def test_a_latent_of_many_tokens_is_summed_in_pieces():
 
 def test_moments_equal_their_twin():
     x, y = randn(20, 37) + 1000, randn(20, 37, seed=1) + 1000
-    for got, want in zip(kernels.moments(x, y), kernels.moments_reference(x, y), strict=True):
+    for got, want in zip(sparse.moments(x, y), sparse.moments_reference(x, y), strict=True):
         assert got.dtype == torch.float64
         torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
 
@@ -283,10 +283,10 @@ def test_rows_are_projected_and_brought_to_unit_norm():
     want, length = grad - along, W.norm(dim=1, keepdim=True).clamp(min=1e-12)
     torch.testing.assert_close(triton_kernels.squares(grad, W), want.double().square().sum(), rtol=1e-6, atol=0)
     torch.testing.assert_close(triton_kernels.squares(grad, None), grad.double().square().sum(), rtol=1e-6, atol=0)
-    kernels.project_rows_(grad, W)
+    sparse.project_rows_(grad, W)
     torch.testing.assert_close(grad, want)
     rows = W.clone()
-    torch.testing.assert_close(kernels.unit_rows_(rows), 1 / length)
+    torch.testing.assert_close(sparse.unit_rows_(rows), 1 / length)
     torch.testing.assert_close(rows, W / length)
 
 
@@ -337,14 +337,14 @@ def test_moments_in_bfloat16_are_rounded_at_random():
 
 def test_the_flag_turns_them_off(monkeypatch):
     monkeypatch.setattr(native, "enabled", False)
-    assert kernels.compiled(torch.ones(1)) is None
-    assert kernels.encoder(torch.ones(40, 1)) is None
-    assert kernels.status(torch.device("cuda")) == "plain torch, as asked"
+    assert sparse.compiled(torch.ones(1)) is None
+    assert sparse.encoder(torch.ones(40, 1)) is None
+    assert sparse.status(torch.device("cuda")) == "plain torch, as asked"
 
 
 def test_other_types_are_left_to_plain_torch():
-    assert kernels.compiled(torch.ones(1, dtype=torch.float64)) is None
-    assert kernels.compiled(torch.ones(1), torch.ones(1, dtype=torch.float16)) is None
+    assert sparse.compiled(torch.ones(1, dtype=torch.float64)) is None
+    assert sparse.compiled(torch.ones(1), torch.ones(1, dtype=torch.float16)) is None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -373,14 +373,14 @@ compile(encoder._round, [f, h, f, f, n, n, n], STORE=True, ROWS=4, BLOCK=1024)
 compile(encoder._sift, [i, f, f, f, i, i, i, n, n, n, n], TILE=128, ROOM=64, ROWS=2, BLOCK=1024)
 compile(encoder._rank, [h, h, f, i, i, i, i, l, f, n, n, n, n, n],
         ABSOLUTE=True, TILE=128, ROOM=64, N=32, STEP=32, DEPTH=128)
-compile(kernels._bag, [l, l, f, f, f, f, n, n, n, n, n], RAGGED=True, BIAS=True, PLACES=8, WIDE=512)
-compile(kernels._dot_at, [l, f, f, f, n, n, n, n], offsets=None, RAGGED=False, PLACES=32, DEPTH=128)
-compile(kernels._sum_pieces, [l, l, l, l, l, f, f, f, f, n, n], PIECE=128, PLACES=8, WIDE=512)
-compile(kernels._add_pieces, [l, f, f, n], WIDE=512)
-compile(kernels._activity, [l, l, f, l, l, n, n, n], RAGGED=True, PLACES=32)
-compile(kernels._moments, [f, f, d, d, n, n], ROWS=16, WIDE=128)
-compile(kernels._squares, [f, f, f, n, n], PROJECT=True, ROWS=2, BLOCK=1024)
-compile(kernels._step_rows, [f, f, h, h, d, f, n, n, n, r, r, r, r, r],
+compile(sparse._bag, [l, l, f, f, f, f, n, n, n, n, n], RAGGED=True, BIAS=True, PLACES=8, WIDE=512)
+compile(sparse._dot_at, [l, f, f, f, n, n, n, n], offsets=None, RAGGED=False, PLACES=32, DEPTH=128)
+compile(sparse._sum_pieces, [l, l, l, l, l, f, f, f, f, n, n], PIECE=128, PLACES=8, WIDE=512)
+compile(sparse._add_pieces, [l, f, f, n], WIDE=512)
+compile(sparse._activity, [l, l, f, l, l, n, n, n], RAGGED=True, PLACES=32)
+compile(sparse._moments, [f, f, d, d, n, n], ROWS=16, WIDE=128)
+compile(sparse._squares, [f, f, f, n, n], PROJECT=True, ROWS=2, BLOCK=1024)
+compile(sparse._step_rows, [f, f, h, h, d, f, n, n, n, r, r, r, r, r],
         PROJECT=True, ADAM=True, UNIT=True, RANDOM=True, ROWS=2, BLOCK=1024)
 print("wgmma" in tile.asm["ptx"], tile.metadata.shared)
 """

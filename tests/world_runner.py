@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from sae import base, checkpoint, distributed, formats, trainer
-from sae.activations import ModelSource, Stream, TensorSource, gather
+from sae import base, checkpoint, distributed, files, trainer
 from sae.config import SAEConfig, UserError
-from sae.datasets import open_dataset
+from sae.data.activations import ModelSource, Stream, TensorSource, gather
+from sae.data.datasets import open_dataset
+from sae.data.tokens import TokenRows
 from sae.distributed import ALONE, World, arrange, balance
 from sae.end_to_end import EndToEnd, RowStream, held_out
 from sae.evaluator import evaluate
-from sae.language_model import load_language_model
+from sae.lm.language_model import load_language_model
 from sae.models import KINDS, create_sae
-from sae.tokens import TokenRows
 from sae.trainer import SAETrainer
 from tests.conftest import planted
 
@@ -63,7 +63,7 @@ def meet(ranks):
     MEETINGS[tuple(ranks)] += 1
     if ranks[0] == RANK:
         STORES.append(dist.TCPStore("127.0.0.1", 0, is_master=True, multi_tenant=True, wait_for_workers=False))
-        formats.write_json(STORES[-1].port, place)
+        files.write_json(STORES[-1].port, place)
     while not place.exists():
         time.sleep(0.01)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": place.read_text().strip()}

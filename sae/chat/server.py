@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sae.chat.conversation import Ask, Conversation
 from sae.config import UserError, build, require
-from sae.conversation import Ask, Conversation
 
 MAX_BODY = 256 * 1024  # bytes of a request
 BODY_SECONDS = 10  # that a request may take to arrive, its head and then its body

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae.triton_kernels import dot_at, dots
+from sae.kernels.triton_kernels import dot_at, dots
 
 # Tokens, latents and dimensions in a tile of the product: two such programs fit on a multiprocessor of an H100, so that
 # one multiplies while the other selects.

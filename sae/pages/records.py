@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.config import UserError, require
-from sae.formats import write_atomic
+from sae.files import write_atomic
 
 FEATURES = "features.jsonl"
 

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from sae.config import UserError, require
-from sae.formats import write_atomic
-from sae.records import read_values
+from sae.files import write_atomic
+from sae.pages.records import read_values
 
 MAX_FEATURES = 128  # in one request
 MAX_BYTES = 4 << 20  # of one request: hosts of such sites refuse bodies of 4.5 MB and more

@@ -9,8 +9,6 @@ Letters: N sequences, T positions, D width, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,34 +23,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sae import hooks, nanochat
+from sae import hooks
 from sae.config import ModelDtype, UserError, read_json, require
-from sae.tokenizers import CharTokenizer, HFTokenizer, NanochatTokenizer, TiktokenTokenizer
+from sae.files import ROOT, beside
+from sae.lm import nanochat
+from sae.lm.tokenizers import CharTokenizer, HFTokenizer, NanochatTokenizer, TiktokenTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 PYGPT = ROOT / "assets" / "pygpt"
 # Where families keep the norm before the unembedding; the first that exists is taken.
 FINAL_NORMS = (
     "transformer.ln_f", "model.norm", "gpt_neox.final_layer_norm", "model.decoder.final_layer_norm",
     "model.final_layernorm",
 )  # fmt: skip
-
-
-def beside(path: str) -> ModuleType:
-    """Import a python file of the repository that sae/ lies in (model.py of pygpt, or of anyone's nanoGPT)."""
-    file = ROOT / path
-    name = file.stem
-    loaded = sys.modules.get(name)
-    if loaded is not None and getattr(loaded, "__file__", None) == str(file):
-        return loaded
-    if not file.is_file():
-        raise UserError(f"'{path}' is not beside the sae folder; run from a clone of the repository")
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(name, module)
-    spec.loader.exec_module(module)
-    return module
 
 
 def best_device(name: str | None = None) -> torch.device:

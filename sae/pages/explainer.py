@@ -24,7 +24,7 @@ import requests
 
 from sae import log
 from sae.config import UserError
-from sae.records import Context, FeatureRecord
+from sae.pages.records import Context, FeatureRecord
 
 N_READ = 10  # contexts that an explanation is made from
 N_TESTED = 10  # true examples of each score, and as many false ones

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sae import hooks
 from sae.config import UserError, require
-from sae.language_model import LanguageModel
+from sae.lm.language_model import LanguageModel
 from sae.models import SAE
 from sae.runtime import InterpretableModel, Track
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae import kernels, native
-from sae.kernels import Pair
+from sae.kernels import native, sparse
+from sae.kernels.sparse import Pair
 
 FEW = 64  # of fewer latents all pre-activations are sooner made than bounds
 
@@ -39,7 +39,7 @@ def top_k(pre: Tensor, k: int) -> Pair:
 
 def _blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[Tensor]:
     """Pre-activations (some tokens, F), in order."""
-    parts, W = x.chunk(-(-len(x) // kernels.tokens_at_once(len(b_enc), x.device.type)) or 1), W_enc.t()  # alike in size
+    parts, W = x.chunk(-(-len(x) // sparse.tokens_at_once(len(b_enc), x.device.type)) or 1), W_enc.t()  # alike in size
     float32_here = x.device.type == "cpu" and x.dtype == W.dtype == torch.float32
     if float32_here and W.is_contiguous() and (linear := _onednn_linear()):
         return (linear(part, W, b_enc, "none", [], "") for part in parts)
@@ -63,7 +63,7 @@ def choose_top_k(
     with torch.no_grad():
         if packed is not None and packed.serves(x, W_enc, b_enc):
             return native.ops().packed_top_k(x.contiguous(), W_enc.t(), b_enc, packed.rows, packed.about, k, absolute)
-        if max(8 * k, FEW) <= len(b_enc) and (ops := kernels.encoder(x, W_enc, b_enc)):
+        if max(8 * k, FEW) <= len(b_enc) and (ops := sparse.encoder(x, W_enc, b_enc)):
             return ops.encode_top_k(x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), k, absolute)[:2]
         found = []
         for pre in _blocks(x, W_enc, b_enc):
@@ -98,7 +98,7 @@ def choose_batch_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> tuple
     """
     with torch.no_grad():
         n = min(n, len(x) * len(b_enc))
-        if x.device.type != "cpu" and not kernels.encoder(x, W_enc, b_enc):  # a look at the number found would wait
+        if x.device.type != "cpu" and not sparse.encoder(x, W_enc, b_enc):  # a look at the number found would wait
             return _best_of_all(torch.addmm(b_enc, x, W_enc), n)
         few = x[:: max(1, len(x) // 64)]  # these tell about where the cut is
         pre = torch.addmm(b_enc, few, W_enc).flatten()
@@ -108,7 +108,7 @@ def choose_batch_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> tuple
             indices, values, offsets = choose_above(x, W_enc, b_enc, torch.full_like(b_enc, least))
             if len(values) >= n:  # all above the cut are there, so the best n of them are those of the batch
                 best = values.topk(n, sorted=False).indices.sort().values
-                return indices[best], values[best], _offsets(kernels.rows_of(indices, offsets)[best], len(x))
+                return indices[best], values[best], _offsets(sparse.rows_of(indices, offsets)[best], len(x))
             wanted *= 2
         return _best_of_all(torch.cat(list(_blocks(x, W_enc, b_enc))), n)
 
@@ -131,7 +131,7 @@ def choose_above(
             return native.ops().packed_above(
                 x.contiguous(), W_enc.t(), b_enc, packed.rows, packed.about, threshold.contiguous()
             )
-        if ops := kernels.encoder(x, W_enc, b_enc, threshold):
+        if ops := sparse.encoder(x, W_enc, b_enc, threshold):
             return ops.encode_above(x.contiguous(), W_enc.t().contiguous(), b_enc.contiguous(), threshold.contiguous())
         found, start = [], 0
         for pre in _blocks(x, W_enc, b_enc):
@@ -148,7 +148,7 @@ def choose_above_if_few(
     """choose_above where it is quicker than all pre-activations: on CPUs, for less than a tenth of them; else None."""
     if packed is not None and packed.serves(x, W_enc, b_enc):
         return choose_above(x, W_enc, b_enc, threshold, packed=packed)
-    if x.device.type != "cpu" and not kernels.encoder(x, W_enc, b_enc, threshold):
+    if x.device.type != "cpu" and not sparse.encoder(x, W_enc, b_enc, threshold):
         return None
     with torch.no_grad():
         few = x[:: max(1, len(x) // 16)]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sae.config import UserError
-from sae.datasets import Dataset
-from sae.language_model import LanguageModel
+from sae.data.datasets import Dataset
+from sae.lm.language_model import LanguageModel
 
 HOLD_OUT = 20  # every 20th piece of a text validates where a dataset has no split of its own
 PIECE_CHARS = 8192

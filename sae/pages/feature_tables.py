@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sae.config import require
-from sae.evaluator import Totals
-from sae.kernels import Codes
+from sae.kernels.sparse import Codes
+from sae.metrics import Totals
 from sae.models import SAE
 
 # Eighths of an octave over 32 octaves: an activation has its bin before the largest is known, so one pass is enough. Of

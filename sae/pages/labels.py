@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sae.feature_tables import POSITIONS, Events
-from sae.syntax import KINDS, PLACES, STATEMENTS, TOP, annotate
+from sae.pages.feature_tables import POSITIONS, Events
+from sae.pages.syntax import KINDS, PLACES, STATEMENTS, TOP, annotate
 
 N_NAMED = 4  # values that a short label names
 MANY = 50  # more values are a mix

@@ -25,7 +25,7 @@ from string import Template
 from typing import Any
 
 from sae.config import UserError, read_json, require
-from sae.records import FEATURES, FeatureRecord, line_of, read_lines, record_of
+from sae.pages.records import FEATURES, FeatureRecord, line_of, read_lines, record_of
 
 PER_CHUNK = 32  # features a file: a third of a megabyte
 N_SHOWN = (8, 10)  # tokens before and from the peak on, in the list

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from sae.distributed import ALONE, World
-
-Acts = dict[str, Tensor]  # hookpoint -> (tokens, D)
-
+from sae.hooks import Acts
 
 class Buffer:
     """M slots of one activation per hookpoint. Every process knows who holds a slot, and has memory for its own only.

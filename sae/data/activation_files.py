@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae import log
-from sae.cache import BLOCK_ROWS, HOOKPOINT, BlockSource, first_held_out
+from sae.data.cache import BLOCK_ROWS, HOOKPOINT, BlockSource, first_held_out
 from sae.config import UserError, require
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")

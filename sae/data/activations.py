@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from sae import hooks, log
-from sae.buffer import Acts as Acts
-from sae.buffer import Buffer
+from sae.hooks import Acts as Acts
+from sae.data.buffer import Buffer
 from sae.config import UserError
 from sae.distributed import ALONE, World
-from sae.formats import read_safetensors, write_safetensors
-from sae.language_model import LanguageModel
-from sae.stopwatch import Stopwatch
-from sae.tokens import HOLD_OUT, PIECE_CHARS, TokenRows, kept_positions
+from sae.files import read_safetensors, write_safetensors
+from sae.lm.language_model import LanguageModel
+from sae.metrics import check_finite
+from sae.log import Stopwatch
+from sae.data.tokens import HOLD_OUT, PIECE_CHARS, TokenRows, kept_positions
 
 READ_ROWS = 4096  # of a tensor in memory, where several processes take turns
 
@@ -137,16 +138,6 @@ class TensorSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.start, self.n_passes = state["start"], state["n_passes"]
         self._shuffle()
-
-
-def check_finite(acts: Acts) -> None:
-    """Raise UserError if an activation is NaN or infinite."""
-    for name, x in acts.items():
-        if not torch.isfinite(x).all():
-            whose = f" of '{name}'" if name else ""
-            raise UserError(
-                f"the activations{whose} contain NaN or infinity; check the model's weights, or use float32"
-            )
 
 
 def gather(

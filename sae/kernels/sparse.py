@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sae import native
+from sae.kernels import native
 
 Pair = tuple[Tensor, Tensor]
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels then serve CPUs too, slowly
@@ -40,7 +40,7 @@ def encoder(x: Tensor, *tensors: Tensor) -> Any:
         return native.encoder(x, *tensors)
     if len(x) < 32 or not compiled(x, *tensors):
         return None
-    from sae import triton_encoder
+    from sae.kernels import triton_encoder
 
     return triton_encoder
 
@@ -48,7 +48,7 @@ def encoder(x: Tensor, *tensors: Tensor) -> Any:
 @functools.cache
 def _triton() -> Any:
     try:
-        from sae import triton_kernels
+        from sae.kernels import triton_kernels
     except ImportError:  # it is not in all builds of torch
         return None
     return triton_kernels

@@ -24,10 +24,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sae import log
-from sae.activations import Acts, ModelSource
+from sae.data.activations import ModelSource
+from sae.hooks import Acts
 from sae.config import UserError, read_json, require
-from sae.datasets import Dataset
-from sae.language_model import LanguageModel
+from sae.data.datasets import Dataset
+from sae.lm.language_model import LanguageModel
 
 CACHE_VERSION = 2
 CACHE_FILE = re.compile(r"manifest\.json|\d{5}_(\d\d|seq)\.bin")

@@ -22,7 +22,7 @@ import numpy as np
 
 from sae import log
 from sae.config import UserError, require
-from sae.language_model import beside
+from sae.files import beside
 
 PIECE = 1 << 20  # characters or tokens: a longer file is read as several documents, texts cut at line ends
 BATCH = 256  # rows of a table read at a time

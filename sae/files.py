@@ -1,0 +1,130 @@
+"""Files: every write is atomic, and what is read is never executed.
+
+A .pt file goes through torch's weights_only, and a broken file is one sentence. Knows no model and no SAE.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import stat
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sae.flags import UserError
+
+ROOT = Path(__file__).resolve().parent.parent  # the repository that sae/ lies in
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, force it to disk, then put it in place in one move."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tmp.open("wb") as f:
+            mode = os.fstat(f.fileno()).st_mode  # as the umask wants; safetensors' files are for their owner alone
+        write(tmp)
+        tmp.chmod(stat.S_IMODE(mode))
+        with tmp.open("rb+") as f:
+            os.fsync(f.fileno())
+        tmp.replace(path)
+    except (OSError, safetensors.SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"cannot write '{path}': {reason}; choose another folder or free some space") from e
+    finally:
+        if tmp.parent.is_dir():
+            tmp.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Raise UserError, now and not after an hour, if nothing can be written to the folder that a flag names."""
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"cannot write to '{folder}' ({e.strerror}); choose another {flag}") from e
+
+
+def write_json(value: Any, path: Path) -> None:
+    """NaN becomes null: json knows no NaN."""
+    text = json.dumps(_without_nan(value), indent=1) + "\n"
+    write_atomic(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def write_torch(value: Any, path: Path) -> None:
+    def write(tmp: Path) -> None:
+        try:
+            torch.save(value, tmp)
+        except RuntimeError as e:  # what its own writer raises when the disk is full
+            raise OSError(str(e).splitlines()[0]) from e
+
+    write_atomic(path, write)
+
+
+def read_torch(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = False) -> Any:
+    """What a .pt file holds, tensors and plain containers only; anything else is refused unexecuted.
+
+    mmap: read of the tensors only what is used.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on pickles it then refuses
+            return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except FileNotFoundError as e:
+        raise UserError(f"'{path}' does not exist; give a checkpoint or a weights file") from e
+    except pickle.UnpicklingError as e:
+        raise UserError(f"'{path}' is refused: it wants to run code, or is no checkpoint; give another file") from e
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        reason = (str(e).splitlines() or ["it ends too early"])[0]
+        raise UserError(f"'{path}' is damaged or cut short ({reason}); use an older checkpoint") from e
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    write_atomic(path, lambda tmp: safetensors.torch.save_file(whole, tmp))
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise UserError(f"'{path}' does not exist; give a safetensors file")
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"'{path}' is damaged or no safetensors file ({e}); fetch or write it again") from e
+
+
+def beside(path: str) -> ModuleType:
+    """Import a python file of the repository that sae/ lies in (model.py of pygpt, or of anyone's nanoGPT)."""
+    file = ROOT / path
+    name = file.stem
+    loaded = sys.modules.get(name)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(file):
+        return loaded
+    if not file.is_file():
+        raise UserError(f"'{path}' is not beside the sae folder; run from a clone of the repository")
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(name, module)
+    spec.loader.exec_module(module)
+    return module

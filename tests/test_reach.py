@@ -1,0 +1,142 @@
+"""The floor plan holds: imports run in one direction, rooms keep their borders, and functions stay small.
+
+A room is a file of sae/ or a folder of it. Reach is what an import brings in, directly or through others.
+Run: python -m pytest tests/test_reach.py
+"""
+
+import ast
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {
+    ".".join(p.relative_to(ROOT / "sae").with_suffix("").parts): p
+    for p in sorted((ROOT / "sae").rglob("*.py"))
+    if p.name != "__init__.py"
+}
+ROOMS = sorted({name.split(".")[0] for name in FILES})
+# What a file's docstring says it does not know, so its imports must not reach it either.
+NEVER = {
+    "flags": ROOMS,
+    "kernels": [room for room in ROOMS if room != "kernels"],
+    "config": ["kernels", "hooks", "distributed", "files"],
+    "schedules": ["kernels", "models", "learner"],
+    "hooks": ["kernels", "models", "lm", "data"],
+    "metrics": ["models", "lm", "data", "files"],
+    "models": ["lm", "data", "files", "formats", "learner"],
+    "optim": ["lm", "data", "files", "learner"],
+    "learner": ["lm", "data", "files", "formats", "pages"],
+    "trainer": ["pages", "chat", "runtime"],
+    "files": ["models", "kernels", "lm"],
+    "lm": ["models", "kernels", "data"],
+    "data": ["models", "base", "learner", "formats"],
+    "pages.records": ["models", "kernels", "lm", "data", "distributed"],
+    "pages.dashboard": ["models", "kernels", "lm", "data", "distributed"],
+    "pages.syntax": ROOMS,
+    "chat": ["learner", "trainer", "evaluator"],
+    "runtime": ["data", "learner", "trainer", "evaluator", "pages"],
+}
+
+
+@cache
+def imports(name: str) -> frozenset[str]:
+    """The files of sae/ that one of them imports, those inside functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sae":
+            whole = node.module.split(".")[1:]
+            for alias in node.names:
+                inner = ".".join([*whole, alias.name])
+                found.add(inner if inner in FILES else ".".join(whole))
+        elif isinstance(node, ast.Import):
+            found |= {a.name.partition(".")[2] for a in node.names if a.name.startswith("sae.")}
+            found |= {a.name for a in node.names if a.name in ("model", "tokenizer", "train", "scripts")}
+    assert found <= FILES.keys(), f"{name} imports {found - FILES.keys()}, which is no file of sae/"
+    return frozenset(found)
+
+
+@cache
+def reach(name: str) -> frozenset[str]:
+    """All that comes in with a file, itself included."""
+    return frozenset({name}).union(*(reach(other) for other in imports(name)))
+
+
+def rooms_of(names: frozenset[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def room_graph() -> dict[str, set[str]]:
+    graph: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for name in FILES:
+        graph[name.split(".")[0]] |= rooms_of(imports(name)) - {name.split(".")[0]}
+    return graph
+
+
+def test_no_circle_between_files_or_rooms():
+    tuple(TopologicalSorter({name: imports(name) for name in FILES}).static_order())
+    tuple(TopologicalSorter(room_graph()).static_order())
+
+
+def test_the_longest_chain_of_rooms_is_short():
+    graph = room_graph()
+
+    @cache
+    def chain(room: str) -> tuple[str, ...]:
+        return (room, *max((chain(other) for other in graph[room]), key=len, default=()))
+
+    longest = max(map(chain, graph), key=len)
+    assert len(longest) <= 9, " -> ".join(longest)
+
+
+@pytest.mark.parametrize("place", NEVER)
+def test_a_file_reaches_nothing_that_it_claims_not_to_know(place):
+    for name in (n for n in FILES if n == place or n.startswith(f"{place}.")):
+        known = reach(name) - {name}
+        assert not rooms_of(known) & set(NEVER[place]), f"{name} reaches {sorted(known)}"
+
+
+def test_the_listing_of_sae_stays_short():
+    listed = [p for p in (ROOT / "sae").iterdir() if p.name != "__pycache__"]
+    assert len([p for p in listed if p.is_file()]) <= 27
+    assert len([p for p in listed if p.is_dir()]) <= 7
+
+
+def test_every_room_says_what_it_is():
+    for folder in (p for p in (ROOT / "sae").iterdir() if p.is_dir() and p.name != "__pycache__"):
+        tree = ast.parse((folder / "__init__.py").read_text())
+        assert ast.get_docstring(tree) and len(tree.body) == 1, f"{folder.name}/__init__.py is one docstring"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_functions_stay_small(name):
+    source = FILES[name].read_text()
+    assert ast.get_docstring(ast.parse(source)), f"{name} does not say what it does"
+    assert source.isascii()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 60, f"{name}:{node.name} has {length} lines"
+
+
+def test_the_small_gpt_knows_nothing_of_sae():
+    for name in ("model.py", "train.py", "sample.py", "tokenizer.py"):
+        tree = ast.parse((ROOT / name).read_text())
+        roots = {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+        roots |= {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        assert "sae" not in roots, name
+
+
+def test_only_log_prints():
+    for name, path in FILES.items():
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        prints = [n.lineno for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"]
+        assert not prints or name == "log", f"{name} prints at {prints}"
+
+
+def test_scripts_import_no_script():
+    for path in (ROOT / "scripts").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scripts")), path.name
