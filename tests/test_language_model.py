@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from sae import hooks
 from sae.config import UserError
 from sae.files import beside
-from sae.lm import language_model
 from sae.lm.language_model import ROOT, HFTokenizer, LanguageModel, best_device, load_language_model
 
 
@@ -436,7 +435,7 @@ def test_sae_beside_somebodys_nanogpt(checkout):
 @pytest.fixture
 def beside_theirs(checkout, monkeypatch):
     """The same folder, for tests in this process."""
-    monkeypatch.setattr(language_model, "ROOT", checkout)
+    monkeypatch.setattr("sae.files.ROOT", checkout)
     return checkout
 
 

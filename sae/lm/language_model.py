@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sae import hooks
+from sae import files, hooks
 from sae.config import ModelDtype, UserError, read_json, require
-from sae.files import ROOT, beside
+from sae.files import beside
 from sae.lm import nanochat
 from sae.lm.tokenizers import CharTokenizer, HFTokenizer, NanochatTokenizer, TiktokenTokenizer
 
-PYGPT = ROOT / "assets" / "pygpt"
+PYGPT = files.ROOT / "assets" / "pygpt"
 # Where families keep the norm before the unembedding; the first that exists is taken.
 FINAL_NORMS = (
     "transformer.ln_f", "model.norm", "gpt_neox.final_layer_norm", "model.decoder.final_layer_norm",
@@ -366,8 +366,8 @@ def _nanogpt_tokenizer(path: Path, checkpoint: dict, dataset: str | None) -> Any
     trained_on = str(config.get("dataset", "")) if isinstance(config, dict) else ""
     folders = [path.parent, *([Path(dataset)] if dataset else [])]
     if trained_on:
-        folders += [root / "data" / trained_on for root in (Path(), path.parent.parent, ROOT)]
-    file = ROOT / "tokenizer.py"
+        folders += [root / "data" / trained_on for root in (Path(), path.parent.parent, files.ROOT)]
+    file = files.ROOT / "tokenizer.py"
     ours = beside("tokenizer.py") if file.is_file() and b"def load_tokenizer(" in file.read_bytes() else None
     try:
         for folder in folders:
