@@ -204,8 +204,7 @@ class SAEConfig:
             self.tied and self.transcode, "--tied shares one matrix between spaces that differ; drop it or --transcode"
         )
         forbid(
-            self.tied and self.normalize_decoder is False,
-            "--tied wants unit decoder rows; drop --no-normalize_decoder",
+            self.tied and self.normalize_decoder is False, "--tied wants unit decoder rows; drop --no-normalize_decoder"
         )
         forbid(
             self.normalize_activations == "layer_norm" and self.transcode,
@@ -447,9 +446,7 @@ class EvalConfig:
     """sae_eval: how good a trained SAE is, on held-out text."""
 
     sae_path: str | None = knob(
-        None,
-        "a run, a hookpoint folder or a weights file (default: the newest run in sae_models)",
-        alias=("sae_dir",),
+        None, "a run, a hookpoint folder or a weights file (default: the newest run in sae_models)", alias=("sae_dir",)
     )
     model: str | None = knob(
         None, "the language model (default: the one the SAE was trained on)", alias=("checkpoint", "model_name")

@@ -40,13 +40,7 @@ PARTS = {
     # GPT-2, Llama, NeoX; in BERT the stream between the halves is what the attention half returns
     "resid_mid": ("ln_2@in", "pre_feedforward_layernorm@in", "post_attention_layernorm@in", "attention"),
     # the input of the last linear map is the post-activation, whether or not the activation is a module
-    "mlp_post_act": (
-        "mlp.c_proj@in",
-        "mlp.down_proj@in",
-        "mlp.dense_4h_to_h@in",
-        "mlp.fc2@in",
-        "output.dense@in",
-    ),
+    "mlp_post_act": ("mlp.c_proj@in", "mlp.down_proj@in", "mlp.dense_4h_to_h@in", "mlp.fc2@in", "output.dense@in"),
 }
 
 Acts = dict[str, Tensor]  # hookpoint -> (tokens, D)
@@ -109,11 +103,7 @@ def at_layer(model: nn.Module, layer: int, hook_type: str = "resid_post") -> str
 
 
 def resolve(
-    model: nn.Module,
-    *,
-    hookpoints: Sequence[str] = (),
-    layers: Sequence[int] = (),
-    hook_type: str = "resid_post",
+    model: nn.Module, *, hookpoints: Sequence[str] = (), layers: Sequence[int] = (), hook_type: str = "resid_post"
 ) -> list[str]:
     """Hookpoints meant by globs, TransformerLens names or layer numbers, in natural order, each once.
 

@@ -36,11 +36,7 @@ def outline(name: str) -> LanguageModel:
         if path.is_file() and path.suffix == ".pt" and "model_args" in (found := read_plain(path, mmap=True)):
             model_py = beside("model.py")
             module = model_py.GPT(model_py.GPTConfig(**found["model_args"]))
-            d_model, max_len, forward = (
-                module.config.n_embd,
-                module.config.block_size,
-                lambda m, ids, _: m(ids, ids),
-            )
+            d_model, max_len, forward = (module.config.n_embd, module.config.block_size, lambda m, ids, _: m(ids, ids))
         elif importlib.util.find_spec("transformers") and (Path(name) / "config.json").is_file():
             import transformers
 

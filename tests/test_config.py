@@ -52,12 +52,7 @@ def test_defaults_round_trip_and_help(cls, capsys, tmp_path):
 )  # fmt: skip
 def test_round_trip_is_exact(k, d_sae, lr, hookpoints, skip, activation):
     config = TrainConfig(
-        k=k,
-        d_sae=d_sae,
-        learning_rate=lr,
-        hookpoints=tuple(hookpoints),
-        skip_first=skip,
-        activation=activation,
+        k=k, d_sae=d_sae, learning_rate=lr, hookpoints=tuple(hookpoints), skip_first=skip, activation=activation
     )
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     flags = ["--k", str(k), "--d_sae", str(d_sae), "--lr", "none" if lr is None else repr(lr)]

@@ -338,11 +338,7 @@ def test_no_code_of_a_dataset_is_run(monkeypatch):
         ("x.jsonl", b'{"text": "a"}\nnot json\n', "x.jsonl:2 is not json"),
         ("x.json", b'[{"text": "a"},', "x.json' is not json"),
         ("x.json", b'{\n"text": "a"}', "x.json:1 is not json"),
-        (
-            "x.jsonl",
-            b'{"n": 1, "m": [1]}\n',
-            "has no column of texts or chats alone (it has: n, m); see --text_column",
-        ),
+        ("x.jsonl", b'{"n": 1, "m": [1]}\n', "has no column of texts or chats alone (it has: n, m); see --text_column"),
         ("x.jsonl", b"[1]\n", "record 1 holds neither a text, a chat nor token ids"),
         ("x.jsonl", b"5\n", "record 1 holds neither"),
         (

@@ -126,10 +126,7 @@ def test_hooks_are_gone_after_exceptions(toy):
     def explode(_):
         raise RuntimeError("inside")
 
-    with (
-        pytest.raises(RuntimeError, match="inside"),
-        hooks.replace(toy, {"h.1": lambda y: y, "h.2": explode}),
-    ):
+    with pytest.raises(RuntimeError, match="inside"), hooks.replace(toy, {"h.1": lambda y: y, "h.2": explode}):
         toy(torch.randn(2, 4))
     assert n_hooks(toy) == 0
     # a bad name among good ones leaves nothing behind

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from sae import hooks
 from sae.config import UserError
-from sae.files import beside
-from sae.lm.language_model import ROOT, HFTokenizer, LanguageModel, best_device, load_language_model
+from sae.files import ROOT, beside
+from sae.lm.language_model import HFTokenizer, LanguageModel, best_device, load_language_model
 
 
 def batch(lm, n=2, t=16):

@@ -176,11 +176,7 @@ def test_names_and_shapes_are_nanogpts(bias):
         "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias",
     ]  # fmt: skip
     names = dict(model.named_modules())
-    assert {
-        "transformer.drop",
-        "transformer.h.1.attn.attn_dropout",
-        "transformer.h.1.mlp.gelu",
-    } <= names.keys()
+    assert {"transformer.drop", "transformer.h.1.attn.attn_dropout", "transformer.h.1.mlp.gelu"} <= names.keys()
 
 
 def test_optimizer_decays_matrices_only():
@@ -561,11 +557,7 @@ def test_broken_tokenizer_files(bpe, tmp_path):
 
 def test_char_tables_of_nanogpt(tmp_path):
     chars = sorted({*"To be, or not to be\n\u00e9"})
-    meta: dict = {
-        "vocab_size": len(chars),
-        "itos": dict(enumerate(chars)),
-        "stoi": {c: i for i, c in enumerate(chars)},
-    }
+    meta: dict = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
     file = tmp_path / "meta.pkl"
     file.write_bytes(pickle.dumps(meta))
     table = load_tokenizer(tmp_path)

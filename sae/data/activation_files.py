@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae import log
-from sae.data.cache import BLOCK_ROWS, HOOKPOINT, BlockSource, first_held_out
 from sae.config import UserError, require
+from sae.data.cache import BLOCK_ROWS, HOOKPOINT, BlockSource, first_held_out
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 WANTED = f"[sequences, positions, width] or [tokens, width] of {', '.join(FLOATS)} was wanted"

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from sae import hooks, log
-from sae.hooks import Acts as Acts
-from sae.data.buffer import Buffer
 from sae.config import UserError
+from sae.data.buffer import Buffer
+from sae.data.tokens import HOLD_OUT, PIECE_CHARS, TokenRows, kept_positions
 from sae.distributed import ALONE, World
 from sae.files import read_safetensors, write_safetensors
+from sae.hooks import Acts as Acts
 from sae.lm.language_model import LanguageModel
-from sae.metrics import check_finite
 from sae.log import Stopwatch
-from sae.data.tokens import HOLD_OUT, PIECE_CHARS, TokenRows, kept_positions
+from sae.metrics import check_finite
 
 READ_ROWS = 4096  # of a tensor in memory, where several processes take turns
 

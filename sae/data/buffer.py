@@ -16,6 +16,7 @@ from torch import Tensor
 from sae.distributed import ALONE, World
 from sae.hooks import Acts
 
+
 class Buffer:
     """M slots of one activation per hookpoint. Every process knows who holds a slot, and has memory for its own only.
 

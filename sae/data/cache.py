@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sae import log
-from sae.data.activations import ModelSource
-from sae.hooks import Acts
 from sae.config import UserError, read_json, require
+from sae.data.activations import ModelSource
 from sae.data.datasets import Dataset
+from sae.hooks import Acts
 from sae.lm.language_model import LanguageModel
 
 CACHE_VERSION = 2
@@ -282,11 +282,7 @@ class CacheSource(BlockSource):
             if a < b:
                 path = self.folder / f"{shard:05d}_{file}.bin"
                 raw = np.memmap(
-                    path,
-                    dtype=np.uint8,
-                    mode="r",
-                    offset=(a - first) * row_bytes,
-                    shape=((b - a) * row_bytes,),
+                    path, dtype=np.uint8, mode="r", offset=(a - first) * row_bytes, shape=((b - a) * row_bytes,)
                 )
                 parts.append(torch.from_numpy(np.array(raw)))
             first += n
