@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -44,6 +44,32 @@ PARTS = {
 }
 
 Acts = dict[str, Tensor]  # hookpoint -> (tokens, D)
+
+
+class SAEName(NamedTuple):
+    """An SAE of a run: the hookpoint that it writes to, and the label that tells it from others there (a sweep's)."""
+
+    hookpoint: str
+    label: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> SAEName:
+        """`transformer.h.3/k32` -> its two parts."""
+        hookpoint, _, label = text.partition("/")
+        return cls(hookpoint, label)
+
+    def __str__(self) -> str:
+        return f"{self.hookpoint}/{self.label}" if self.label else self.hookpoint
+
+
+def input_of(module: str) -> str:
+    """The hookpoint of a module's input."""
+    return f"{module}@in"
+
+
+def places(hookpoint: str, transcode: bool) -> tuple[str, str]:
+    """The hookpoints that an SAE at `hookpoint` reads and writes: a transcoder reads the module's input."""
+    return (input_of(hookpoint) if transcode else hookpoint), hookpoint
 
 
 class _Stop(Exception):
