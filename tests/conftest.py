@@ -20,26 +20,7 @@ from sae.lm.language_model import load_language_model  # noqa: E402
 from sae.models import create_sae  # noqa: E402
 from tokenizer import BPETokenizer  # noqa: E402
 
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "epsilon",
-    "zeta",
-    "eta",
-    "theta",
-    "iota",
-    "kappa",
-    "lambda",
-    "mu",
-    "nu",
-    "xi",
-    "omicron",
-    "pi",
-    "rho",
-    "sigma",
-]
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma".split()
 
 
 def make_text(n_words: int, seed: int = 0) -> str:

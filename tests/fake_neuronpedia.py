@@ -16,8 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 KEY = "sk-np-right"
-PUBLIC = ("activation/get", "activation/new", "search-topk-by-token", "search-all", "steer", "explanation/search",
-          "explanation/search-model", "explanation/search-all")  # fmt: skip
+PUBLIC = (
+    "activation/get activation/new search-topk-by-token search-all steer explanation/search explanation/search-model"
+    " explanation/search-all"
+).split()
 PRIVATE = ("model/new", "source-set/new", "list/list", "list/get", "list/new-with-features", "list/add-features")
 OPAQUE = "Something went wrong on our end. The error has been reported."
 CREATORS = {KEY: "user1", "sk-np-other": "user2"}
@@ -285,14 +287,18 @@ class Neuronpedia:
             for f in features:
                 key = (model, source, str(f["index"]))
                 row = {
-                    "modelId": model, "layer": source, "index": str(f["index"]), "creatorId": user,
-                    "frac_nonzero": f.get("density", -1), "hasVector": False,
+                    "modelId": model,
+                    "layer": source,
+                    "index": str(f["index"]),
+                    "creatorId": user,
+                    "frac_nonzero": f.get("density", -1),
+                    "hasVector": False,
                     "maxActApprox": max(max(a["values"]) for a in f["activations"]),
                     "pos_str": [x["token"] for x in f.get("topLogits") or []],
                     "pos_values": [x["value"] for x in f.get("topLogits") or []],
                     "neg_str": [x["token"] for x in f.get("bottomLogits") or []],
                     "neg_values": [x["value"] for x in f.get("bottomLogits") or []],
-                }  # fmt: skip
+                }
                 self.neurons.setdefault(key, row)  # skipDuplicates
         moment("neurons")
         time.sleep(self.write_s)
@@ -306,9 +312,16 @@ class Neuronpedia:
     def rows(self, key):
         found = [a for k, a in self.activations if k == key]
         rows = [
-            {"tokens": a["tokens"], "values": a["values"], "maxValue": max(a["values"]), "binMin": a.get("quantileMin"),
-             "binMax": a.get("quantileMax"), "binContains": a.get("quantileFraction")} for a in found
-        ]  # fmt: skip
+            {
+                "tokens": a["tokens"],
+                "values": a["values"],
+                "maxValue": max(a["values"]),
+                "binMin": a.get("quantileMin"),
+                "binMax": a.get("quantileMax"),
+                "binContains": a.get("quantileFraction"),
+            }
+            for a in found
+        ]
         return sorted(rows, key=lambda a: -a["maxValue"])
 
     def get_feature(self, model, source, index):
@@ -329,8 +342,13 @@ class Neuronpedia:
         feature, text = body["feature"], body.get("customText")
         kept(feature.get("modelId") and feature.get("source") and feature.get("index") and text)
         kept(isinstance(feature["index"], str))
-        one = lambda t: {"tokens": list(t), "values": [float(len(t))] * len(t), "maxValue": float(len(t)),
-                         "layer": feature["source"], "index": feature["index"]}  # fmt: skip
+        one = lambda t: {
+            "tokens": list(t),
+            "values": [float(len(t))] * len(t),
+            "maxValue": float(len(t)),
+            "layer": feature["source"],
+            "index": feature["index"],
+        }
         return one(text) if isinstance(text, str) else [one(t) for t in text]
 
     def search_all(self, body):
@@ -342,8 +360,10 @@ class Neuronpedia:
     def search_topk_by_token(self, body):
         valid(len(body["modelId"]) <= 50 and 1 <= body.get("numResults", 10) <= 20, "numResults")
         top = [{"activationValue": 2.0, "featureIndex": 3, "feature": None}]
-        each = lambda t: {"source": body["source"], "results": [
-            {"position": i, "token": c, "isSpecial": False, "topFeatures": top} for i, c in enumerate(t)]}  # fmt: skip
+        each = lambda t: {
+            "source": body["source"],
+            "results": [{"position": i, "token": c, "isSpecial": False, "topFeatures": top} for i, c in enumerate(t)],
+        }
         return each(body["text"]) if isinstance(body["text"], str) else {"results": [each(t) for t in body["text"]]}
 
     def steer(self, body):

@@ -18,10 +18,17 @@ from scripts import sae_collect, sae_eval, sae_train
 from tests.test_scripts import SMALL, call
 
 GOOD = {
-    "hookpoint": "h.3", "model": "gpt", "architecture": "topk", "n_tokens": 1_000_000, "d_in": 768, "d_sae": 4096,
+    "hookpoint": "h.3",
+    "model": "gpt",
+    "architecture": "topk",
+    "n_tokens": 1_000_000,
+    "d_in": 768,
+    "d_sae": 4096,
     "l0": 32.0,
-    "ce_score_zero": 0.95, "explained_variance": 0.8, "dead_fraction": 0.01,
-}  # fmt: skip
+    "ce_score_zero": 0.95,
+    "explained_variance": 0.8,
+    "dead_fraction": 0.01,
+}
 CHECKS = ["loss recovered (%)", "L0", "dead latents (%)", "decoder similarity"]
 
 
@@ -130,9 +137,14 @@ def test_borderline_does_not_count_in_the_score():
 
 
 def test_advice_names_flags_that_exist():
-    bad = [{"l0": l0, "architecture": kind, "model": model, "ce_score_zero": s, "dead_fraction": 0.9, "n_tokens": n}
-           for l0 in (1, 999) for kind in ("topk", "relu") for model in ("x", None) for s in (0.1, None)
-           for n in (10, 10**9)]  # fmt: skip
+    bad = [
+        {"l0": l0, "architecture": kind, "model": model, "ce_score_zero": s, "dead_fraction": 0.9, "n_tokens": n}
+        for l0 in (1, 999)
+        for kind in ("topk", "relu")
+        for model in ("x", None)
+        for s in (0.1, None)
+        for n in (10, 10**9)
+    ]
     known = {f.name for c in (TrainConfig, EvalConfig) for f in dataclasses.fields(c)}
     said = {
         flag for b in bad for c in assess({**GOOD, **b}, 0.9).checks for flag in re.findall(r"--(\w+)", c.advice or "")

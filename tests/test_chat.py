@@ -29,9 +29,16 @@ SEED = 1  # of an answer that no special token ends early
 def record(latent, label, most=4.0):
     context = {"tokens": ["alpha", " beta\x1b"], "values": [0.0, most], "peak": 1, "sequence": 0, "position": 3}
     return {
-        "latent": latent, "n_tokens": 100, "density": 0.01, "max_activation": most, "mean_active": 1.0, "label": label,
-        "promoted": [], "suppressed": [], "contexts": [context],
-    }  # fmt: skip
+        "latent": latent,
+        "n_tokens": 100,
+        "density": 0.01,
+        "max_activation": most,
+        "mean_active": 1.0,
+        "label": label,
+        "promoted": [],
+        "suppressed": [],
+        "contexts": [context],
+    }
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from sae.config import (
     VizConfig,
     from_cli,
     variants,
-)  # fmt: skip
+)
 
 CONFIGS = [SAEConfig, TrainConfig, EvalConfig, VizConfig, CollectConfig]
 
@@ -46,10 +46,13 @@ def test_defaults_round_trip_and_help(cls, capsys, tmp_path):
 
 
 @given(
-    k=st.integers(1, 64), d_sae=st.integers(64, 512), lr=st.none() | st.floats(1e-6, 1.0),
+    k=st.integers(1, 64),
+    d_sae=st.integers(64, 512),
+    lr=st.none() | st.floats(1e-6, 1.0),
     hookpoints=st.lists(st.sampled_from(["a.b", "transformer.h.*"]), max_size=2),
-    skip=st.booleans(), activation=st.sampled_from(["topk", "relu", "gated"]),
-)  # fmt: skip
+    skip=st.booleans(),
+    activation=st.sampled_from(["topk", "relu", "gated"]),
+)
 def test_round_trip_is_exact(k, d_sae, lr, hookpoints, skip, activation):
     config = TrainConfig(
         k=k, d_sae=d_sae, learning_rate=lr, hookpoints=tuple(hookpoints), skip_first=skip, activation=activation
@@ -250,68 +253,38 @@ def test_lists_make_variants():
     assert list(one) == ["relu_x4", "relu_x8", "topk_x4", "topk_x8"]
 
 
-SEEDS_FLAGS = [
-    "--k",
-    "--expansion_factor",
-    "--num_latents",
-    "--grad_acc_steps",
-    "--micro_acc_steps",
-    "--ctx_len",
-    "--optimizer",
-    "--lr",
-    "--weight_decay",
-    "--dead_feature_threshold",
-    "--dead_percentage_threshold",
-    "--auxk_alpha",
-    "--save_every",
-    "--save_best",
-    "--save_dir",
-    "--run_name",
-    "--resume",
-    "--finetune",
-    "--log_to_wandb",
-    "--wandb_log_frequency",
-    "--shuffle_seed",
-    "--init_seeds",
-    "--data_preprocessing_num_proc",
-    "--loss_fn",
-    "--layer",
-    "--layers",
-    "--layer_stride",
-    "--hookpoints",
-    "--distribute_modules",
-    "--transcode",
-    "--skip_connection",
-    "--multi_topk",
-    "--k_decay_steps",
-    "--exclude_tokens",
-    "--max_tokens",
-    "--batch_size",
-    "--activation",
-    "--hook_type",
-    "--num_activations",
-    "--num_epochs",
-    "--learning_rate",
-    "--output_dir",
-    "--l1_coefficient",
-    "--checkpoint",
-    "--model_name",
-    "--dataset_name",
-]
+SEEDS_FLAGS = """
+    k expansion_factor num_latents grad_acc_steps micro_acc_steps ctx_len optimizer lr weight_decay
+    dead_feature_threshold dead_percentage_threshold auxk_alpha save_every save_best save_dir run_name resume
+    finetune log_to_wandb wandb_log_frequency shuffle_seed init_seeds data_preprocessing_num_proc loss_fn layer
+    layers layer_stride hookpoints distribute_modules transcode skip_connection multi_topk k_decay_steps
+    exclude_tokens max_tokens batch_size activation hook_type num_activations num_epochs learning_rate output_dir
+    l1_coefficient checkpoint model_name dataset_name
+""".split()
 
 
-@pytest.mark.parametrize("flag", SEEDS_FLAGS)
+@pytest.mark.parametrize("flag", [f"--{name}" for name in SEEDS_FLAGS])
 def test_every_flag_of_the_documents_this_grew_from_is_taken(flag):
     values = {
-        "--layers": ["1", "2"], "--init_seeds": ["0", "1"], "--exclude_tokens": ["5"], "--optimizer": ["sgd"],
-        "--loss_fn": ["mse"], "--hookpoints": ["h.*.mlp"], "--activation": ["groupmax"], "--hook_type": ["mlp"],
-        "--batch_size": ["64"], "--dead_percentage_threshold": ["0.0005"], "--num_latents": ["64"], "--ctx_len": ["64"],
-    }  # fmt: skip
+        "--layers": ["1", "2"],
+        "--init_seeds": ["0", "1"],
+        "--exclude_tokens": ["5"],
+        "--optimizer": ["sgd"],
+        "--loss_fn": ["mse"],
+        "--hookpoints": ["h.*.mlp"],
+        "--activation": ["groupmax"],
+        "--hook_type": ["mlp"],
+        "--batch_size": ["64"],
+        "--dead_percentage_threshold": ["0.0005"],
+        "--num_latents": ["64"],
+        "--ctx_len": ["64"],
+    }
     for argv in ([flag, *values.get(flag, ["1"])], [flag.replace("_", "-"), *values.get(flag, ["1"])]):
         extra = {
-            "--skip_connection": ["--transcode"], "--l1_coefficient": ["--activation", "relu"],
+            "--skip_connection": ["--transcode"],
+            "--l1_coefficient": ["--activation", "relu"],
             **dict.fromkeys(("--text_column", "--split", "--streaming"), ["--dataset", "x"]),
-        }  # fmt: skip
+        }
         from_cli(TrainConfig, argv + extra.get(flag, []), replaced=REPLACED)
 
 

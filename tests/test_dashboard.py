@@ -24,13 +24,32 @@ from tests.conftest import ROOT
 
 OUTPUT = ROOT / "test_output"  # screenshots; playwright makes the folder
 HOSTILE = [
-    "</script><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)", "<!--", "&lt;",
-    "\u202egnp.exe", "\x00", "\ufffd", "\U0001f600", "\ud83d", "\u0627\u0644", "\\xe2\\x80", " \n\t", "]]>", "</style>",
-    "${1}`", "\u2028", "`</code>`",
-]  # fmt: skip
+    "</script><script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "<!--",
+    "&lt;",
+    "\u202egnp.exe",
+    "\x00",
+    "\ufffd",
+    "\U0001f600",
+    "\ud83d",
+    "\u0627\u0644",
+    "\\xe2\\x80",
+    " \n\t",
+    "]]>",
+    "</style>",
+    "${1}`",
+    "\u2028",
+    "`</code>`",
+]
 BAD = "[\x00\ufffd\u202e\u2028]|[\ud800-\udfff]"
-FACTS = {"shown": {"model": "<b>model</b>", "tokens": "1,000"}, "model": "<b>model</b>", "hookpoint": "h.1",
-         "position_starts": [0, 1, 2, 4]}  # fmt: skip
+FACTS = {
+    "shown": {"model": "<b>model</b>", "tokens": "1,000"},
+    "model": "<b>model</b>",
+    "hookpoint": "h.1",
+    "position_starts": [0, 1, 2, 4],
+}
 
 
 def record(latent, words, rng, *, dead=False, **fields):
@@ -45,12 +64,20 @@ def record(latent, words, rng, *, dead=False, **fields):
         contexts.append(Context(draw(21), values, 10, *place, *((low, 2.0, 0.4) if low is not None else ())))
     pairs = lambda: [(t, round(rng.random(), 3)) for t in draw(8)]
     made = {
-        "label": f"`{rng.choice(words)}` after `{rng.choice(words)}`", "rule": "a longer rule",
-        "label_precision": round(rng.random(), 3), "label_recall": round(rng.random(), 3),
-        "promoted": pairs(), "suppressed": pairs(), "neighbours": [((latent + i) % 90, 0.5) for i in range(1, 5)],
-        "cofiring": [((latent + 7) % 90, 0.3)], "typical": pairs(), "first": pairs(), "positions": [0.5, 1.0, 2.0, 0.9],
-        "histogram": Histogram([1.0, 1.125, 1.25, 1.375], [3, 0, 8]), "contexts": contexts,
-    }  # fmt: skip
+        "label": f"`{rng.choice(words)}` after `{rng.choice(words)}`",
+        "rule": "a longer rule",
+        "label_precision": round(rng.random(), 3),
+        "label_recall": round(rng.random(), 3),
+        "promoted": pairs(),
+        "suppressed": pairs(),
+        "neighbours": [((latent + i) % 90, 0.5) for i in range(1, 5)],
+        "cofiring": [((latent + 7) % 90, 0.3)],
+        "typical": pairs(),
+        "first": pairs(),
+        "positions": [0.5, 1.0, 2.0, 0.9],
+        "histogram": Histogram([1.0, 1.125, 1.25, 1.375], [3, 0, 8]),
+        "contexts": contexts,
+    }
     return FeatureRecord(latent, 1000, round(rng.random() ** 4, 6), 5.0, round(rng.random(), 4), **{**made, **fields})
 
 

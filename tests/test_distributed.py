@@ -36,9 +36,9 @@ def done(tmp_path_factory, gpt_path, text_file):
     children = []
     for rank in range(4):
         with (folder / f"{rank}.log").open("w") as f:
-            children.append(subprocess.Popen(
-                command, cwd=ROOT, env={**env, "RANK": str(rank)}, stdout=f, stderr=subprocess.STDOUT
-            ))  # fmt: skip
+            children.append(
+                subprocess.Popen(command, cwd=ROOT, env={**env, "RANK": str(rank)}, stdout=f, stderr=subprocess.STDOUT)
+            )
     deadline = time.monotonic() + LIMIT_S
     while any(c.poll() is None for c in children) and not any(c.poll() for c in children):
         if time.monotonic() > deadline:
@@ -187,20 +187,23 @@ def command(folder, gpt_path, text_file, *flags, processes=2):
     torchrun = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     )
-    return [
-        sys.executable, *torchrun, "-m", "scripts.sae_train", "--model", gpt_path, "--dataset", str(text_file),
-        "--layers", "0", "1", "--k", "4", "--batch_size", "64", "--buffer_tokens", "512", "--max_tokens", "16000",
-        "--val_tokens", "500", "--save_every", "20", "--eval_every", "100", "--save_dir", str(folder), "--run_name",
-        "run", "--kernels", "plain", *flags,
-    ]  # fmt: skip
+    places = ["--model", gpt_path, "--dataset", str(text_file), "--save_dir", str(folder), "--run_name", "run"]
+    sizes = "--layers 0 1 --k 4 --batch_size 64 --buffer_tokens 512 --max_tokens 16000 --val_tokens 500".split()
+    how = "--save_every 20 --eval_every 100 --kernels plain".split()
+    return [sys.executable, *torchrun, "-m", "scripts.sae_train", *places, *sizes, *how, *flags]
 
 
 def test_a_dead_process_ends_the_run_and_another_number_goes_on(gpt_path, text_file, tmp_path):
     """torchrun, one of two processes killed; the others end soon with a sentence; one process ends the run."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as f:
-        run = subprocess.Popen(command(tmp_path, gpt_path, text_file, "--shard_latents", "2"), cwd=ROOT, env=env,
-                               stdout=f, stderr=subprocess.STDOUT)  # fmt: skip
+        run = subprocess.Popen(
+            command(tmp_path, gpt_path, text_file, "--shard_latents", "2"),
+            cwd=ROOT,
+            env=env,
+            stdout=f,
+            stderr=subprocess.STDOUT,
+        )
     deadline = time.monotonic() + LIMIT_S
     while not checkpoints(tmp_path / "run") and time.monotonic() < deadline and run.poll() is None:
         time.sleep(0.02)
@@ -214,8 +217,14 @@ def test_a_dead_process_ends_the_run_and_another_number_goes_on(gpt_path, text_f
     assert "data axis" not in text
     assert "1 groups of SAEs x 1 replicas x 2 shards of latents" in text
     assert "another process of this run has ended" in text or "Signal 9" in text
-    ended = subprocess.run(command(tmp_path, gpt_path, text_file, "--resume", processes=1), cwd=ROOT, env=env,
-                           capture_output=True, text=True, check=False)  # fmt: skip
+    ended = subprocess.run(
+        command(tmp_path, gpt_path, text_file, "--resume", processes=1),
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stderr[-2000:]
     steps = metrics(tmp_path / "run", "transformer.h.0", "step")
     assert steps == sorted(steps)
@@ -225,8 +234,13 @@ def test_a_dead_process_ends_the_run_and_another_number_goes_on(gpt_path, text_f
 
 def test_what_several_processes_cannot_do_is_said(gpt_path, text_file, tmp_path):
     for given in ("--shard_latents 2", "--distribute_modules"):
-        ended = subprocess.run(command(tmp_path, gpt_path, text_file, *given.split(), processes=1), cwd=ROOT,
-                               capture_output=True, text=True, check=False)  # fmt: skip
+        ended = subprocess.run(
+            command(tmp_path, gpt_path, text_file, *given.split(), processes=1),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert ended.returncode == 2
         assert f"{given} is for several processes; start them with torchrun" in ended.stderr
 
@@ -253,14 +267,13 @@ def test_nodes_count_their_processes_apart(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    nodes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank",
-             str(i), "--master_addr", "127.0.0.1", "--master_port", str(port), str(tmp_path / "one.py"), str(tmp_path)],
-            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )
-        for i in range(2)
-    ]  # fmt: skip
+    torchrun = (
+        f"-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --master_addr 127.0.0.1 --master_port {port}".split()
+    )
+    script = [str(tmp_path / "one.py"), str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    start = lambda i: subprocess.Popen([sys.executable, *torchrun, "--node_rank", str(i), *script], cwd=ROOT, env=env)
+    nodes = [start(i) for i in range(2)]
     assert [node.wait(timeout=LIMIT_S) for node in nodes] == [0, 0]
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["0 0 2.0 []", "0 1 2.0 []"]
 
@@ -280,8 +293,8 @@ def test_one_process_never_enters_a_collective(monkeypatch, tmp_path):
     """Nor under torchrun: what it would call is gone, and it trains, saves and resumes."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
-    for name in ("init_process_group", "all_reduce", "all_gather", "all_gather_object", "all_to_all_single",
-                 "broadcast", "barrier", "new_subgroups_by_enumeration"):  # fmt: skip
+    collectives = "init_process_group all_reduce all_gather all_gather_object all_to_all_single broadcast barrier"
+    for name in (*collectives.split(), "new_subgroups_by_enumeration"):
         monkeypatch.delattr(torch.distributed, name)
     everyone = distributed.join(torch.device("cpu"))
     assert everyone.size == 1

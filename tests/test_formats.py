@@ -46,8 +46,11 @@ def test_the_layout_is_saelens(tmp_path):
     store.save_sae(make("topk"), tmp_path)
     weights, cfg = load_file(tmp_path / store.WEIGHTS), json.loads((tmp_path / "cfg.json").read_text())
     assert {n: tuple(w.shape) for n, w in weights.items()} == {
-        "W_enc": (6, 20), "b_enc": (20,), "W_dec": (20, 6), "b_dec": (6,),
-    }  # fmt: skip
+        "W_enc": (6, 20),
+        "b_enc": (20,),
+        "W_dec": (20, 6),
+        "b_dec": (6,),
+    }
     assert (cfg["architecture"], cfg["k"], cfg["apply_b_dec_to_input"]) == ("topk", 4, True)
     assert cfg["metadata"]["sae_lens_version"] >= "6.0.0"  # below, SAELens takes its old flat layout
     store.save_sae(make("gated"), tmp_path)
@@ -214,5 +217,6 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path):
     finally:
         os.umask(before)
     assert {p.name: oct(p.stat().st_mode & 0o777) for p in (tmp_path / "sae").iterdir()} == {
-        store.CFG: "0o640", store.WEIGHTS: "0o640",
-    }  # fmt: skip
+        store.CFG: "0o640",
+        store.WEIGHTS: "0o640",
+    }

@@ -62,9 +62,13 @@ def test_resolution(toy, lm):
     assert place("mlp_post_act") == "transformer.h.1.mlp.c_proj@in"
     assert hooks.resolve(gpt, hookpoints=["h.1.mlp"]) == ["transformer.h.1.mlp"]  # sparsify's spelling
     for alias, kind in (
-        ("hook_resid_post", "resid_post"), ("hook_resid_pre", "resid_pre"), ("hook_resid_mid", "resid_mid"),
-        ("hook_attn_out", "attn"), ("hook_mlp_out", "mlp"), ("mlp.hook_post", "mlp_post_act"),
-    ):  # fmt: skip
+        ("hook_resid_post", "resid_post"),
+        ("hook_resid_pre", "resid_pre"),
+        ("hook_resid_mid", "resid_mid"),
+        ("hook_attn_out", "attn"),
+        ("hook_mlp_out", "mlp"),
+        ("mlp.hook_post", "mlp_post_act"),
+    ):
         assert hooks.resolve(gpt, hookpoints=[f"blocks.1.{alias}"]) == [place(kind)]
 
 

@@ -80,8 +80,10 @@ def test_ragged_codes_equal_their_twins(size, dtype):
     )
     decode = lambda f: gradients(lambda v, W: f(indices, v, W, offsets), values, W_dec, out_grad=grad)
     tolerance = 1e-5 if dtype is torch.float32 else 1e-10
-    for fast, twin in ((gather(sparse.gather_pre), gather(sparse.gather_pre_reference)),
-                       (decode(sparse.decode), decode(sparse.decode_reference))):  # fmt: skip
+    for fast, twin in (
+        (gather(sparse.gather_pre), gather(sparse.gather_pre_reference)),
+        (decode(sparse.decode), decode(sparse.decode_reference)),
+    ):
         for got, want in zip(fast, twin, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=tolerance)
     codes = Codes(indices, values, offsets)

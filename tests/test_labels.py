@@ -41,10 +41,15 @@ def events(ids, blocks, fires):
     n, T = ids.shape
     token, latent = np.nonzero(fires.reshape(n * T, -1))
     return Events(
-        ids=ids.flatten().astype(np.int32), sequence=np.repeat(np.arange(n), T), position=np.tile(np.arange(T), n),
-        keep=(ids != BOS).flatten(), block=np.repeat(blocks, T), latent=latent.astype(np.int32),
-        value=np.ones(len(token), np.float32), token=token,
-    )  # fmt: skip
+        ids=ids.flatten().astype(np.int32),
+        sequence=np.repeat(np.arange(n), T),
+        position=np.tile(np.arange(T), n),
+        keep=(ids != BOS).flatten(),
+        block=np.repeat(blocks, T),
+        latent=latent.astype(np.int32),
+        value=np.ones(len(token), np.float32),
+        token=token,
+    )
 
 
 def label(fires_of):
@@ -138,10 +143,13 @@ def test_choose_and_measure_against_brute_force():
                 finest = [[fine == 4 * g + i for i in range(4) if some >> i & 1] for some in range(16)]
                 masks = [*finest, [fine // 4 == g]]
                 hits = [[(m & fires[:, f]).sum() for m in way] for way in masks]
-                ways.append([
-                    (sum(h) - len(h), sum(m.sum() for m in way))
-                    for way, h in zip(masks, hits, strict=True) if all(x >= LEAST for x in h)
-                ])  # fmt: skip
+                ways.append(
+                    [
+                        (sum(h) - len(h), sum(m.sum() for m in way))
+                        for way, h in zip(masks, hits, strict=True)
+                        if all(x >= LEAST for x in h)
+                    ]
+                )
             best = max(
                 (1 + BETA2) * sum(h for h, _ in rule) / (sum(n for _, n in rule) + BETA2 * n_active[f])
                 for rule in itertools.product(*ways)

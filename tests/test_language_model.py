@@ -390,9 +390,14 @@ def save_theirs(path, gpt, **changes):
     """ckpt.pt as nanoGPT's train.py saves it after torch.compile."""
     weights = {f"_orig_mod.{name}": w for name, w in gpt.state_dict().items()} | changes.pop("weights", {})
     checkpoint = {
-        "model": weights, "optimizer": {"state": {}, "param_groups": []}, "model_args": THEIR_ARGS, "iter_num": 5,
-        "best_val_loss": torch.tensor(1.5), "config": {"dataset": "chars", "compile": True}, **changes,
-    }  # fmt: skip
+        "model": weights,
+        "optimizer": {"state": {}, "param_groups": []},
+        "model_args": THEIR_ARGS,
+        "iter_num": 5,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"dataset": "chars", "compile": True},
+        **changes,
+    }
     path.parent.mkdir(exist_ok=True)
     torch.save(checkpoint, path)
 
@@ -562,9 +567,13 @@ def test_their_checkpoints_must_fit(beside_theirs, tmp_path):
 def test_any_module_with_a_tokenizer(lm):
     """What load_language_model returns can be built by hand around any nn.Module."""
     mine = LanguageModel(
-        module=lm.module, tokenizer=lm.tokenizer, forward_fn=lambda m, ids, _valid: m(ids)[0],
-        name="mine", d_model=32, max_len=64,
-    )  # fmt: skip
+        module=lm.module,
+        tokenizer=lm.tokenizer,
+        forward_fn=lambda m, ids, _valid: m(ids)[0],
+        name="mine",
+        d_model=32,
+        max_len=64,
+    )
     ids, valid = batch(lm)
     torch.testing.assert_close(mine.logits(ids, valid), lm.logits(ids, valid))
 

@@ -117,9 +117,15 @@ def test_a_transcoder_predicts_raw_targets():
 def test_target_l0_is_reached(activation):
     x, _ = planted(30_000, 16, 32, 3)
     c = SAEConfig(
-        d_in=16, d_sae=64, activation=activation, target_l0=6, batch_size=128, num_epochs=3, learning_rate=2e-3,
+        d_in=16,
+        d_sae=64,
+        activation=activation,
+        target_l0=6,
+        batch_size=128,
+        num_epochs=3,
+        learning_rate=2e-3,
         eval_every=10_000,
-    )  # fmt: skip
+    )
     _, t = train_sae_from_activations(x, c, verbose=False)
     assert t.val_losses[-1]["l0"] == pytest.approx(6, rel=0.05)
 

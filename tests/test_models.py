@@ -122,8 +122,10 @@ def plain_loss(c, p, x, y, variance, sparsity):
         f = pre.relu() * passed + theta.detach() * (gate - gate.detach())
         l0 = smooth_step(pre.detach() - theta, c.bandwidth).sum(1).mean()
         penalty = {
-            "step": l0, "tanh": torch.tanh(4 * f * norms / root).sum(1).mean(), "quadratic": (l0 / c.k - 1) ** 2,
-        }[c.jumprelu_penalty]  # fmt: skip
+            "step": l0,
+            "tanh": torch.tanh(4 * f * norms / root).sum(1).mean(),
+            "quadratic": (l0 / c.k - 1) ** 2,
+        }[c.jumprelu_penalty]
     else:
         mask = chosen(c.activation, pre, c.k)
         f = pre * mask if c.activation == "abstopk" else pre.relu() * mask
@@ -460,8 +462,9 @@ def test_a_planted_dictionary_is_found(activation):
     x, directions = planted(40_000, 24, 48, 3, signed=signed)
     config = SAEConfig(
         **{"d_in": 24, "d_sae": 96, "activation": activation, "k": 3, "batch_size": 512, "num_epochs": 8}
-        | {"learning_rate": 3e-3, "eval_every": 10_000} | RECOVERY.get(activation, {}),
-    )  # fmt: skip
+        | {"learning_rate": 3e-3, "eval_every": 10_000}
+        | RECOVERY.get(activation, {})
+    )
     sae, _ = train_sae_from_activations(x, config, verbose=False)
     rows = sae.W_dec.detach() / sae.W_dec.detach().norm(dim=1, keepdim=True)
     cosines = directions @ rows.t()

@@ -320,8 +320,16 @@ def base(nanochat, tmp_path):
 
 
 def write(manager, folder, step, **config):
-    config = {"sequence_len": 48, "vocab_size": encoding().n_vocab, "n_layer": N_LAYERS, "n_head": 2, "n_kv_head": 2,
-              "n_embd": D, "window_pattern": "L", **config}  # fmt: skip
+    config = {
+        "sequence_len": 48,
+        "vocab_size": encoding().n_vocab,
+        "n_layer": N_LAYERS,
+        "n_head": 2,
+        "n_kv_head": 2,
+        "n_embd": D,
+        "window_pattern": "L",
+        **config,
+    }
     model = manager.GPT(manager.GPTConfig(**config))
     g = torch.Generator().manual_seed(step)
     weights = {}
@@ -491,8 +499,7 @@ def test_tokens(base):
     assert t.content_hash() != again.content_hash()
 
 
-SMALL = ["--k", "4", "--batch_size", "64", "--buffer_tokens", "256", "--max_tokens", "640", "--val_tokens", "200",
-         "--ctx_len", "32", "--device", "cpu"]  # fmt: skip
+SMALL = "--k 4 --batch_size 64 --buffer_tokens 256 --max_tokens 640 --val_tokens 200 --ctx_len 32 --device cpu".split()
 
 
 def test_train_and_eval(base, text_file, tmp_path, monkeypatch):

@@ -74,17 +74,28 @@ def problems():
     steep = torch.full((600, 8192), 0.1) * (1 - 2 * (torch.arange(600) < 50))[:, None]
     late = -W.abs() * (torch.arange(1001) < 500)
     return {
-        "plain": (x, W, b, 7), "k = 1": (x, W, b, 1), "one token": (x[:1], W, b, 7),
-        "a tile and a bit": (randn(33, 33), randn(37, 33).t(), randn(37), 2), "none": (x[:0], W, b, 7),
-        "many tokens": (randn(700, 64), randn(300, 64).t(), randn(300), 30), "few latents": (x, W[:, :9], b[:9], 1),
-        "outlier dimension": (outlier, W, b, 7), "latents of all sizes": (x, skewed.t(), b, 7),
-        "all negative": (x, W, b - 1000, 7), "bias decides": (x * 1e-4, W, b, 7), "no activation": (x * 0, W, b, 7),
-        "no weights": (x, W * 0, b, 7), "nearly equal latents": (x, close.t(), b * 0, 7),
-        "a spike in every row": (spikes, thorns.t(), b, 7), "all kept": (x, W[:, :200], b[:200], 200),
-        "blank latents beat negative ones": (x.abs(), late, b * 0, 5), "tiny": (x * 1e-27, W, b * 0, 7),
+        "plain": (x, W, b, 7),
+        "k = 1": (x, W, b, 1),
+        "one token": (x[:1], W, b, 7),
+        "a tile and a bit": (randn(33, 33), randn(37, 33).t(), randn(37), 2),
+        "none": (x[:0], W, b, 7),
+        "many tokens": (randn(700, 64), randn(300, 64).t(), randn(300), 30),
+        "few latents": (x, W[:, :9], b[:9], 1),
+        "outlier dimension": (outlier, W, b, 7),
+        "latents of all sizes": (x, skewed.t(), b, 7),
+        "all negative": (x, W, b - 1000, 7),
+        "bias decides": (x * 1e-4, W, b, 7),
+        "no activation": (x * 0, W, b, 7),
+        "no weights": (x, W * 0, b, 7),
+        "nearly equal latents": (x, close.t(), b * 0, 7),
+        "a spike in every row": (spikes, thorns.t(), b, 7),
+        "all kept": (x, W[:, :200], b[:200], 200),
+        "blank latents beat negative ones": (x.abs(), late, b * 0, 5),
+        "tiny": (x * 1e-27, W, b * 0, 7),
         "float32 loses what it can": (torch.ones(40, 8192) * torch.rand(40, 1), steep.t(), torch.zeros(600), 7),
-        "strided": (randn(33, 254)[:, ::2], W.contiguous(), b, 7), "huge": (x * 1e15, W, b, 7),
-    }  # fmt: skip
+        "strided": (randn(33, 254)[:, ::2], W.contiguous(), b, 7),
+        "huge": (x * 1e15, W, b, 7),
+    }
 
 
 @needs_compiler
@@ -290,9 +301,11 @@ def test_sparse_products_equal_their_twins(size, monkeypatch):
     first = torch.arange(B).mul_(3).clamp_(max=B * K)  # tokens with places of their own number
     flat = indices.reshape(-1), first, values.reshape(-1)
     run = lambda: (
-        sparse._sum_by_latent(indices, None, values, x, F), sparse._dot_at(indices, None, x, W),
-        *sparse._bag_backward(indices, None, values, x, W), *sparse._bag_backward(*flat, x, W),
-    )  # fmt: skip
+        sparse._sum_by_latent(indices, None, values, x, F),
+        sparse._dot_at(indices, None, x, W),
+        *sparse._bag_backward(indices, None, values, x, W),
+        *sparse._bag_backward(*flat, x, W),
+    )
     fast = run()
     monkeypatch.setattr(native, "enabled", False)
     for got, want in zip(fast, run(), strict=True):
@@ -457,10 +470,13 @@ def test_compiled_once_and_kept_whole(tmp_path):
 
 
 PENALISED = [
-    {"activation": "relu"}, {"activation": "relu", "l1_weighting": "plain"}, {"activation": "gated"},
-    {"activation": "jumprelu"}, {"activation": "jumprelu", "jumprelu_penalty": "tanh"},
+    {"activation": "relu"},
+    {"activation": "relu", "l1_weighting": "plain"},
+    {"activation": "gated"},
+    {"activation": "jumprelu"},
+    {"activation": "jumprelu", "jumprelu_penalty": "tanh"},
     {"activation": "jumprelu", "jumprelu_penalty": "quadratic"},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("transcode", [False, True])

@@ -40,17 +40,29 @@ def record(i, n_contexts=3, n_tokens=6):
     contexts = [
         {"tokens": words(n_tokens), "values": values(n_tokens), "peak": 0, "sequence": c, "position": 0}
         for c in range(n_contexts)
-    ]  # fmt: skip
+    ]
     if contexts:
         contexts[-1] |= {"low": 0.5, "high": 1.25, "share": 0.125}
     pairs = lambda: [[w, v] for w, v in zip(words(10), values(10), strict=True)]
     return {
-        "latent": i, "n_tokens": 1000, "density": 0.25 if contexts else 0.0, "max_activation": 3.0, "mean_active": 1.0,
-        "label": f"number {i}", "label_precision": 0.75, "label_recall": 0.5, "promoted": pairs(),
-        "suppressed": pairs(), "neighbours": [[i + 1, 0.5]], "cofiring": [[i + 2, 0.25]], "typical": [["x", 1.0]],
-        "first": [], "positions": [], "histogram": {"edges": [0.0, 1.0, 2.0], "counts": [5, 7]},
+        "latent": i,
+        "n_tokens": 1000,
+        "density": 0.25 if contexts else 0.0,
+        "max_activation": 3.0,
+        "mean_active": 1.0,
+        "label": f"number {i}",
+        "label_precision": 0.75,
+        "label_recall": 0.5,
+        "promoted": pairs(),
+        "suppressed": pairs(),
+        "neighbours": [[i + 1, 0.5]],
+        "cofiring": [[i + 2, 0.25]],
+        "typical": [["x", 1.0]],
+        "first": [],
+        "positions": [],
+        "histogram": {"edges": [0.0, 1.0, 2.0], "counts": [5, 7]},
         "contexts": contexts,
-    }  # fmt: skip
+    }
 
 
 def write(path, records):
@@ -100,8 +112,9 @@ def test_a_record_becomes_what_the_server_takes():
     assert feature["density"] == 0.25
     assert feature["explanations"] == [{"text": "number 7 (precision 0.75, recall 0.50)"}]  # a weak label says so
     assert feature["activations"][0] == {
-        "tokens": ["a", "\u2205", "\u2400b", "\ufffd", "\U0001f600", "\u05d0"], "values": r["contexts"][0]["values"]
-    }  # fmt: skip
+        "tokens": ["a", "\u2205", "\u2400b", "\ufffd", "\U0001f600", "\u05d0"],
+        "values": r["contexts"][0]["values"],
+    }
     assert "quantileMin" not in feature["activations"][1]
     last = feature["activations"][-1]
     assert (last["quantileMin"], last["quantileMax"], last["quantileFraction"]) == (0.5, 1.25, 0.125)
@@ -143,7 +156,7 @@ BROKEN = [
     *[((*FIRST, "values", 2), v, "value 2") for v in NOT_NUMBERS],
     *[(("contexts", 2, name), v, name) for name in ("low", "high") for v in [100_000_000, "1", float("nan"), True]],
     *[(("contexts", 2, "share"), v, "share") for v in [-0.1, 1.1, "1", float("nan")]],
-]  # fmt: skip
+]
 
 
 def test_malformed_records_are_refused_here_with_the_rule_named(tmp_path, capsys):
@@ -612,8 +625,9 @@ def test_feature_json_for_graphs(run, tmp_path):
     value = json.loads((tmp_path / "graph" / "2.json").read_text())
     assert value["index"] == 2
     assert [(q["quantile_name"], len(q["examples"])) for q in value["examples_quantiles"]] == [
-        ("Top activations", 2), ("Interval 0.5 - 1.25", 1),
-    ]  # fmt: skip
+        ("Top activations", 2),
+        ("Interval 0.5 - 1.25", 1),
+    ]
     example, context = value["examples_quantiles"][0]["examples"][0], record(2)["contexts"][0]
     assert example["tokens_acts_list"] == context["values"]
     assert len(example["tokens"]) == len(context["tokens"])

@@ -17,9 +17,13 @@ from tests.conftest import ROOT
 
 DOCUMENTS = ("README.md", "SAE_README.md", "assets/pygpt/README.md", "CONTRIBUTING.md")
 CONFIGS = {
-    "sae_train": TrainConfig, "sae_eval": EvalConfig, "sae_viz": VizConfig, "sae_upload": UploadConfig,
-    "sae_collect": CollectConfig, "chat": ChatConfig,
-}  # fmt: skip
+    "sae_train": TrainConfig,
+    "sae_eval": EvalConfig,
+    "sae_viz": VizConfig,
+    "sae_upload": UploadConfig,
+    "sae_collect": CollectConfig,
+    "chat": ChatConfig,
+}
 
 
 def blocks(language):

@@ -10,19 +10,29 @@ import pytest
 from sae.config import UserError
 from sae.pages.records import Context, FeatureRecord, Histogram, read_features, read_lines, read_values, write_features
 
-KEYS = {
-    "latent", "density", "max_activation", "mean_active", "label", "label_precision", "label_recall", "promoted",
-    "suppressed", "neighbours", "histogram", "contexts",
-}  # fmt: skip
+KEYS = set(
+    "latent density max_activation mean_active label label_precision label_recall promoted suppressed neighbours"
+    " histogram contexts".split()
+)
 CONTEXT = Context(["a", "\x00", "\u202e", "\ud83d"], [0.0, 1.5, 0.0, 2.25], 3, 7, 12)
 RECORDS = [
     FeatureRecord(3, 100, 0.0, 0.0, 0.0),
     FeatureRecord(
-        5, 100, 0.25, 2.25, 1.875, label="`a`", label_precision=0.5, label_recall=1.0, promoted=[("x", 0.5)],
-        neighbours=[(3, 0.25)], positions=[1.0], histogram=Histogram([1.0, 2.0, 4.0], [1, 3]),
+        5,
+        100,
+        0.25,
+        2.25,
+        1.875,
+        label="`a`",
+        label_precision=0.5,
+        label_recall=1.0,
+        promoted=[("x", 0.5)],
+        neighbours=[(3, 0.25)],
+        positions=[1.0],
+        histogram=Histogram([1.0, 2.0, 4.0], [1, 3]),
         contexts=[CONTEXT, Context(["b"], [1.0], 0, 1, 2, 0.0, 1.25, 0.5)],
     ),
-]  # fmt: skip
+]
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -22,9 +22,12 @@ from scripts.sae_eval import open_sae
 from tests.conftest import ROOT
 
 SCRIPTS = {
-    "sae_train": sae_train, "sae_eval": sae_eval, "sae_viz": sae_viz, "sae_upload": sae_upload,
+    "sae_train": sae_train,
+    "sae_eval": sae_eval,
+    "sae_viz": sae_viz,
+    "sae_upload": sae_upload,
     "sae_collect": sae_collect,
-}  # fmt: skip
+}
 SMALL = ["--k", "4", "--batch_size", "64", "--buffer_tokens", "256", "--max_tokens", "640", "--val_tokens", "200"]
 
 
@@ -53,8 +56,13 @@ def test_train_eval_viz_as_they_stand(here, base, capsys):
     assert call(sae_train, "--layer", 1, *base, *SMALL) == 0
     run = here / "sae_models" / "layer_1"
     assert {p.name for p in run.iterdir()} >= {
-        "config.json", "metrics.jsonl", "cfg.json", "sae_weights.safetensors", "best_model.pt", "checkpoint_step10.pt",
-    }  # fmt: skip
+        "config.json",
+        "metrics.jsonl",
+        "cfg.json",
+        "sae_weights.safetensors",
+        "best_model.pt",
+        "checkpoint_step10.pt",
+    }
     settings = json.loads((run / "config.json").read_text())
     assert settings["config"]["k"] == 4
     assert settings["resolved"]["d_sae"] == [256]
@@ -413,8 +421,8 @@ def test_a_sweep_takes_one_pass_over_the_model(here, base, capsys, monkeypatch):
 def test_a_sweep_resumes_to_the_bit_in_the_middle_of_an_epoch(here, base):
     """Several hookpoints and seeds, averaged weights, a text read again from its start, resampling."""
     lists = ["--layers", 0, 1, "--init_seeds", 0, 1, "--ema", 0.9, "--save_every", 5, "--resample_every", 4]
-    flags = [*base, "--k", 4, "--batch_size", 64, "--buffer_tokens", 256, "--max_tokens", 1280, "--val_tokens", 200,
-             "--dead_feature_threshold", 100, "--num_epochs", 3]  # fmt: skip
+    sizes = "--k 4 --batch_size 64 --buffer_tokens 256 --max_tokens 1280 --val_tokens 200 --dead_feature_threshold 100"
+    flags = [*base, *sizes.split(), "--num_epochs", 3]
     runs = here / "elsewhere"
     for name in ("whole", "cut"):
         assert call(sae_train, *flags, *lists, "--save_dir", runs, "--run_name", name) == 0

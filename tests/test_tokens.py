@@ -130,8 +130,9 @@ def test_a_huge_document_is_encoded_in_parts(lm, monkeypatch):
     assert "".join(parts) == text
     assert max(map(len, parts)) < 2000
     assert [d.tolist() for d in documents_of_split(dataset_of(np.arange(600)), "train")] == [
-        list(range(250)), list(range(250, 600))
-    ]  # fmt: skip
+        list(range(250)),
+        list(range(250, 600)),
+    ]
     chat = [{"role": "user", "content": text}]
     assert list(documents_of_split(dataset_of(chat), "train")) == [chat]
 
@@ -344,9 +345,7 @@ def test_what_is_wrapped_already_is_not_wrapped_again(n_threads):
     documents = ["alpha beta", np.array([2, 8, 9, 10, 11, 8, 3]), CHAT[1:], np.array([2, 3]), np.array([9])]
     rows = all_rows(TokenRows(model, dataset_of(*documents), "train", 6, n_threads=n_threads))
     chat = [6, 5, 8, 9, 7, 5, 10, 11]
-    assert rows == [
-        [2, 8, 9, 3], [2, 8, 9, 10, 11, 3], [2, 8, 3], [2, *chat[:4], 3], [2, *chat[4:], 3], [2, 9, 3]
-    ]  # fmt: skip
+    assert rows == [[2, 8, 9, 3], [2, 8, 9, 10, 11, 3], [2, 8, 3], [2, *chat[:4], 3], [2, *chat[4:], 3], [2, 9, 3]]
 
 
 def test_padding_that_is_also_the_end_of_a_text_never_counts():

@@ -75,10 +75,21 @@ def data_dir(bpe, tmp_path_factory) -> Path:
 def flags(data_dir: Path, out_dir: Path, /, **changes) -> list[str]:
     """The command line of a run that takes about a second."""
     knobs = {
-        "data_dir": data_dir, "out_dir": out_dir, "device": "cpu", "n_layer": 2, "n_head": 2, "n_embd": 32,
-        "block_size": 32, "batch_size": 8, "max_steps": 6, "lr_decay_steps": 6, "warmup_steps": 2,
-        "log_every": 1, "eval_every": 3, **changes,
-    }  # fmt: skip
+        "data_dir": data_dir,
+        "out_dir": out_dir,
+        "device": "cpu",
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 32,
+        "block_size": 32,
+        "batch_size": 8,
+        "max_steps": 6,
+        "lr_decay_steps": 6,
+        "warmup_steps": 2,
+        "log_every": 1,
+        "eval_every": 3,
+        **changes,
+    }
     return [f"--{key}" if value is True else f"--{key}={value}" for key, value in knobs.items()]
 
 
@@ -129,9 +140,13 @@ def nanogpt_shapes(c: GPTConfig) -> list[tuple[str, tuple[int, ...]]]:
     ]
     for i in range(c.n_layer):
         for name, shape in (
-            ("ln_1", (C,)), ("attn.c_attn", (3 * C, C)), ("attn.c_proj", (C, C)),
-            ("ln_2", (C,)), ("mlp.c_fc", (4 * C, C)), ("mlp.c_proj", (C, 4 * C)),
-        ):  # fmt: skip
+            ("ln_1", (C,)),
+            ("attn.c_attn", (3 * C, C)),
+            ("attn.c_proj", (C, C)),
+            ("ln_2", (C,)),
+            ("mlp.c_fc", (4 * C, C)),
+            ("mlp.c_proj", (C, 4 * C)),
+        ):
             shapes.append((f"transformer.h.{i}.{name}.weight", shape))
             if c.bias:
                 shapes.append((f"transformer.h.{i}.{name}.bias", shape[:1]))
@@ -172,9 +187,7 @@ def test_names_and_shapes_are_nanogpts(bias):
     model = GPT(config)
     assert [(name, tuple(p.shape)) for name, p in model.state_dict().items()] == nanogpt_shapes(config)
     assert model.lm_head.weight is model.transformer.wte.weight
-    assert list(config.model_args()) == [
-        "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias",
-    ]  # fmt: skip
+    assert list(config.model_args()) == ["block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"]
     names = dict(model.named_modules())
     assert {"transformer.drop", "transformer.h.1.attn.attn_dropout", "transformer.h.1.mlp.gelu"} <= names.keys()
 
@@ -543,13 +556,17 @@ def test_broken_tokenizer_files(bpe, tmp_path):
     bpe.save(tmp_path / "good.json")
     file, good = tmp_path / "tokenizer.json", json.loads((tmp_path / "good.json").read_text())
     for content in (
-        "", "[]", "{}", json.dumps(good)[:-9], "[" * 100_000,
+        "",
+        "[]",
+        "{}",
+        json.dumps(good)[:-9],
+        "[" * 100_000,
         json.dumps({**good, "ranks": good["ranks"][1:]}),
         json.dumps({**good, "ranks": [*good["ranks"], good["ranks"][0]]}),
         json.dumps({**good, "special_tokens": "abc"}),
         json.dumps({**good, "special_tokens": ["<|x|>", "<|x|>"]}),
         json.dumps({**good, "pattern": None}),
-    ):  # fmt: skip
+    ):
         file.write_text(content)
         assert str(file) in refused(ValueError, load_tokenizer, file)
     refused(ValueError, load_tokenizer, tmp_path / "none")
@@ -570,10 +587,16 @@ def test_char_tables_of_nanogpt(tmp_path):
     whole = pickle.dumps(meta)
     swapped = {**meta["stoi"], chars[0]: 1, chars[1]: 0}
     for content in (
-        b"", whole[:-5], b"text", pickle.dumps([1]), pickle.dumps({**meta, "vocab_size": 3}),
-        pickle.dumps({**meta, "stoi": swapped}), pickle.dumps({**meta, "itos": {}}),
-        pickle.dumps({**meta, "itos": {**meta["itos"], 0: "ab"}}), pickle.dumps({**meta, "extra": Path("x")}),
-    ):  # fmt: skip
+        b"",
+        whole[:-5],
+        b"text",
+        pickle.dumps([1]),
+        pickle.dumps({**meta, "vocab_size": 3}),
+        pickle.dumps({**meta, "stoi": swapped}),
+        pickle.dumps({**meta, "itos": {}}),
+        pickle.dumps({**meta, "itos": {**meta["itos"], 0: "ab"}}),
+        pickle.dumps({**meta, "extra": Path("x")}),
+    ):
         file.write_bytes(content)
         assert str(file) in refused(ValueError, load_tokenizer, tmp_path)
 
@@ -788,18 +811,24 @@ def test_bad_flags_are_one_line(data_dir, tmp_path, capsys):
         err = capsys.readouterr().err
         assert info.value.code == 2 and word in err and err.count("\n") == 1, (argv, err)
     for content, word in (
-        ('{"n_layes": 3}', "did you mean --n_layer?"), ('{"n_layer": 2.5}', "invalid int"),
-        ('{"bias": "yes"}', "bias"), ('{"dtype": "int8"}', "int8"), ("[]", "wrong.json"), ("{", "wrong.json"),
-    ):  # fmt: skip
+        ('{"n_layes": 3}', "did you mean --n_layer?"),
+        ('{"n_layer": 2.5}', "invalid int"),
+        ('{"bias": "yes"}', "bias"),
+        ('{"dtype": "int8"}', "int8"),
+        ("[]", "wrong.json"),
+        ("{", "wrong.json"),
+    ):
         wrong.write_text(content)
         with pytest.raises(SystemExit) as info:
             train.parse_config(["--config", str(wrong)])
         assert info.value.code == 2 and word in capsys.readouterr().err
     for knobs, word in (
-        ({"data_dir": tmp_path / "nodata"}, "train.bin"), ({"device": "cuda:77"}, "--device cpu"),
-        ({"batch_size": 7, "micro_batch_size": 2}, "choose a multiple"), ({"block_size": 10**6}, "train.bin"),
+        ({"data_dir": tmp_path / "nodata"}, "train.bin"),
+        ({"device": "cuda:77"}, "--device cpu"),
+        ({"batch_size": 7, "micro_batch_size": 2}, "choose a multiple"),
+        ({"block_size": 10**6}, "train.bin"),
         ({"n_head": 5}, "n_head=5"),
-    ):  # fmt: skip
+    ):
         assert train.main(flags(data_dir, tmp_path / "out", **knobs)) == 2
         err = capsys.readouterr().err
         assert word in err and err.count("\n") == 1, err
@@ -852,9 +881,12 @@ def library(tmp_path, monkeypatch) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(MODULE.replace("shape", f"shape{i}"))
     for name, text in (
-        ("site-packages/x.py", "secret = 1"), ("big.py", "#" * 1_000_001), ("empty.py", "  \n"),
-        ("enc.py", "\ndecoding_table = 1"), ("broken.py", "def ("),
-    ):  # fmt: skip
+        ("site-packages/x.py", "secret = 1"),
+        ("big.py", "#" * 1_000_001),
+        ("empty.py", "  \n"),
+        ("enc.py", "\ndecoding_table = 1"),
+        ("broken.py", "def ("),
+    ):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(text)
     (root / "latin.py").write_bytes(b"x = '\xe9'")
@@ -899,8 +931,10 @@ def test_dialogues():
     for i in range(20):  # who is asked for a kind depends on a hash of the name
         kinds |= {chat[1]["content"] for chat in corpus.dialogues(MODULE, f"m{i}") if " is a " in chat[1]["content"]}
     assert {kind.split("`")[1].split(".", 1)[1] + kind.split("`")[2] for kind in kinds} == {
-        "Shape is a class.", "Shape.scale is a method.", "load is a function.",
-    }  # fmt: skip
+        "Shape is a class.",
+        "Shape.scale is a method.",
+        "load is a function.",
+    }
     assert corpus.dialogues("def (", "x") == []
     assert corpus.module_name("posixpath.py") == "os.path" and corpus.module_name("json/__init__.py") == "json"
 

@@ -44,11 +44,17 @@ def weights(t):
 
 
 RESUMED = [{"activation": kind, **more} for kind in ALL for more in ({"l1_coefficient": 0.01}, {"ema": 0.9})] + [
-    {"optimizer": "muon"}, {"optimizer": "signum", "ema": 0.9}, {"optimizer": "sgd"}, {"dtype": "float16"},
-    {"tied": True}, {"k_decay_steps": 18}, {"resample_every": 4},
+    {"optimizer": "muon"},
+    {"optimizer": "signum", "ema": 0.9},
+    {"optimizer": "sgd"},
+    {"dtype": "float16"},
+    {"tied": True},
+    {"k_decay_steps": 18},
+    {"resample_every": 4},
     {"micro_acc_steps": 2, "normalize_activations": "none"},
-    {"activation": "relu", "p_anneal": 0.5}, {"dead_feature_threshold": None, "dead_latent_threshold": 1e-2},
-]  # fmt: skip
+    {"activation": "relu", "p_anneal": 0.5},
+    {"dead_feature_threshold": None, "dead_latent_threshold": 1e-2},
+]
 
 
 @pytest.mark.parametrize("fields", RESUMED, ids=lambda f: "-".join(map(str, f.values())))
@@ -104,11 +110,10 @@ def test_sigkill_and_resume_through_the_script(gpt_path, text_file, tmp_path):
     """The real command, killed without warning, gives the weights of the run that was not."""
 
     def command(name, *flags):
-        return [
-            sys.executable, "-m", "scripts.sae_train", "--model", gpt_path, "--dataset", str(text_file), "--layer", "1",
-            "--k", "4", "--batch_size", "64", "--buffer_tokens", "512", "--max_tokens", "60000", "--val_tokens", "500",
-            "--save_every", "10", "--eval_every", "50", "--save_dir", str(tmp_path), "--run_name", name, *flags,
-        ]  # fmt: skip
+        places = ["--model", gpt_path, "--dataset", str(text_file), "--save_dir", str(tmp_path), "--run_name", name]
+        sizes = "--layer 1 --k 4 --batch_size 64 --buffer_tokens 512 --max_tokens 60000 --val_tokens 500".split()
+        how = "--save_every 10 --eval_every 50".split()
+        return [sys.executable, "-m", "scripts.sae_train", *places, *sizes, *how, *flags]
 
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command("whole"), cwd=ROOT, env=env, check=True, capture_output=True)

@@ -79,14 +79,24 @@ def problems():
     skewed = W.t() * torch.logspace(-3, 3, 300)[:, None]
     close = W.t()[:1].repeat(300, 1) + 1e-6 * randn(300, 127)
     return {
-        "plain": (x, W, b, 7), "k = 1": (x, W, b, 1), "one token": (x[:1], W, b, 7), "none": (x[:0], W, b, 7),
-        "many kept": (x[:2], W, b, 125), "a tile and a bit": (x, W[:, :129], b[:129], 16),
-        "a whole number of tiles": (x, W[:, :256], b[:256], 3), "outlier dimension": (outlier, W, b, 7),
-        "latents of all sizes": (x, skewed.t(), b, 7), "all negative": (x, W, b - 1000, 7),
-        "bias decides": (x * 1e-4, W, b, 7), "no activation": (x * 0, W, b, 7), "no weights": (x, W * 0, b, 7),
-        "nearly equal latents": (x[:2], close.t(), b * 0, 7), "tiny": (x * 1e-20, W, b * 0, 7),
-        "huge": (x * 1e15, W, b, 7), "strided": (randn(6, 254)[:, ::2], W.contiguous(), b, 7),
-    }  # fmt: skip
+        "plain": (x, W, b, 7),
+        "k = 1": (x, W, b, 1),
+        "one token": (x[:1], W, b, 7),
+        "none": (x[:0], W, b, 7),
+        "many kept": (x[:2], W, b, 125),
+        "a tile and a bit": (x, W[:, :129], b[:129], 16),
+        "a whole number of tiles": (x, W[:, :256], b[:256], 3),
+        "outlier dimension": (outlier, W, b, 7),
+        "latents of all sizes": (x, skewed.t(), b, 7),
+        "all negative": (x, W, b - 1000, 7),
+        "bias decides": (x * 1e-4, W, b, 7),
+        "no activation": (x * 0, W, b, 7),
+        "no weights": (x, W * 0, b, 7),
+        "nearly equal latents": (x[:2], close.t(), b * 0, 7),
+        "tiny": (x * 1e-20, W, b * 0, 7),
+        "huge": (x * 1e15, W, b, 7),
+        "strided": (randn(6, 254)[:, ::2], W.contiguous(), b, 7),
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -244,8 +254,10 @@ def test_ragged_codes_equal_their_twins():
     gather = lambda f: gradients(
         lambda x, W, b: f(x, W.t(), b, pre, indices, offsets), x, W, torch.zeros(30), out_grad=values
     )
-    for fast, twin in ((decode(sparse.decode), decode(sparse.decode_reference)),
-                       (gather(sparse.gather_pre), gather(sparse.gather_pre_reference))):  # fmt: skip
+    for fast, twin in (
+        (decode(sparse.decode), decode(sparse.decode_reference)),
+        (gather(sparse.gather_pre), gather(sparse.gather_pre_reference)),
+    ):
         for got, want in zip(fast, twin, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     codes = sparse.Codes(indices, values, offsets)

@@ -35,8 +35,12 @@ WIDTHS = {"a": 16, "b": 24, "c": 16, "d": 16}  # hookpoints
 STEPS, BATCH = 50, 64
 # name -> hookpoints, --shard_latents, --distribute_modules
 LAYOUTS = {
-    "alone": (4, 1, False), "1x2": (1, 2, False), "2x1": (1, 1, False), "2x2": (1, 2, False), "plan": (4, 1, True),
-}  # fmt: skip
+    "alone": (4, 1, False),
+    "1x2": (1, 2, False),
+    "2x1": (1, 1, False),
+    "2x2": (1, 2, False),
+    "plan": (4, 1, True),
+}
 RANK = int(os.environ.get("RANK", "0"))
 MEETINGS: Counter = Counter()
 STORES = []  # of the meetings that began here; an open one is found again by its port
@@ -72,10 +76,9 @@ def meet(ranks):
 
 
 def config(kind, **fields):
-    return SAEConfig(**{
-        "d_sae": 96, "k": 4, "activation": kind, "batch_size": BATCH, "dead_feature_threshold": 100, "log_every": 5,
-        "eval_every": 25, "save_every": 1000, "learning_rate": 2e-3, "kernels": "plain", **fields,
-    })  # fmt: skip
+    sizes = {"d_sae": 96, "k": 4, "batch_size": BATCH, "dead_feature_threshold": 100, "learning_rate": 2e-3}
+    often = {"log_every": 5, "eval_every": 25, "save_every": 1000}
+    return SAEConfig(**{"activation": kind, "kernels": "plain", **sizes, **often, **fields})
 
 
 def make(
@@ -89,8 +92,8 @@ def make(
     if c.transcode:
         acts |= {f"{name}@in": acts[name].roll(1, 1).tanh() + 0.5 for name in names}
     wanted = [[name for name in acts if owner[name.split("@")[0]] == g] for g in range(world.n_groups)]
-    stream = Stream(source(acts), n_tokens=BATCH * steps, batch_size=c.batch_size, buffer_tokens=512, world=world,
-                    wanted=wanted, uses=c.num_epochs)  # fmt: skip
+    sizes = {"n_tokens": BATCH * steps, "batch_size": c.batch_size, "buffer_tokens": 512, "uses": c.num_epochs}
+    stream = Stream(source(acts), **sizes, world=world, wanted=wanted)
     configs = {name: replace(c, d_in=WIDTHS[name], d_out=WIDTHS[name]) for name in names}
     saes = {n: create_sae(configs[n], world=world) if owner[n] == world.group else None for n in names}
     val = gather(TensorSource({n: x[:201] for n, x in acts.items()}), 201, "val", world=world, wanted=wanted)
@@ -147,8 +150,16 @@ def resume(folder):
 # Plain descent where Adam, which takes no notice of a gradient's size, would hide a wrong one.
 PLAIN = {"optimizer": "sgd", "learning_rate": 0.01}
 OPTIONS = {
-    "resampling": ("topk", {"resample_every": 8, "micro_acc_steps": 2, "b_dec_init": "geometric_median",
-                            "scale_encoder": True, "optimizer": "signum"}),
+    "resampling": (
+        "topk",
+        {
+            "resample_every": 8,
+            "micro_acc_steps": 2,
+            "b_dec_init": "geometric_median",
+            "scale_encoder": True,
+            "optimizer": "signum",
+        },
+    ),
     "transcoder": ("topk", {"transcode": True, **PLAIN}),
     "skip transcoder": ("relu", {"transcode": True, "skip_connection": True, **PLAIN}),
     "nested transcoder": ("matryoshka", {"transcode": True, "resample_every": 4, **PLAIN}),
@@ -159,7 +170,7 @@ OPTIONS = {
     "layer norm": ("gated", {"normalize_activations": "layer_norm", "resample_every": 4}),
     "dead by rate": ("abstopk", {"dead_feature_threshold": None, "dead_percentage_threshold": 0.3}),
     "mean of errors": ("groupmax", {"loss_fn": "mse", "ema": 0.9, **PLAIN}),
-}  # fmt: skip
+}
 
 
 def options(folder):
@@ -274,9 +285,13 @@ def crowded(folder):
         result.append(float((together - alone.codes(x)[0].dense(64).detach()).abs().max()))
     least = [
         world.team.kth_largest(torch.tensor(v[RANK]), n).item()
-        for v, n in (([[1.0, -2.0], [3.0, 3.0], [], [-5.5]], 3), ([[-1.0], [-2.0], [-3.0], [-4.0]], 9),
-                     ([[0.1, 0.2]] * 4, 5), ([[-0.0], [0.0], [1e-30], [-1e30]], 2))
-    ]  # fmt: skip
+        for v, n in (
+            ([[1.0, -2.0], [3.0, 3.0], [], [-5.5]], 3),
+            ([[-1.0], [-2.0], [-3.0], [-4.0]], 9),
+            ([[0.1, 0.2]] * 4, 5),
+            ([[-0.0], [0.0], [1e-30], [-1e30]], 2),
+        )
+    ]
     if RANK == 0:
         write(folder, "crowded", [result, least, [int(n_kept.min()), int(n_kept.max())]])
 
@@ -335,8 +350,9 @@ def end_to_end(folder, gpt, corpus):
         (ours, lines), (alone, want) = run(World(everyone), kind, activation), run(ALONE, kind, activation)
         apart = {
             f"{i} {name}": float((a[name] - b[name]).norm() / b[name].norm())
-            for i, (a, b) in enumerate(zip(ours, alone, strict=True)) for name in b
-        }  # fmt: skip
+            for i, (a, b) in enumerate(zip(ours, alone, strict=True))
+            for name in b
+        }
         for name in ("loss", "aux", "l0", "grad_norm", "total_loss"):
             pairs = [(a[name], b[name]) for a, b in zip(lines, want, strict=True) if name in b]
             apart[name] = max(abs(a - b) / max(abs(b), 1e-3) for a, b in pairs)
