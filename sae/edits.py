@@ -1,4 +1,4 @@
-"""What steering does to a latent, as data, as text, and as arithmetic in delta form. Knows no models and no hooks.
+"""Steering edits: how they are written, and their arithmetic. Knows no models and no hooks, and loads no torch.
 
 With f the latent's activation, d its decoder row and p = x.d / |d|^2 what x holds along d, an edit adds c * d to x:
 
@@ -21,12 +21,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from sae.config import UserError, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Op = Literal["add", "set", "scale", "orthogonal", "cap"]
 SIGNS: dict[str, Op] = {"+": "add", "-": "add", "=": "set", "*": "scale", "|": "orthogonal", "<": "cap"}
@@ -135,7 +135,7 @@ class Coefficients(NamedTuple):
             start=new(0.0 if e.op == "scale" else v for e, v in zip(edits, values, strict=True)),
             per_f=new({"set": -1.0, "scale": e.value - 1}.get(e.op, 0.0) for e in edits),
             per_p=new(-float(a) for a in along),
-            capped=torch.tensor([e.op == "cap" for e in edits], device=W_dec.device),
+            capped=new(e.op == "cap" for e in edits) > 0,
             rows=W_dec[[e.latent for e in edits]].detach(),
             along=any(along),
         )
@@ -146,5 +146,5 @@ class Coefficients(NamedTuple):
         if self.along:
             p = x @ self.rows.t() / self.rows.square().sum(1).clamp(min=1e-30)
             c = c + self.per_p * p
-            c = torch.where(self.capped, c.clamp(max=0), c)
+            c = c.clamp(max=0).where(self.capped, c)
         return c

@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm import tqdm
 
-from sae.config import UserError
-from sae.flags import Lost
+from sae.flags import Lost, UserError
+
+if TYPE_CHECKING:
+    import torch
 
 PATIENCE_S = 10.0  # until a process says what the first one should have said; torchrun stops it long before
 _said: set[str] = set()
@@ -191,6 +192,8 @@ class Stopwatch:
     the program's back note the time themselves, and are asked when `seconds` is called."""
 
     def __init__(self, device: torch.device):
+        import torch  # here, so that commands that need no torch start without it
+
         self.event: Any = {"cuda": torch.cuda.Event, "mps": torch.mps.event.Event}.get(device.type)
         self.total = 0.0
         self.open: list[tuple[Any, Any]] = []  # events of a device that is not asked yet

@@ -1,4 +1,8 @@
-"""The commands. Ctrl-C while they load ends them at once, without a traceback; from run_script on it is theirs."""
+"""The commands. Each reads its flags first and imports what it needs afterwards, inside `main` and what `main` calls:
+so `--help` and wrong flags are answered at once, before torch loads (tests/test_imports.py).
+
+Ctrl-C while a command loads ends it at once, without a traceback; from run_script on the command handles it.
+"""
 
 import signal
 import sys

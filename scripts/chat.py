@@ -11,16 +11,16 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sae import files, log
-from sae.chat.conversation import Ask, Conversation, Feature, Notes, Token
+from sae import log
+from sae.chat.messages import Ask, Feature, Token
 from sae.chat.server import serve
 from sae.config import ChatConfig, UserError, build, from_cli, read_json, require
 from sae.edits import parse_edit
-from sae.formats import store
-from sae.lm.language_model import best_device
-from scripts.sae_eval import trained_model
+
+if TYPE_CHECKING:
+    from sae.chat.conversation import Conversation
 
 HELP = """\
 /steer 12:+8 ...    edit features in what follows: +8 -8 add, =4 sets, *0 scales, |0 projects out, <4 caps;
@@ -39,6 +39,11 @@ HELP = """\
 
 def open_conversation(c: ChatConfig) -> Conversation:
     """The model and SAEs that a config means, with what is known of their features."""
+    from sae.chat.conversation import Conversation, Notes
+    from sae.formats import store
+    from sae.lm.language_model import best_device
+    from scripts.sae_eval import trained_model
+
     device = best_device(c.device)
     if c.no_sae:
         bare = trained_model(c, {"model_name": "pygpt"}, device)
@@ -302,7 +307,9 @@ class Terminal:
 
     def save(self, text: str) -> None:
         require(bool(text), "give the file to save to: /save talk.json")
-        files.write_json({"model": self.chat.lm.name, "saes": list(self.chat.notes), "answers": self.kept}, Path(text))
+        from sae.files import write_json
+
+        write_json({"model": self.chat.lm.name, "saes": list(self.chat.notes), "answers": self.kept}, Path(text))
         self.line(f"{len(self.kept)} answers saved to {text}")
 
     def replay(self, text: str) -> None:

@@ -17,10 +17,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sae.chat.conversation import Ask, Conversation
+from sae.chat.messages import Ask
 from sae.config import UserError, build, require
+
+if TYPE_CHECKING:
+    from sae.chat.conversation import Conversation
 
 MAX_BODY = 256 * 1024  # bytes of a request
 BODY_SECONDS = 10  # that a request may take to arrive, its head and then its body
