@@ -28,8 +28,10 @@ from sae.trainer import SAETrainer, git_commit
 HELD_OUT = 0.15  # of the sequences: a few files of text alone differ in L0 by 5%
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
 FORMS: dict[str, dict[str, Any]] = {
-    "sae": {}, "transcoder": {"transcode": True}, "skip": {"transcode": True, "skip_connection": True},
-}  # fmt: skip
+    "sae": {},
+    "transcoder": {"transcode": True},
+    "skip": {"transcode": True, "skip_connection": True},
+}
 
 
 def cell(activation: Any, form: str, folder: str, n_tokens: int) -> dict:
@@ -39,8 +41,11 @@ def cell(activation: Any, form: str, folder: str, n_tokens: int) -> dict:
     hookpoint = next(name for name in names if not name.endswith("@in"))
     c = SAEConfig(
         d_in=source.widths[f"{hookpoint}@in"] if FORMS[form] else source.widths[hookpoint],
-        d_out=source.widths[hookpoint], activation=activation, hook_point=hookpoint, **FORMS[form],
-    )  # fmt: skip
+        d_out=source.widths[hookpoint],
+        activation=activation,
+        hook_point=hookpoint,
+        **FORMS[form],
+    )
     used = names if FORMS[form] else [hookpoint]
     source = CacheSource(folder, hookpoints=used, val_split=HELD_OUT)
     val = gather(source.held_out(), 1 << 20, "validation")
@@ -52,11 +57,20 @@ def cell(activation: Any, form: str, folder: str, n_tokens: int) -> dict:
     learner = trainer.learners[hookpoint]
     metrics = learner.validate(val)
     return {
-        "activation": activation, "form": form, "explained_variance": metrics["explained_variance"],
-        "l0": metrics["l0"], "dead_fraction": metrics["dead_fraction"], "seconds": seconds, "d_sae": learner.sae.d_sae,
-        "k": c.k, "batch_size": c.batch_size, "learning_rate": peak_lr(learner.config),
-        "n_tokens": stream.n_tokens, "n_held_out": len(val[hookpoint]), "commit": git_commit(),
-    }  # fmt: skip
+        "activation": activation,
+        "form": form,
+        "explained_variance": metrics["explained_variance"],
+        "l0": metrics["l0"],
+        "dead_fraction": metrics["dead_fraction"],
+        "seconds": seconds,
+        "d_sae": learner.sae.d_sae,
+        "k": c.k,
+        "batch_size": c.batch_size,
+        "learning_rate": peak_lr(learner.config),
+        "n_tokens": stream.n_tokens,
+        "n_held_out": len(val[hookpoint]),
+        "commit": git_commit(),
+    }
 
 
 def main() -> None:
@@ -79,8 +93,9 @@ def main() -> None:
             RESULTS.write_text(json.dumps({"about": about() | {"nanosae": VERSION}, "cells": done}, indent=1) + "\n")
             print(
                 f"{activation:10} {form:10} EV {row['explained_variance']:.4f}  L0 {row['l0']:.2f}  "
-                f"dead {100 * row['dead_fraction']:.2f}%  {row['seconds']:.0f} s", flush=True,
-            )  # fmt: skip
+                f"dead {100 * row['dead_fraction']:.2f}%  {row['seconds']:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

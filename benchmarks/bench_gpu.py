@@ -94,10 +94,16 @@ def sae_lens(batches: Batches, job: dict[str, Any]) -> dict[str, Any]:
 
     sae_config = TopKTrainingSAEConfig(d_in=job["D"], d_sae=job["F"], k=job["K"], device="cuda")
     config: Any = LanguageModelSAERunnerConfig(
-        sae=sae_config, device="cuda", checkpoint_path=None, output_path=None, verbose=False, autocast=True,
-        training_tokens=job["B"] * (job["steps"] - 1), train_batch_size_tokens=job["B"],
+        sae=sae_config,
+        device="cuda",
+        checkpoint_path=None,
+        output_path=None,
+        verbose=False,
+        autocast=True,
+        training_tokens=job["B"] * (job["steps"] - 1),
+        train_batch_size_tokens=job["B"],
         logger=LoggingConfig(log_to_wandb=False),
-    )  # fmt: skip
+    )
     SAETrainer(config.to_sae_trainer_config(), TopKTrainingSAE(sae_config), iter(batches)).fit()
     return {}
 
@@ -121,17 +127,25 @@ def sparsify(batches: Batches, job: dict[str, Any]) -> dict[str, Any]:
     sequences = [{"input_ids": torch.zeros(SEQUENCE, dtype=torch.int64)}] * (job["steps"] * job["B"] // SEQUENCE)
     with tempfile.TemporaryDirectory() as tmp:
         config = TrainConfig(
-            SparseCoderConfig(num_latents=job["F"], k=job["K"]), hookpoints=["rows"], log_to_wandb=False, save_dir=tmp,
-            save_every=10**9, batch_size=job["B"] // SEQUENCE, optimizer="adam",
-        )  # fmt: skip
+            SparseCoderConfig(num_latents=job["F"], k=job["K"]),
+            hookpoints=["rows"],
+            log_to_wandb=False,
+            save_dir=tmp,
+            save_every=10**9,
+            batch_size=job["B"] // SEQUENCE,
+            optimizer="adam",
+        )
         trainer: Any = Trainer(config, sequences, Rows())
         trainer.fit()
     return {}
 
 
 RUNNERS: dict[str, Callable[[Batches, dict[str, Any]], dict[str, Any]]] = {
-    "nanosae": nanosae, "nanosae plain": nanosae, "sparsify": sparsify, "sae-lens": sae_lens,
-}  # fmt: skip
+    "nanosae": nanosae,
+    "nanosae plain": nanosae,
+    "sparsify": sparsify,
+    "sae-lens": sae_lens,
+}
 
 
 def run_job(job: dict[str, Any]) -> None:
@@ -251,8 +265,12 @@ def measure(given: argparse.Namespace) -> None:
 
     rate = rates()
     how = {
-        **about(), "device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "rounds": given.rounds, **rate,
-    }  # fmt: skip
+        **about(),
+        "device": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "rounds": given.rounds,
+        **rate,
+    }
     result: dict[str, Any] = {"about": how, "rows": [], "pieces": {}}
     for name in given.shapes:
         shape, floor = SHAPES[name], floor_ms(SHAPES[name], rate)
@@ -269,12 +287,11 @@ def measure(given: argparse.Namespace) -> None:
             row = {**several[0], "shape": name, **shape, "contender": contender, "floor_ms": floor}
             row["step_ms"] = statistics.median(times) if times else None
             result["rows"].append(row)
-            print(
-                f"{name:5} {contender:14} "
-                + (f"{row['step_ms']:9.2f} ms, {floor / row['step_ms']:.0%} of the floor's rate, "
-                   f"{row['peak_mib']:.0f} MiB" if times else row["failed"]),
-                flush=True,
-            )  # fmt: skip
+            said = row.get("failed")
+            if times:
+                share = floor / row["step_ms"]
+                said = f"{row['step_ms']:9.2f} ms, {share:.0%} of the floor's rate, {row['peak_mib']:.0f} MiB"
+            print(f"{name:5} {contender:14} {said}", flush=True)
         result["pieces"][name] = pieces(shape)
         for piece, value in result["pieces"][name].items():
             print(f"      {piece:30} {value:9.4f}", flush=True)

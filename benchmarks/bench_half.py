@@ -37,19 +37,21 @@ def measured(run: Path, out: Path, dtype: str) -> dict[str, Any]:
 
 def row(model: str, layer: int, dtype: str, seed: int, tmp: Path) -> dict[str, Any]:
     name = f"{Path(model).name}_{dtype}_{seed}"
-    said = script(
-        "sae_train", "--model", model, "--layer", layer, "--model_dtype", dtype, "--seed", seed, "--max_tokens", TOKENS,
-        "--save_dir", tmp, "--run_name", name,
-    )  # fmt: skip
+    seen = ["--model", model, "--layer", layer, "--model_dtype", dtype, "--max_tokens", TOKENS]
+    said = script("sae_train", *seen, "--seed", seed, "--save_dir", tmp, "--run_name", name)
     pace = PACE.search(said)
     assert pace is not None, said
     return {
-        "layer": layer, "dtype": dtype, "seed": seed,
-        "tokens_per_s": int(pace[1].replace(",", "")), "share_of_bound": int(pace[2]) / 100,
-        "forwards_s": float(pace[3]), "steps_s": float(pace[4]),
+        "layer": layer,
+        "dtype": dtype,
+        "seed": seed,
+        "tokens_per_s": int(pace[1].replace(",", "")),
+        "share_of_bound": int(pace[2]) / 100,
+        "forwards_s": float(pace[3]),
+        "steps_s": float(pace[4]),
         "own": measured(tmp / name, tmp / name / "own", dtype),
         "in_float32": measured(tmp / name, tmp / name / "float32", "float32"),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -53,8 +53,11 @@ def shares(
 
     def attempt(share: float) -> dict[str, Any]:
         run = tried[share] = train(job, share * most, step, peer["lr"], peers_python)
-        print(f"D={job['D']} lr {peer['lr']:g}: sparsify {peer['fvu']:.4f} after {peer['seconds']:.1f} s; nanoSAE "
-              f"{run['fvu']:.4f} after {run['seconds']:.1f} s", flush=True)  # fmt: skip
+        print(
+            f"D={job['D']} lr {peer['lr']:g}: sparsify {peer['fvu']:.4f} after {peer['seconds']:.1f} s; nanoSAE "
+            f"{run['fvu']:.4f} after {run['seconds']:.1f} s",
+            flush=True,
+        )
         return run
 
     for share in SHARES:
@@ -76,12 +79,22 @@ def compare(shape: str, peers_python: str) -> dict[str, Any]:
     best = min(run["fvu"] for run in peers)
     ours = [shares(OURS | size, SECONDS[shape], peer, best, our_step, peers_python) for peer in peers]
     rows = [{"lr": peer["lr"], "sparsify": peer, "nanosae": runs} for peer, runs in zip(peers, ours, strict=True)]
-    same_lr = [min((r["seconds"] / row["sparsify"]["seconds"] for r in row["nanosae"]
-                    if r["fvu"] <= row["sparsify"]["fvu"]), default=None) for row in rows]  # fmt: skip
+    same_lr = [
+        min(
+            (r["seconds"] / row["sparsify"]["seconds"] for r in row["nanosae"] if r["fvu"] <= row["sparsify"]["fvu"]),
+            default=None,
+        )
+        for row in rows
+    ]
     spent = min(row["sparsify"]["seconds"] for row in rows if row["sparsify"]["fvu"] == best)
     reached = [r["seconds"] for row in rows for r in row["nanosae"] if r["fvu"] <= best]
-    return {"shape": shape, **size, "rows": rows, "share_at_equal_lr": same_lr,
-            "share_at_best_lr": min(reached) / spent if reached else None}  # fmt: skip
+    return {
+        "shape": shape,
+        **size,
+        "rows": rows,
+        "share_at_equal_lr": same_lr,
+        "share_at_best_lr": min(reached) / spent if reached else None,
+    }
 
 
 def main() -> None:

@@ -161,7 +161,7 @@ def main() -> None:
             name: {str(dead): cases[name, dead].ms(True) / cases[name, dead].ms() for dead in DEAD} for name in AROUND
         },
         "memory": used,
-    }  # fmt: skip
+    }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     draw(results, RESULTS.with_suffix(".png"))
     print(json.dumps({key: value for key, value in results.items() if key != "about"}, indent=1))

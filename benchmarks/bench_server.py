@@ -138,10 +138,13 @@ def storm(
     for t in threads:
         t.join()
     return {
-        "clients": clients, "seconds": seconds, **{k: counts[k] for k in ("answered", "refused", "left", "wrong")},
-        "median_wait_s": round(statistics.median(waits), 3) if waits else None, "tokens_per_answer": tokens,
+        "clients": clients,
+        "seconds": seconds,
+        **{k: counts[k] for k in ("answered", "refused", "left", "wrong")},
+        "median_wait_s": round(statistics.median(waits), 3) if waits else None,
+        "tokens_per_answer": tokens,
         "memory_mb": {"before": round(before), "middle": round(middle), "after": round(memory_mb(pid))},
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

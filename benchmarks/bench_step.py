@@ -66,10 +66,13 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             "step_over_encoder": statistics.median(a / b for a, b in zip(steps, of_steps, strict=True)),
         }
     return {
-        "step_ms": 1e3 * statistics.median(steps), "least_ms": 1e3 * min(steps), "n_steps": len(steps),
-        "peak_mib": max(r["peak_mib"] for r in runs), **pieces,
+        "step_ms": 1e3 * statistics.median(steps),
+        "least_ms": 1e3 * min(steps),
+        "n_steps": len(steps),
+        "peak_mib": max(r["peak_mib"] for r in runs),
+        **pieces,
         **{name: runs[0][name] for name in ("version", "kernels", "torch", "threads") if name in runs[0]},
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -94,8 +97,11 @@ def main() -> None:
                 row["tokens_per_s"] = row["B"] / row["step_ms"] * 1e3
                 rows = [r for r in rows if (r["shape"], r["allocator"], r["contender"]) != (shape, allocator, name)]
                 rows.append(row)
-                print(f"{shape} {allocator:8} {name:20} {row['step_ms']:9.1f} ms {row['tokens_per_s']:9.0f} tokens/s "
-                      f"{row['peak_mib']:6.0f} MiB", flush=True)  # fmt: skip
+                print(
+                    f"{shape} {allocator:8} {name:20} {row['step_ms']:9.1f} ms {row['tokens_per_s']:9.0f} tokens/s "
+                    f"{row['peak_mib']:6.0f} MiB",
+                    flush=True,
+                )
             out.write_text(json.dumps({"about": about() | {"rounds": given.rounds}, "rows": rows}, indent=1) + "\n")
 
 

@@ -91,14 +91,21 @@ def cost(sae_path: str, n_tokens: int) -> dict[str, Any]:
     for kind in ("wall", "cpu"):
         plain, partial, read, total = (getattr(c, kind) for c in (lm.plain, lm.partial, reading, whole))
         row |= {
-            f"{kind}_forward": plain, f"{kind}_viz": total - plain, f"{kind}_ratio": (total - plain) / plain,
-            f"{kind}_to_hookpoint": partial, f"{kind}_tables": read - plain - partial, f"{kind}_pages": total - read,
-        }  # fmt: skip
+            f"{kind}_forward": plain,
+            f"{kind}_viz": total - plain,
+            f"{kind}_ratio": (total - plain) / plain,
+            f"{kind}_to_hookpoint": partial,
+            f"{kind}_tables": read - plain - partial,
+            f"{kind}_pages": total - read,
+        }
     live = set(viz.tables.live())
     labels = [label for i, label in zip(viz.tables.latents, viz.labels, strict=True) if i in live]
     least = np.array([min(label.precision, label.recall) if label else 0.0 for label in labels])
-    row["labels"] = {"live": len(labels), "good": int((least >= 0.5).sum()),
-                     "deciles": np.percentile(least, range(0, 101, 10)).round(3).tolist()}  # fmt: skip
+    row["labels"] = {
+        "live": len(labels),
+        "good": int((least >= 0.5).sum()),
+        "deciles": np.percentile(least, range(0, 101, 10)).round(3).tolist(),
+    }
     print("\n".join(distribution(labels)))
     return row
 
@@ -121,10 +128,8 @@ def fill(n_latents: int, n_tokens: int) -> None:
         viz.save(Path(tmp) / "features")
         size = sum(p.stat().st_size for p in Path(tmp).rglob("*") if p.is_file())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({
-        "latents": n_latents, "live": len(viz.tables.live()), "tokens": viz.tables.totals.n, "peak_bytes": peak,
-        "megabytes": round(size / 1e6), "seconds": time.perf_counter() - start,
-    }))  # fmt: skip
+    row = {"latents": n_latents, "live": len(viz.tables.live()), "tokens": viz.tables.totals.n, "peak_bytes": peak}
+    print(json.dumps({**row, "megabytes": round(size / 1e6), "seconds": time.perf_counter() - start}))
 
 
 def peers(sae_path: str, python: str, n_features: int = 512, n_sequences: int = 96) -> dict[str, Any]:
@@ -140,9 +145,13 @@ def peers(sae_path: str, python: str, n_features: int = 512, n_sequences: int = 
     with tempfile.TemporaryDirectory() as tmp:
         np.save(Path(tmp) / "tokens.npy", ids.numpy())
         job = {
-            "tokens": f"{tmp}/tokens.npy", "model": str(ROOT / "assets" / "pygpt" / "ckpt.pt"), "sae": str(sae_path),
-            "hook": "blocks.10.hook_resid_post", "features": n_features, "ignore": sorted(lm.tokenizer.special_ids),
-        }  # fmt: skip
+            "tokens": f"{tmp}/tokens.npy",
+            "model": str(ROOT / "assets" / "pygpt" / "ckpt.pt"),
+            "sae": str(sae_path),
+            "hook": "blocks.10.hook_resid_post",
+            "features": n_features,
+            "ignore": sorted(lm.tokenizer.special_ids),
+        }
         (Path(tmp) / "job.json").write_text(json.dumps(job))
         command = [python, str(ROOT / "benchmarks" / "viz_peer.py"), f"{tmp}/job.json"]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -169,12 +178,20 @@ def peers(sae_path: str, python: str, n_features: int = 512, n_sequences: int = 
             total["logits"] += 10
             same["logits"] += len({t for t, _ in mine_} & {token(i) for i in their_[:10]})
     return {
-        "peer": f"SAEDashboard {theirs['version']}", "tokens": ids.numel(), "features": n_features,
-        "ours_wall": ours.wall, "ours_cpu": ours.cpu, "theirs_wall": theirs["seconds"], "theirs_cpu": theirs["cpu"],
-        "ratio_wall": theirs["seconds"] / ours.wall, "ratio_cpu": theirs["cpu"] / ours.cpu,
-        "same_contexts": same["contexts"] / max(1, total["contexts"]), "contexts_compared": total["contexts"],
-        "same_logits": same["logits"] / max(1, total["logits"]), "logits_compared": total["logits"],
-    }  # fmt: skip
+        "peer": f"SAEDashboard {theirs['version']}",
+        "tokens": ids.numel(),
+        "features": n_features,
+        "ours_wall": ours.wall,
+        "ours_cpu": ours.cpu,
+        "theirs_wall": theirs["seconds"],
+        "theirs_cpu": theirs["cpu"],
+        "ratio_wall": theirs["seconds"] / ours.wall,
+        "ratio_cpu": theirs["cpu"] / ours.cpu,
+        "same_contexts": same["contexts"] / max(1, total["contexts"]),
+        "contexts_compared": total["contexts"],
+        "same_logits": same["logits"] / max(1, total["logits"]),
+        "logits_compared": total["logits"],
+    }
 
 
 def main() -> None:

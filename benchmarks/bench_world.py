@@ -29,10 +29,10 @@ from sae.trainer import SAETrainer
 RESULTS = Path(__file__).resolve().parent / "results" / "bench_world.json"
 SAME: Callable[[Any, Any], Any] = lambda self, x: x  # noqa: ARG005
 BARE = {
-    "sum_": SAME, "sum": SAME, "share": SAME, "broadcast_": SAME, "sum_all_": SAME,
+    **dict.fromkeys(("sum_", "sum", "share", "broadcast_", "sum_all_"), SAME),
     "mean": lambda self, x: x.mean(0),  # noqa: ARG005
     "objects": lambda self, x: [x],  # noqa: ARG005
-}  # fmt: skip
+}
 OWN = {name: getattr(Axis, name) for name in BARE}
 STEPS = 150
 

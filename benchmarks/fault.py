@@ -30,13 +30,11 @@ LIMIT_S = 60
 
 
 def command(folder: Path, shards: int, *flags: str) -> list[str]:
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4",
-        "-m", "scripts.sae_train", "--activations", str(folder / "x.npy"), "--hook_point", "h.0", "--k", "4",
-        "--batch_size", "256", "--buffer_tokens", "2048", "--num_epochs", "400", "--save_every", "10", "--eval_every",
-        "100000", "--save_dir", str(folder), "--run_name", "run", "--shard_latents", str(shards), "--kernels", "plain",
-        *flags,
-    ]  # fmt: skip
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 4".split()
+    places = ["--activations", str(folder / "x.npy"), "--hook_point", "h.0", "--save_dir", str(folder)]
+    sizes = "--k 4 --batch_size 256 --buffer_tokens 2048 --num_epochs 400 --save_every 10 --eval_every 100000".split()
+    how = ["--run_name", "run", "--shard_latents", str(shards), "--kernels", "plain"]
+    return [sys.executable, *torchrun, "-m", "scripts.sae_train", *places, *sizes, *how, *flags]
 
 
 def workers(torchrun: int) -> list[int]:

@@ -16,10 +16,15 @@ from sae.trainer import git_commit
 def about() -> dict[str, Any]:
     """This machine and this code, now."""
     return {
-        "commit": git_commit(), "date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "machine": platform.machine(), "processor": processor(),
-        "python": platform.python_version(), "torch": torch.__version__,
-    }  # fmt: skip
+        "commit": git_commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "processor": processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def processor() -> str:

@@ -96,9 +96,10 @@ def evaluate(sae: Plain, x: Tensor, k: int, *, batch_size: int = 4096) -> dict[s
         active += float((values > 0).sum())
         fired[indices[values > 0]] = True
     return {
-        "explained_variance": 1 - error / variance, "l0": active / len(x),
+        "explained_variance": 1 - error / variance,
+        "l0": active / len(x),
         "dead_fraction": float((~fired).double().mean()),
-    }  # fmt: skip
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,10 +115,13 @@ def matched(width: int, tokens: int) -> dict[str, Any]:
     c = SAEConfig(d_in=width, expansion_factor=EXPANSION, k=K)
     n_steps = tokens // c.batch_size
     return {
-        "lr": sched.peak_lr(c), "batch": c.batch_size, "warmup_steps": sched.warmup_steps(c, n_steps),
-        "decay_steps": round(c.decay_fraction * n_steps), "auxk": c.auxk_alpha,
+        "lr": sched.peak_lr(c),
+        "batch": c.batch_size,
+        "warmup_steps": sched.warmup_steps(c, n_steps),
+        "decay_steps": round(c.decay_fraction * n_steps),
+        "auxk": c.auxk_alpha,
         "dead_after_tokens": tokens // 20,
-    }  # fmt: skip
+    }
 
 
 def jobs(args: argparse.Namespace, manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -127,12 +131,20 @@ def jobs(args: argparse.Namespace, manifest: dict[str, Any]) -> list[dict[str, A
     data = {key: manifest[key] for key in ("model_hash", "dataset_hash", "ctx_len", "n_tokens")}
     return [
         {
-            "library": library, "setting": setting, "seed": seed, "tokens": args.tokens, "k": K,
-            "d_sae": EXPANSION * hook["d_in"], "matched": same if setting == "matched" else None, "data": data,
+            "library": library,
+            "setting": setting,
+            "seed": seed,
+            "tokens": args.tokens,
+            "k": K,
+            "d_sae": EXPANSION * hook["d_in"],
+            "matched": same if setting == "matched" else None,
+            "data": data,
         }
-        for seed in range(args.seeds) for setting in SETTINGS for library in LIBRARIES
+        for seed in range(args.seeds)
+        for setting in SETTINGS
+        for library in LIBRARIES
         if (library, setting) != ("nanosae", "matched")
-    ]  # fmt: skip
+    ]
 
 
 def folder(args: argparse.Namespace, job: dict[str, Any]) -> Path:
@@ -229,10 +241,14 @@ def main() -> None:
         say(row)
     if len(rows) == len(plan) and args.tokens == TOKENS:
         job = {
-            "threads": args.threads, "tokens": args.tokens, "held_out_tokens": len(held_out),
-            "hookpoint": next(iter(manifest["hookpoints"])), "d_in": held_out.shape[1], "d_sae": plan[0]["d_sae"],
+            "threads": args.threads,
+            "tokens": args.tokens,
+            "held_out_tokens": len(held_out),
+            "hookpoint": next(iter(manifest["hookpoints"])),
+            "d_in": held_out.shape[1],
+            "d_sae": plan[0]["d_sae"],
             "k": K,
-        }  # fmt: skip
+        }
         result = {"about": about() | job, "summary": summary(rows), "rows": rows}
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written: {RESULTS.relative_to(ROOT)}")

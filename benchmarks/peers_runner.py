@@ -96,10 +96,15 @@ def train_nanosae(x: Tensor, job: dict[str, Any], matched: dict[str, Any] | None
     times = clock.read()
     n_steps = trainer.stream.n_batches
     settings = {
-        "optimizer": "adam", "lr": peak_lr(config), "batch": config.batch_size, "steps": n_steps,
-        "warmup_steps": warmup_steps(config, n_steps), "decay_steps": round(config.decay_fraction * n_steps),
-        "auxk": config.auxk_alpha, "dead_after_tokens": dead_after_tokens(config),
-    }  # fmt: skip
+        "optimizer": "adam",
+        "lr": peak_lr(config),
+        "batch": config.batch_size,
+        "steps": n_steps,
+        "warmup_steps": warmup_steps(config, n_steps),
+        "decay_steps": round(config.decay_fraction * n_steps),
+        "auxk": config.auxk_alpha,
+        "dead_after_tokens": dead_after_tokens(config),
+    }
     return Trained({name: p.detach() for name, p in sae.named_parameters()}, settings, *times)
 
 
@@ -114,15 +119,23 @@ def train_sae_lens(x: Tensor, job: dict[str, Any], matched: dict[str, Any] | Non
     own: dict[str, Any] = {}
     if matched is not None:
         own = {
-            "lr": matched["lr"], "train_batch_size_tokens": matched["batch"],
-            "lr_warm_up_steps": matched["warmup_steps"], "lr_decay_steps": matched["decay_steps"],
+            "lr": matched["lr"],
+            "train_batch_size_tokens": matched["batch"],
+            "lr_warm_up_steps": matched["warmup_steps"],
+            "lr_decay_steps": matched["decay_steps"],
             "dead_feature_window": round(matched["dead_after_tokens"] / matched["batch"]),
-        }  # fmt: skip
+        }
     sae_config = TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=job["d_sae"], k=job["k"], device="cpu")
     config: Any = LanguageModelSAERunnerConfig(
-        sae=sae_config, device="cpu", seed=job["seed"], checkpoint_path=None, output_path=None, verbose=False,
-        logger=LoggingConfig(log_to_wandb=False), **own,
-    )  # fmt: skip
+        sae=sae_config,
+        device="cpu",
+        seed=job["seed"],
+        checkpoint_path=None,
+        output_path=None,
+        verbose=False,
+        logger=LoggingConfig(log_to_wandb=False),
+        **own,
+    )
     batch = config.train_batch_size_tokens
     config.training_tokens = len(x) // batch * batch
     torch.manual_seed(job["seed"])
@@ -135,11 +148,16 @@ def train_sae_lens(x: Tensor, job: dict[str, Any], matched: dict[str, Any] | Non
         weights, _ = sae.save_inference_model(tmp)
         tensors = load_file(weights)
     settings = {
-        "optimizer": "adam", "lr": config.lr, "batch": batch, "steps": trainer.n_training_steps,
-        "warmup_steps": config.lr_warm_up_steps, "decay_steps": config.lr_decay_steps,
-        "auxk": sae_config.aux_loss_coefficient, "dead_after_tokens": config.dead_feature_window * batch,
+        "optimizer": "adam",
+        "lr": config.lr,
+        "batch": batch,
+        "steps": trainer.n_training_steps,
+        "warmup_steps": config.lr_warm_up_steps,
+        "decay_steps": config.lr_decay_steps,
+        "auxk": sae_config.aux_loss_coefficient,
+        "dead_after_tokens": config.dead_feature_window * batch,
         "rescale_acts_by_decoder_norm": sae_config.rescale_acts_by_decoder_norm,
-    }  # fmt: skip
+    }
     return Trained(tensors, settings, *times)
 
 
@@ -166,14 +184,24 @@ def train_dictionary_learning(x: Tensor, job: dict[str, Any], matched: dict[str,
             made.append(self)
 
     config: dict[str, Any] = {
-        "trainer": Trainer, "steps": steps, "activation_dim": x.shape[1], "dict_size": job["d_sae"], "k": job["k"],
-        "layer": 0, "lm_name": "rows", "seed": job["seed"], "device": "cpu", "warmup_steps": max(1, steps // 20),
-    }  # fmt: skip
+        "trainer": Trainer,
+        "steps": steps,
+        "activation_dim": x.shape[1],
+        "dict_size": job["d_sae"],
+        "k": job["k"],
+        "layer": 0,
+        "lm_name": "rows",
+        "seed": job["seed"],
+        "device": "cpu",
+        "warmup_steps": max(1, steps // 20),
+    }
     if matched is not None:
         config |= {
-            "lr": matched["lr"], "auxk_alpha": matched["auxk"],
-            "warmup_steps": matched["warmup_steps"], "decay_start": steps - matched["decay_steps"],
-        }  # fmt: skip
+            "lr": matched["lr"],
+            "auxk_alpha": matched["auxk"],
+            "warmup_steps": matched["warmup_steps"],
+            "decay_start": steps - matched["decay_steps"],
+        }
     with tempfile.TemporaryDirectory() as tmp:
         clock = Clock()
         trainSAE(batches(x, batch), [config], steps, save_dir=tmp, device="cpu")
@@ -181,10 +209,15 @@ def train_dictionary_learning(x: Tensor, job: dict[str, Any], matched: dict[str,
         tensors = torch.load(Path(tmp) / "trainer_0" / "ae.pt", weights_only=True)
     trainer = made[0]
     settings = {
-        "optimizer": "adam", "lr": trainer.lr, "batch": batch, "steps": steps, "warmup_steps": trainer.warmup_steps,
+        "optimizer": "adam",
+        "lr": trainer.lr,
+        "batch": batch,
+        "steps": steps,
+        "warmup_steps": trainer.warmup_steps,
         "decay_steps": 0 if trainer.decay_start is None else steps - trainer.decay_start,
-        "auxk": trainer.auxk_alpha, "dead_after_tokens": trainer.dead_feature_threshold,
-    }  # fmt: skip
+        "auxk": trainer.auxk_alpha,
+        "dead_after_tokens": trainer.dead_feature_threshold,
+    }
     return Trained(tensors, settings, *times)
 
 
@@ -223,16 +256,24 @@ def train_sparsify(x: Tensor, job: dict[str, Any], matched: dict[str, Any] | Non
     own: dict[str, Any] = {}
     if matched is not None:
         own = {
-            "optimizer": "adam", "lr": matched["lr"], "batch_size": matched["batch"] // SEQUENCE,
-            "lr_warmup_steps": matched["warmup_steps"], "auxk_alpha": matched["auxk"],
+            "optimizer": "adam",
+            "lr": matched["lr"],
+            "batch_size": matched["batch"] // SEQUENCE,
+            "lr_warmup_steps": matched["warmup_steps"],
+            "auxk_alpha": matched["auxk"],
             "dead_feature_threshold": matched["dead_after_tokens"],
-        }  # fmt: skip
+        }
     sae_config = SparseCoderConfig(num_latents=job["d_sae"], k=job["k"])
     with tempfile.TemporaryDirectory() as tmp:
         config = TrainConfig(
-            sae_config, hookpoints=["rows"], init_seeds=[job["seed"]], log_to_wandb=False, save_dir=tmp,
-            save_every=10**9, **own,
-        )  # fmt: skip
+            sae_config,
+            hookpoints=["rows"],
+            init_seeds=[job["seed"]],
+            log_to_wandb=False,
+            save_dir=tmp,
+            save_every=10**9,
+            **own,
+        )
         n = len(x) // (config.batch_size * SEQUENCE) * config.batch_size * SEQUENCE
         x = x[:n]
         trainer: Any = Trainer(config, Sequences(), Rows(x))
@@ -244,11 +285,15 @@ def train_sparsify(x: Tensor, job: dict[str, Any], matched: dict[str, Any] | Non
         tensors = load_file(Path(tmp) / "unnamed" / "rows" / "sae.safetensors")
     adam = config.optimizer == "adam"
     settings = {
-        "optimizer": config.optimizer, "lr": lr, "batch": config.batch_size * SEQUENCE, "steps": trainer.global_step,
+        "optimizer": config.optimizer,
+        "lr": lr,
+        "batch": config.batch_size * SEQUENCE,
+        "steps": trainer.global_step,
         "warmup_steps": config.lr_warmup_steps if adam else 0,
         "decay_steps": trainer.global_step - config.lr_warmup_steps if adam else 0,
-        "auxk": config.auxk_alpha, "dead_after_tokens": config.dead_feature_threshold,
-    }  # fmt: skip
+        "auxk": config.auxk_alpha,
+        "dead_after_tokens": config.dead_feature_threshold,
+    }
     return Trained(tensors, settings, *times)
 
 
@@ -276,10 +321,15 @@ def main() -> None:
         version, commit = importlib.metadata.version(library), None
     save_file({name: t.detach().contiguous() for name, t in trained.tensors.items()}, out / "weights.safetensors")
     run = {
-        "version": version, "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
-        "threads": torch.get_num_threads(), "settings": trained.settings,
-        "seconds": round(trained.seconds, 1), "cpu_seconds": round(trained.cpu_seconds, 1),
-    }  # fmt: skip
+        "version": version,
+        "commit": commit,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "settings": trained.settings,
+        "seconds": round(trained.seconds, 1),
+        "cpu_seconds": round(trained.cpu_seconds, 1),
+    }
     (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
 
 

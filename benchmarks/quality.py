@@ -17,9 +17,9 @@ from benchmarks.machine import about
 
 RESULTS = Path(__file__).parent / "results"
 KEYS = (
-    "architecture", "k", "d_sae", "n_tokens", "l0", "explained_variance", "explained_variance_legacy", "dead_fraction",
-    "ce_clean", "ce_sae", "ce_score_zero", "ce_score_mean", "kl_score_zero",
-)  # fmt: skip
+    "architecture k d_sae n_tokens l0 explained_variance explained_variance_legacy dead_fraction ce_clean ce_sae"
+    " ce_score_zero ce_score_mean kl_score_zero"
+).split()
 
 
 def command(argv: list[str]) -> str:
@@ -41,11 +41,15 @@ def row(folder: Path) -> dict:
     starts = [0, *(tokens for tokens, _ in logged)]
     seconds = sum((tokens - start) / rate for start, (tokens, rate) in zip(starts, logged, strict=False))
     return {
-        "command": command(settings["argv"]), "seed": settings["config"]["seed"], "commit": settings["git_commit"],
-        "train_seconds": round(seconds, 1), "train_tokens": settings["resolved"]["n_tokens"],
-        "uses": settings["config"]["num_epochs"], "torch": settings["versions"]["torch"],
+        "command": command(settings["argv"]),
+        "seed": settings["config"]["seed"],
+        "commit": settings["git_commit"],
+        "train_seconds": round(seconds, 1),
+        "train_tokens": settings["resolved"]["n_tokens"],
+        "uses": settings["config"]["num_epochs"],
+        "torch": settings["versions"]["torch"],
         **{key: report[key] for key in KEYS},
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

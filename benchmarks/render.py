@@ -56,11 +56,15 @@ def quality() -> str:
     for name in ("quality_pygpt", "quality_minilm"):
         for r in load(name)["rows"]:
             cells = (
-                f"`{r['command']}`", f"{r['explained_variance']:.3f}", f"{r['l0']:.1f}",
+                f"`{r['command']}`",
+                f"{r['explained_variance']:.3f}",
+                f"{r['l0']:.1f}",
                 f"{100 * r['dead_fraction']:.2f}% of {r['d_sae']}",
-                score(r["ce_score_zero"]), score(r["ce_score_mean"]),
-                f"{r['train_tokens'] / 1e6:.1f}M x {r['uses']}", f"{r['train_seconds']:.0f} s",
-            )  # fmt: skip
+                score(r["ce_score_zero"]),
+                score(r["ce_score_mean"]),
+                f"{r['train_tokens'] / 1e6:.1f}M x {r['uses']}",
+                f"{r['train_seconds']:.0f} s",
+            )
             lines.append(f"| {' | '.join(cells)} |")
     about = load("quality_pygpt")["about"]
     lines += ["", f"(torch {r['torch']}, {machine(about)}, {about['date']})"]
@@ -78,15 +82,19 @@ def architectures() -> str:
         row = [f"`{activation}`"]
         for form in forms:
             r = cells.get((activation, form))
-            row += [
-                f"{r['explained_variance']:.3f}", f"{r['l0']:.1f}", f"{100 * r['dead_fraction']:.2f}%",
-                f"{r['seconds']:.0f}",
-            ] if r else ["(not measured yet)", "", "", ""]  # fmt: skip
+            if r is None:
+                row += ["(not measured yet)", "", "", ""]
+            else:
+                dead = f"{100 * r['dead_fraction']:.2f}%"
+                row += [f"{r['explained_variance']:.3f}", f"{r['l0']:.1f}", dead, f"{r['seconds']:.0f}"]
         lines.append(f"| {' | '.join(row)} |")
     r, about = result["cells"][0], result["about"]
-    lines += ["", f"({r['n_tokens']:,} tokens once, {r['d_sae']} latents, batch {r['batch_size']}, held out "
-              f"{r['n_held_out']:,} tokens; torch {about['torch']}, {about['threads']} threads, "
-              f"{machine(about)}, {about['date']})"]  # fmt: skip
+    lines += [
+        "",
+        f"({r['n_tokens']:,} tokens once, {r['d_sae']} latents, batch {r['batch_size']}, held out "
+        f"{r['n_held_out']:,} tokens; torch {about['torch']}, {about['threads']} threads, "
+        f"{machine(about)}, {about['date']})",
+    ]
     return "\n".join(lines)
 
 
@@ -123,17 +131,21 @@ def peers() -> str:
         spread = lambda name, form, s=s, by=1: " +- ".join(form.format(by * s[name][v]) for v in ("mean", "sd"))
         how = s["settings"]
         cells = (
-            f"{same.get(s['library'], s['library'])} {s['version']}", s["setting"],
-            f"{how['optimizer']} {how['lr']:.2g}, {how['batch']}", spread("explained_variance", "{:.4f}"),
-            spread("dead_fraction", "{:.2f}", by=100) + "%", f"{s['l0']['mean']:.1f}",
+            f"{same.get(s['library'], s['library'])} {s['version']}",
+            s["setting"],
+            f"{how['optimizer']} {how['lr']:.2g}, {how['batch']}",
+            spread("explained_variance", "{:.4f}"),
+            spread("dead_fraction", "{:.2f}", by=100) + "%",
+            f"{s['l0']['mean']:.1f}",
             f"{s['cpu_seconds']['mean']:.0f}",
-        )  # fmt: skip
+        )
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", (
+    lines += [
+        "",
         f"({about['hookpoint']} of MiniLM, {about['tokens']:,} tokens once, F = {about['d_sae']}, k = {about['k']}, "
         f"{r['summary'][0]['seeds']} seeds, mean +- standard deviation; {about['held_out_tokens']:,} held-out tokens; "
-        f"{about['threads']} thread on {machine(about)}, {about['date']})"
-    )]  # fmt: skip
+        f"{about['threads']} thread on {machine(about)}, {about['date']})",
+    ]
     return "\n".join(lines)
 
 
@@ -154,8 +166,9 @@ def half() -> str:
     about = result["about"]
     lines = [
         "| model | seed | computes in | tokens/s | forwards | explained variance | the same SAE in the float32 model | "
-        "CE score vs mean |", "|---" * 8 + "|",
-    ]  # fmt: skip
+        "CE score vs mean |",
+        "|---" * 8 + "|",
+    ]
     for r in result["rows"]:
         score = r["in_float32"]["ce_score_mean"]
         lines.append(
@@ -203,15 +216,16 @@ def time_to_quality() -> str:
             enough = [r for r in row["nanosae"] if r["fvu"] <= peer["fvu"]]
             ours = min(enough, key=lambda r: r["seconds"]) if enough else row["nanosae"][-1]
             cells = (
-                f"D={s['D']} F={s['F']} k={s['K']}", f"{row['lr']:g}",
+                f"D={s['D']} F={s['F']} k={s['K']}",
+                f"{row['lr']:g}",
                 f"{peer['fvu']:.4f} after {peer['seconds']:.0f} s",
-                f"{ours['fvu']:.4f} after {ours['seconds']:.1f} s", "not reached" if share is None else f"{share:.2f}",
-            )  # fmt: skip
+                f"{ours['fvu']:.4f} after {ours['seconds']:.1f} s",
+                "not reached" if share is None else f"{share:.2f}",
+            )
             lines.append(f"| {' | '.join(cells)} |")
     best = ", ".join(f"{s['share_at_best_lr']:.2f}" for s in result["shapes"].values() if s["share_at_best_lr"])
     about = result["about"]
-    lines += ["", f"(both at their best step size: {best} of its time; {machine(about)}, "
-              f"{about['date']})"]  # fmt: skip
+    lines += ["", f"(both at their best step size: {best} of its time; {machine(about)}, {about['date']})"]
     return "\n".join(lines)
 
 
@@ -228,8 +242,11 @@ def scaling() -> str:
         + f", twice as many latents per token {r['k_doubled'][name] - 1:.0%}"
         for name in base
     )
-    peaks = ", ".join(f"{name.split()[0]} {m['peak_mib'] / m['needed_mib']:.2f}" for name, m in memory.items()
-                      if name.endswith("auto"))  # fmt: skip
+    peaks = ", ".join(
+        f"{name.split()[0]} {m['peak_mib'] / m['needed_mib']:.2f}"
+        for name, m in memory.items()
+        if name.endswith("auto")
+    )
     k, B, about = base["M"]["K"], base["M"]["B"], r["about"]
     return (
         f"With k={k} and batch {B} the time of a step grows with the power {slopes}; {added}. Peak memory of a "
@@ -249,16 +266,26 @@ def meshes() -> str:
     for row in r["measured"]:
         ms = lambda v: f"{1e3 * v:.0f} ms"
         cells = (
-            f"{row['replicas']} x {row['shards']}", ms(row["kernels"]), ms(row["predicted"] - row["kernels"]),
-            ms(row["predicted"]), ms(row["measured"]), f"{100 * row['error']:+.0f}%",
-        )  # fmt: skip
+            f"{row['replicas']} x {row['shards']}",
+            ms(row["kernels"]),
+            ms(row["predicted"] - row["kernels"]),
+            ms(row["predicted"]),
+            ms(row["measured"]),
+            f"{100 * row['error']:+.0f}%",
+        )
         lines.append(f"| {' | '.join(cells)} |")
     shape = about["shape"]
-    lines += ["", f"(D={shape['d_in']} F={shape['d_sae']} k={shape['k']}, {shape['batch_size']} tokens a step, "
-              f"processes over gloo on {machine(about)}, {about['date']})", ""]  # fmt: skip
+    lines += [
+        "",
+        f"(D={shape['d_in']} F={shape['d_sae']} k={shape['k']}, {shape['batch_size']} tokens a step, "
+        f"processes over gloo on {machine(about)}, {about['date']})",
+        "",
+    ]
     best = ", ".join(f"{p['gpus']}: {p['replicas']} x {p['shards']} {p['tokens_per_s']:,.0f}" for p in r["predicted"])
-    lines += [f"Best meshes for F={about['d_sae']:,} D={about['d_in']:,}, {about['batch']:,} tokens a step, by the "
-              f"same model (GPUs: replicas x shards, tokens/s; nothing of it measured): {best}."]  # fmt: skip
+    lines.append(
+        f"Best meshes for F={about['d_sae']:,} D={about['d_in']:,}, {about['batch']:,} tokens a step, by the "
+        f"same model (GPUs: replicas x shards, tokens/s; nothing of it measured): {best}."
+    )
     return "\n".join(lines)
 
 
@@ -268,9 +295,10 @@ def plans() -> str:
     lines = ["| processes | flags | predicted peak | measured | error |", "|---|---|---|---|---|"]
     for row in r["rows"]:
         error = row["predicted_mib"] / row["measured_mib"] - 1
-        lines.append(f"| {row.get('processes', 1)} | `{row['flags']}` | {row['predicted_mib']:.0f} MiB | "
-                     f"{row['measured_mib']:.0f} MiB | "
-                     f"{100 * error:+.1f}% |")  # fmt: skip
+        lines.append(
+            f"| {row.get('processes', 1)} | `{row['flags']}` | {row['predicted_mib']:.0f} MiB | "
+            f"{row['measured_mib']:.0f} MiB | {100 * error:+.1f}% |"
+        )
     about = r["about"]
     last = f"(peak resident memory of the largest process, {about['machine']}, {about['date']})"
     return "\n".join([*lines, "", last])
@@ -340,9 +368,12 @@ def runtime() -> str:
         ]
         lines.append(f"| {way} | {' | '.join(shown)} |")
     about = result["about"]
-    lines += ["", f"(medians over {about['tokens']} tokens, all ways in turn after every token, batch 1, KV cache; "
-              f"TopK, k = 32; {about['threads']} threads, {machine(about)}, "
-              f"{about['kernels']}, {about['date']})"]  # fmt: skip
+    lines += [
+        "",
+        f"(medians over {about['tokens']} tokens, all ways in turn after every token, batch 1, KV cache; "
+        f"TopK, k = 32; {about['threads']} threads, {machine(about)}, "
+        f"{about['kernels']}, {about['date']})",
+    ]
     return "\n".join(lines)
 
 
@@ -355,7 +386,7 @@ def runtime_short() -> str:
         "of all 12 layers": "all latents of all 12 layers, expansion 8",
         "64 chosen latents": "64 watched latents (topk)",
         "4 features steered": "4 features steered: add, set, scale (topk)",
-    }  # fmt: skip
+    }
     shown = "; ".join(f"{words} {rows[way]:.3f}" for words, way in ways.items())
     return (
         "What it costs, by `python -m benchmarks.bench_runtime`: time per token over the plain model's, at GPT-2 "
@@ -370,9 +401,11 @@ def steering() -> str:
     lines = [
         f"Of all latents, {f['latent']} says best which tokens lie inside a {what} (precision {f['precision']:.2f}, "
         f"recall {f['recall']:.2f} over {f['n_tokens']:,} held-out tokens). Added to the stream while pygpt goes on "
-        f"with {r['about']['texts']} beginnings of code, with the same seeds:", "",
-        f"| strength, of its largest activation | written inside a {what} |", "|---|---|",
-    ]  # fmt: skip
+        f"with {r['about']['texts']} beginnings of code, with the same seeds:",
+        "",
+        f"| strength, of its largest activation | written inside a {what} |",
+        "|---|---|",
+    ]
     lines += [f"| {row['strength'] or 'plain'} | {100 * row['share']:.0f}% |" for row in r["rows"]]
     plain, steered = (row["examples"][r["shown"]] for row in (r["rows"][0], r["rows"][1]))
     command = f"python -m scripts.chat --raw --max_new_tokens {r['about']['tokens']} --prompt '{plain['start']}'"

@@ -91,8 +91,14 @@ def best_mesh(cluster: Cluster, c: SAEConfig, n: int) -> dict[str, Any] | None:
 
 def trainer(c: SAEConfig, world: World) -> SAETrainer:
     x = torch.randn(c.batch_size * (N_STEPS + 4), c.d_in or 0, generator=torch.Generator().manual_seed(0))
-    stream = Stream(TensorSource({"": x}), n_tokens=len(x), batch_size=c.batch_size, buffer_tokens=len(x), world=world,
-                    device=world.device)  # fmt: skip
+    stream = Stream(
+        TensorSource({"": x}),
+        n_tokens=len(x),
+        batch_size=c.batch_size,
+        buffer_tokens=len(x),
+        world=world,
+        device=world.device,
+    )
     return SAETrainer({"": create_sae(c, world=world)}, c, stream, device=world.device, world=world)
 
 
@@ -148,10 +154,9 @@ def work(replicas: int, shards: int) -> None:
 
 
 def measure(replicas: int, shards: int) -> dict[str, Any]:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(replicas * shards),
-        "-m", "benchmarks.scale_model", "--worker", str(replicas), str(shards),
-    ]  # fmt: skip
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(replicas * shards)]
+    worker = ["-m", "benchmarks.scale_model", "--worker", str(replicas), str(shards)]
+    command = [sys.executable, *torchrun, *worker]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -170,8 +175,13 @@ def draw(rows: list[dict[str, Any]], c: SAEConfig) -> None:
     left.loglog(gpus, [r["tokens_per_s"] for r in rows], marker="o", base=2)
     left.margins(0.15)  # room for labels
     for r in rows:
-        left.annotate(f"{r['replicas']}x{r['shards']}", (r["gpus"], r["tokens_per_s"]), textcoords="offset points",
-                      xytext=(4, -12), fontsize=7)  # fmt: skip
+        left.annotate(
+            f"{r['replicas']}x{r['shards']}",
+            (r["gpus"], r["tokens_per_s"]),
+            textcoords="offset points",
+            xytext=(4, -12),
+            fontsize=7,
+        )
     left.set(xlabel="GPUs", ylabel="tokens/s", title=f"best mesh (replicas x shards), F={c.d_sae:,} D={c.d_in:,}")
     below = [0.0] * len(rows)
     for name in ("kernels", "data", "latents", "delivery"):

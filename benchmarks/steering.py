@@ -28,9 +28,13 @@ from scripts.chat import open_conversation
 
 RESULTS = Path(__file__).resolve().parent / "results" / "steering.json"
 STARTS = (
-    "def read_lines(path):", "class Stack:\n    def push(self, item):", "import os\n\ndef main(argv):",
-    "def is_prime(n):", "class Parser:\n    def __init__(self, text):", "def copy_tree(source, target):",
-)  # fmt: skip
+    "def read_lines(path):",
+    "class Stack:\n    def push(self, item):",
+    "import os\n\ndef main(argv):",
+    "def is_prime(n):",
+    "class Parser:\n    def __init__(self, text):",
+    "def copy_tree(source, target):",
+)
 SHOWN = 0  # which of them the README shows
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)  # of the feature's largest activation in the text it was found in
 
@@ -94,10 +98,15 @@ def find(chat: Conversation, name: str, what: str, n_tokens: int = 60_000) -> di
     f1 = 2 * hits / (fired + n_inside)
     best = int(f1.argmax())
     return {
-        "latent": best, "f1": float(f1[best]), "precision": float(hits[best] / fired[best]),
-        "recall": float(hits[best] / n_inside), "share_of_text": n_inside / n, "n_tokens": n,
-        "largest_activation": float(largest[best]), "label": chat.label(name, best),
-    }  # fmt: skip
+        "latent": best,
+        "f1": float(f1[best]),
+        "precision": float(hits[best] / fired[best]),
+        "recall": float(hits[best] / n_inside),
+        "share_of_text": n_inside / n,
+        "n_tokens": n,
+        "largest_activation": float(largest[best]),
+        "label": chat.label(name, best),
+    }
 
 
 def write(chat: Conversation, start: str, steer: tuple[str, ...], seed: int, n: int) -> list[int]:
@@ -135,10 +144,8 @@ def main() -> None:
                 bar.update()
         shares = [share(chat, s, ids, args.what) for s, _, ids in written]
         texts = [chat.lm.tokenizer.decode(ids) for _, _, ids in written]
-        rows.append({
-            "strength": strength, "steer": list(steer), "share": sum(shares) / len(shares),
-            "examples": [{"start": STARTS[i], "seed": 0, "text": texts[i * args.seeds]} for i in range(len(STARTS))],
-        })  # fmt: skip
+        examples = [{"start": s, "seed": 0, "text": texts[i * args.seeds]} for i, s in enumerate(STARTS)]
+        rows.append({"strength": strength, "steer": steer, "share": sum(shares) / len(shares), "examples": examples})
         print(f"{edit if steer else 'plain':>12}: {100 * rows[-1]['share']:.0f}% inside a {args.what}")
         print(rows[-1]["examples"][0]["text"])
     of = {"model": chat.lm.name, "hookpoint": name, "texts": len(STARTS) * args.seeds, "tokens": args.tokens}

@@ -132,10 +132,15 @@ def sae_lens(x: Tensor, job: dict[str, Any]) -> dict[str, Any]:
 
     sae_config = TopKTrainingSAEConfig(d_in=job["D"], d_sae=job["F"], k=job["K"], device="cpu")
     config: Any = LanguageModelSAERunnerConfig(
-        sae=sae_config, device="cpu", checkpoint_path=None, output_path=None, verbose=False,
-        training_tokens=job["B"] * job["steps"], train_batch_size_tokens=job["B"],
+        sae=sae_config,
+        device="cpu",
+        checkpoint_path=None,
+        output_path=None,
+        verbose=False,
+        training_tokens=job["B"] * job["steps"],
+        train_batch_size_tokens=job["B"],
         logger=LoggingConfig(log_to_wandb=False),
-    )  # fmt: skip
+    )
     batches = Stamped(x, job["B"], job["steps"] + 1)
     SAETrainer(config.to_sae_trainer_config(), TopKTrainingSAE(sae_config), iter(batches)).fit()
     return {"seconds": batches.seconds()}
@@ -147,9 +152,16 @@ def dictionary_learning(x: Tensor, job: dict[str, Any]) -> dict[str, Any]:
     from dictionary_learning.training import trainSAE
 
     config = {
-        "trainer": TopKTrainer, "steps": job["steps"], "activation_dim": job["D"], "dict_size": job["F"], "k": job["K"],
-        "layer": 0, "lm_name": "rows", "device": "cpu", "warmup_steps": 1,
-    }  # fmt: skip
+        "trainer": TopKTrainer,
+        "steps": job["steps"],
+        "activation_dim": job["D"],
+        "dict_size": job["F"],
+        "k": job["K"],
+        "layer": 0,
+        "lm_name": "rows",
+        "device": "cpu",
+        "warmup_steps": 1,
+    }
     batches = Stamped(x, job["B"], job["steps"] + 1)
     with tempfile.TemporaryDirectory() as tmp:
         trainSAE(batches, [config], job["steps"], save_dir=tmp, device="cpu")
@@ -182,9 +194,15 @@ def sparsify(x: Tensor, job: dict[str, Any]) -> dict[str, Any]:
     sequences = [{"input_ids": torch.zeros(SEQUENCE, dtype=torch.int64)}] * (job["steps"] * job["B"] // SEQUENCE)
     with tempfile.TemporaryDirectory() as tmp:
         config = TrainConfig(
-            SparseCoderConfig(num_latents=job["F"], k=job["K"]), hookpoints=["rows"], log_to_wandb=False, save_dir=tmp,
-            save_every=10**9, batch_size=job["B"] // SEQUENCE, optimizer=job["optimizer"], **own,
-        )  # fmt: skip
+            SparseCoderConfig(num_latents=job["F"], k=job["K"]),
+            hookpoints=["rows"],
+            log_to_wandb=False,
+            save_dir=tmp,
+            save_every=10**9,
+            batch_size=job["B"] // SEQUENCE,
+            optimizer=job["optimizer"],
+            **own,
+        )
         trainer: Any = Trainer(config, sequences, Rows())
         trainer.fit()
     found = {"fvu": fvu(held_out, trainer.saes["rows"](held_out).sae_out.detach())} if "fvu" in job else {}
@@ -192,8 +210,11 @@ def sparsify(x: Tensor, job: dict[str, Any]) -> dict[str, Any]:
 
 
 LIBRARIES: dict[str, Callable[[Tensor, dict[str, Any]], dict[str, Any]]] = {
-    "nanosae": nanosae, "sae-lens": sae_lens, "dictionary-learning": dictionary_learning, "eai-sparsify": sparsify,
-}  # fmt: skip
+    "nanosae": nanosae,
+    "sae-lens": sae_lens,
+    "dictionary-learning": dictionary_learning,
+    "eai-sparsify": sparsify,
+}
 
 
 def main() -> None:

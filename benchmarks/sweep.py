@@ -45,9 +45,14 @@ def main() -> None:
             alone[name] = run("--layer", layer, "--k", k, "--seed", seed, "--run_name", name.replace(", ", "_"))
             print(f"{name}: {alone[name]:.1f} s", flush=True)
     result = {
-        "about": about(), "tokens": n_tokens, "saes": trained, "sweep_seconds": together, "alone_seconds": alone,
-        "sum_alone_seconds": sum(alone.values()), "ratio": together / sum(alone.values()),
-    }  # fmt: skip
+        "about": about(),
+        "tokens": n_tokens,
+        "saes": trained,
+        "sweep_seconds": together,
+        "alone_seconds": alone,
+        "sum_alone_seconds": sum(alone.values()),
+        "ratio": together / sum(alone.values()),
+    }
     path = ROOT / "benchmarks" / "results" / "sweep.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     total = result["sum_alone_seconds"]

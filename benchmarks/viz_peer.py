@@ -29,9 +29,18 @@ def transformer_lens_model(path: str) -> Any:
     a, w = checkpoint["model_args"], {k: v.float() for k, v in checkpoint["model"].items()}
     d, h, L = a["n_embd"], a["n_head"], a["n_layer"]
     config = HookedTransformerConfig(
-        n_layers=L, d_model=d, n_ctx=a["block_size"], d_head=d // h, n_heads=h, d_mlp=4 * d, d_vocab=a["vocab_size"],
-        act_fn="gelu", normalization_type="LN", device="cpu", seed=0,
-    )  # fmt: skip
+        n_layers=L,
+        d_model=d,
+        n_ctx=a["block_size"],
+        d_head=d // h,
+        n_heads=h,
+        d_mlp=4 * d,
+        d_vocab=a["vocab_size"],
+        act_fn="gelu",
+        normalization_type="LN",
+        device="cpu",
+        seed=0,
+    )
     model = HookedSAETransformer(config)
     state = {name: torch.zeros_like(x) for name, x in model.state_dict().items()}
     for name, x in model.state_dict().items():
@@ -64,9 +73,13 @@ def main() -> None:
     if hasattr(sae.cfg, "rescale_acts_by_decoder_norm"):  # else it is refused; of unit rows it changes nothing
         sae.cfg.rescale_acts_by_decoder_norm = True
     config = SaeVisConfig(
-        hook_point=job["hook"], features=list(range(job["features"])), minibatch_size_features=256,
-        minibatch_size_tokens=16, ignore_tokens=set(job["ignore"]), device="cpu",
-    )  # fmt: skip
+        hook_point=job["hook"],
+        features=list(range(job["features"])),
+        minibatch_size_features=256,
+        minibatch_size_tokens=16,
+        ignore_tokens=set(job["ignore"]),
+        device="cpu",
+    )
     start = time.perf_counter(), time.process_time()
     data = SaeVisRunner(config).run(encoder=sae, model=model, tokens=tokens)
     seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
