@@ -302,5 +302,6 @@ def test_a_place_is_said_once_and_resume_is_not_inherited(tmp_path):
 
 @pytest.mark.parametrize("fields", [{"activation": "jump"}, {"dtype": "float8"}, {"k": "4"}, {"seed": 10**15}])
 def test_configs_made_in_python_are_checked_too(fields):
-    with pytest.raises(UserError):
+    ((name, value),) = fields.items()
+    with pytest.raises(UserError, match=f"^{name}={value!r}; "):
         SAEConfig(d_in=8, **fields)

@@ -174,7 +174,7 @@ def test_a_server_that_refuses_is_named(model, tmp_path, fault, says):
 def test_a_run_that_was_cut_off_goes_on(model, tmp_path):
     journal = tmp_path / "deep" / "journal.jsonl"
     model.faults = [None] * 20 + [400]  # in the third feature
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="400"):
         Explainer(Endpoint(model.url, "tiny"), journal).run(RECORDS)
     with journal.open("a") as f:
         f.write('{"latent": 2, "text": "half a li')

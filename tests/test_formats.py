@@ -158,7 +158,7 @@ def test_writes_are_atomic(tmp_path):
         tmp.write_text("half")
         raise RuntimeError("killed")
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="killed"):
         files.write_atomic(path, half)
     assert json.loads(path.read_text())["b"] == [1.5]
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

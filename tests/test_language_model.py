@@ -261,10 +261,10 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path):
 
     with (tmp_path / "ckpt.pt").open("wb") as f:
         pickle.dump({"model": Evil(), "model_args": {}}, f)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="ckpt.pt"):
         load_language_model(str(tmp_path / "ckpt.pt"), device="cpu")
     torch.save({"model": Evil(), "model_args": {}}, tmp_path / "zip.pt")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="run code"):
         load_language_model(str(tmp_path / "zip.pt"), device="cpu")
     assert not marker.exists()
 

@@ -80,6 +80,9 @@ def test_accumulated_gradients_are_the_whole_batchs(activation, parts):
     torch.testing.assert_close(a[1].sums["loss"], b[1].sums["loss"])
 
 
+# Bounds on FVU below: the worst of three seeds of data and weights as measured, plus 20% of it.
+
+
 @pytest.mark.parametrize("how", ["unit", "none", "expected_norm", "layer_norm"])
 def test_a_finished_sae_takes_raw_activations(how):
     x = 30 * data(2000) + 50
@@ -96,19 +99,18 @@ def test_a_finished_sae_takes_raw_activations(how):
     assert sae.layer_norm == (how == "layer_norm")
     x_hat = sae(x).x_hat.detach()
     fvu = float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
-    assert fvu < 0.6
+    assert fvu < (0.156 if how == "layer_norm" else 0.175)
 
 
 def test_a_transcoder_predicts_raw_targets():
     x = data(4000)
     y = 7 * (x.relu() @ torch.randn(16, 9, generator=torch.Generator().manual_seed(0))) + 3
-    skip = {"skip_connection": True}
-    for fields in ({}, skip):
+    for fields, bound in (({}, 0.226), ({"skip_connection": True}, 0.162)):
         c = SAEConfig(d_sae=96, k=8, transcode=True, batch_size=100, num_epochs=4, learning_rate=3e-3, **fields)
         sae, t = train_sae_from_activations(x, c, targets=y, verbose=False)
         fvu = float((y - sae(x).x_hat.detach()).square().sum() / (y - y.mean(0)).square().sum())
-        assert fvu < 0.35
-        assert t.val_losses[-1]["fvu"] == pytest.approx(fvu, abs=0.1)
+        assert fvu < bound
+        assert t.val_losses[-1]["fvu"] == pytest.approx(fvu, abs=0.04)
     with pytest.raises(UserError, match="go together"):
         train_sae_from_activations(x, SAEConfig(transcode=True), verbose=False)
 
@@ -231,15 +233,15 @@ def test_ema_is_bias_corrected_and_saved():
     torch.testing.assert_close(one.finished().W_dec.detach(), want)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon", "signum", "sgd"])
-def test_every_optimiser_learns(optimizer):
+@pytest.mark.parametrize(("optimizer", "bound"), [("adam", 0.118), ("muon", 0.15), ("signum", 0.286), ("sgd", 0.218)])
+def test_every_optimiser_learns(optimizer, bound):
     c = SAEConfig(d_in=16, d_sae=64, k=4, batch_size=64, optimizer=optimizer, num_epochs=2)
     if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         with pytest.raises(UserError, match="needs torch 2.9"):
             learner(optimizer="muon")
         return
     _, t = train_sae_from_activations(data(64 * 100), c, verbose=False)
-    assert t.val_losses[-1]["fvu"] < 0.5
+    assert t.val_losses[-1]["fvu"] < bound
     sae = t.sae
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
 
@@ -314,12 +316,31 @@ def test_weight_decay_is_decoupled():
     assert isinstance(one.optimizer.parts[0], torch.optim.AdamW)
 
 
-@pytest.mark.parametrize("activation", ALL)
-def test_tied_and_multi_topk_learn(activation):
-    fields = {"multi_topk": True} if activation == "topk" else {"tied": True, "learning_rate": 2e-3}
+LEARNS = {  # kind: bound on FVU as it comes, and tied
+    "abstopk": (0.133, 0.532),
+    "batchtopk": (0.109, 0.349),
+    "gated": (0.16, 0.468),
+    "groupmax": (0.185, 0.297),
+    "jumprelu": (0.278, 0.34),
+    "matryoshka": (0.189, 0.356),
+    "relu": (0.251, 0.614),
+    "topk": (0.098, 0.309),
+}
+WAYS = [(kind, {}, bound) for kind, (bound, _) in LEARNS.items()]
+WAYS += [(kind, {"tied": True, "learning_rate": 2e-3}, bound) for kind, (_, bound) in LEARNS.items()]
+WAYS += [("topk", {"multi_topk": True}, 0.111)]
+
+
+def test_every_kind_has_a_bound():
+    assert set(LEARNS) == set(ALL)
+
+
+@pytest.mark.parametrize(("activation", "fields", "bound"), WAYS)
+def test_every_kind_learns_also_tied_and_with_multi_topk(activation, fields, bound):
     c = SAEConfig(d_in=16, d_sae=64, activation=activation, k=4, batch_size=64, num_epochs=4, **fields)
     sae, t = train_sae_from_activations(data(64 * 100), c, verbose=False)
-    assert t.val_losses[-1]["fvu"] < 0.5
+    assert t.val_losses[-1]["fvu"] < bound
+    assert t.val_losses[-1]["l0"] == pytest.approx(4, rel=0.2)
     if "tied" in fields:
         assert "W_enc" not in dict(sae.named_parameters())
         assert torch.equal(sae.W_enc, sae.W_dec.t())

@@ -613,7 +613,7 @@ def test_a_folder_of_a_stranger_runs_nothing(base, tmp_path):
     with pytest.raises(UserError, match="refused: it wants to run code"):
         load_language_model(str(base), device="cpu")
     (base / "model_000500.pt").write_bytes(pickle.dumps({"wte": Evil()}))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="model_000500"):
         load_language_model(str(base), device="cpu")
     assert not marker.exists()
 

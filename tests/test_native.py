@@ -315,11 +315,11 @@ def test_sparse_products_equal_their_twins(size, monkeypatch):
 
 @needs_compiler
 def test_an_index_out_of_range_is_refused():
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="outside"):
         sparse.decode(torch.tensor([[0, 9]]), torch.ones(1, 2), torch.ones(3, 4))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="outside"):
         sparse._sum_by_latent(torch.tensor([[0, 9]]), None, torch.ones(1, 2), torch.ones(1, 4), 3)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="outside"):
         sparse._dot_at(torch.tensor([[-1]]), None, torch.ones(1, 4), torch.ones(3, 4))
 
 

@@ -240,8 +240,9 @@ def test_names_that_the_server_refuses(tmp_path, name):
     if name != "a":
         with pytest.raises(UserError, match="set name"):
             form.check_set(name if name not in ("1a", "x" * 33, "a..b") else "neurons")
-    for check, what in ((form.check_model, 0), (form.check_model, 128), (form.check_set, "x" * 129)):
-        with pytest.raises(UserError):
+    bad = ((form.check_model, 0, "0"), (form.check_model, 128, "128"), (form.check_set, "x" * 129, "129"))
+    for check, what, part in bad:
+        with pytest.raises(UserError, match=f"{part} (layers|characters)"):
             check("ok", what)
 
 

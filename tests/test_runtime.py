@@ -558,9 +558,10 @@ def test_edits_as_text():
         "7:+8 9:+8",
         f"{'9' * 5000}:+8",
     ):
-        with pytest.raises(UserError):
+        part = {"7:+8@never": "never", "7:*2max": "max", "7:+1e99": "1e\\+99"}.get(bad, "LATENT:\\+8")
+        with pytest.raises(UserError, match=part):
             parse_edit(bad)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="LATENT>THRESHOLD"):
         parse_condition("7<3")
 
 

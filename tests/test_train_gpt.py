@@ -960,8 +960,9 @@ def test_default_data_are_made_when_missing(library, tmp_path, monkeypatch, caps
     docs = tokenizer.decode(ids.tolist()).split("<|bos|>")[1:]
     expected = list(corpus.documents("val"))
     assert len(docs) == len(expected) and set(docs) >= texts(expected)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as info:
         corpus.main(["--vocab_size", "100000"])
+    assert info.value.code == 2 and "vocab_size" in capsys.readouterr().err
 
 
 # ---- Sampling ----------------------------------------------------------------------------------------------
