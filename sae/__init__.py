@@ -59,7 +59,8 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Old import paths: `import sae.datasets` gives the module sae.data.datasets itself."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:  # noqa: ARG002
-        new = _MOVED.get(fullname.removeprefix("sae."))
+        package, _, name = fullname.partition(".")
+        new = _MOVED.get(name) if package == "sae" else None
         return ModuleSpec(fullname, self, loader_state=f"sae.{new}") if new else None
 
     def create_module(self, spec: ModuleSpec) -> Any:

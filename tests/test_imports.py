@@ -7,6 +7,7 @@ import ast
 import subprocess
 import sys
 from importlib import import_module
+from importlib.machinery import PathFinder
 
 import pytest
 
@@ -56,6 +57,13 @@ def test_old_paths_give_the_same_module(old, new):
     module = import_module(f"sae.{old}")
     assert module is import_module(f"sae.{new}") is getattr(sae, old)
     assert module.__spec__.name == module.__name__ == f"sae.{new}"
+
+
+@pytest.mark.parametrize("name", [n for n in sae._MOVED if not PathFinder.find_spec(n)])
+def test_old_paths_are_those_of_sae_alone(name):
+    """`import nanochat` where it is not installed is an error, not sae's own file of that name."""
+    with pytest.raises(ModuleNotFoundError):
+        import_module(name)
 
 
 def test_old_paths_as_people_wrote_them():
