@@ -21,6 +21,7 @@ from benchmarks.machine import about
 from sae.config import VERSION, SAEConfig
 from sae.data.activations import Stream, gather
 from sae.data.cache import CacheSource
+from sae.kernels import native
 from sae.models import KINDS, create_sae
 from sae.schedules import peak_lr
 from sae.trainer import SAETrainer, git_commit
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", default=list(FORMS))
     parser.add_argument("--fresh", action="store_true")
     given = parser.parse_args()
+    native.keep_memory()
     done = json.loads(RESULTS.read_text())["cells"] if RESULTS.is_file() else []
     for form in given.forms:
         for activation in given.only:

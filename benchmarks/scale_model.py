@@ -29,6 +29,7 @@ from sae import distributed, plan
 from sae.config import SAEConfig
 from sae.data.activations import Stream, TensorSource
 from sae.distributed import ALONE, Axis, World
+from sae.kernels import native
 from sae.models import create_sae
 from sae.trainer import SAETrainer
 
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--d_sae", type=int, default=1 << 24)
     parser.add_argument("--batch", type=int, default=1 << 17)
     given = parser.parse_args()
+    native.keep_memory()
     if given.worker:
         work(*given.worker)
         return

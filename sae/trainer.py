@@ -32,7 +32,7 @@ from sae.data.activations import ModelSource, Stream, TensorSource
 from sae.distributed import ALONE, World
 from sae.formats import store
 from sae.hooks import Acts
-from sae.kernels import native, sparse
+from sae.kernels import sparse
 from sae.learner import Learner
 from sae.log import Stopwatch
 from sae.metrics import check_finite
@@ -95,8 +95,6 @@ class SAETrainer:
         self.world, self.names = world, list(saes)
         self.save_dir = Path(save_dir) if save_dir is not None else None
         self.device = torch.device(device)
-        native.enabled = config.kernels == "auto"
-        native.keep_memory()
         self._activations = {"": activations} if isinstance(activations, Tensor) else activations
         self.stream = self._stream(config.num_epochs)
         self.learners = {
@@ -167,13 +165,14 @@ class SAETrainer:
         if num_epochs is not None and num_epochs != self.config.num_epochs:
             self._set_epochs(num_epochs)
         started, given = time.perf_counter(), self.stream.n_given
-        if self.step == 0:
-            self._begin_run()
-        path = self.save_dir / "metrics.jsonl" if self.save_dir is not None else None
-        # Ctrl-C waits for the end of a step and saves; several processes might end theirs at different steps
-        stopping = log.stop_asked(listen=self.world.everyone.size == 1)
-        with log.MetricLog(path, resume_step=self.step, wandb=self.wandb) as metric_log, stopping as stop:
-            metrics = self._loop(metric_log, verbose, stop)
+        with sparse.using(self.config.kernels):
+            if self.step == 0:
+                self._begin_run()
+            path = self.save_dir / "metrics.jsonl" if self.save_dir is not None else None
+            # Ctrl-C waits for the end of a step and saves; several processes might end theirs at different steps
+            stopping = log.stop_asked(listen=self.world.everyone.size == 1)
+            with log.MetricLog(path, resume_step=self.step, wandb=self.wandb) as metric_log, stopping as stop:
+                metrics = self._loop(metric_log, verbose, stop)
         if verbose and self.stream.n_given > given:
             log.say(self._pace(self.stream.n_given - given, time.perf_counter() - started))
         return metrics
@@ -202,9 +201,7 @@ class SAETrainer:
         share = (max(steps, forwards) if apart else steps + forwards) / seconds
         parts = f"forwards {forwards:.1f} s, steps" if forwards else "steps"
         rate = f"{n_tokens / seconds:,.0f} tokens/s, {share:.0%} of the bound"
-        twice = sparse.second_looks(self.device)
-        looks = f"; {twice:.1%} of tokens were encoded twice, for proof" if twice else ""
-        return f"{rate} ({parts} {steps:.1f} s of {seconds:.1f} s){looks}"
+        return f"{rate} ({parts} {steps:.1f} s of {seconds:.1f} s)"
 
     def _loop(self, metric_log: log.MetricLog, verbose: bool, stop: Callable[[], bool]) -> dict[str, float]:
         c, n_steps = self.config, self.stream.n_batches

@@ -379,6 +379,13 @@ def main(argv: list[str]) -> None:
     check_processes(c)
     if c.log_to_wandb:
         log.wandb_module()
+    native.keep_memory()
+    with sparse.using(c.kernels):
+        train(c)
+
+
+def train(c: TrainConfig) -> None:
+    """Open the data, train, and say how it went."""
     device = best_device(distributed.local_device(c.device))
     everyone = distributed.join(device)
     lm, data, hookpoints, folder = open_data(c, device)

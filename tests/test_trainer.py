@@ -20,6 +20,7 @@ from sae.data.activations import ModelSource, Stream, TensorSource
 from sae.data.datasets import open_dataset
 from sae.data.tokens import TokenRows
 from sae.formats import store
+from sae.kernels import native, sparse
 from sae.models import KINDS, create_sae
 from sae.trainer import SAETrainer, checkpoints, train_sae_from_activations
 from tests.conftest import ROOT, planted
@@ -41,6 +42,19 @@ def trainer(c, save_dir=None, n=64 * 20, **kwargs):
 
 def weights(t):
     return [p.clone() for p in t.sae.parameters()]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+def test_kernels_are_chosen_for_the_steps_of_a_trainer_and_not_for_the_process(kernels, monkeypatch):
+    seen, step = set(), SAETrainer._step
+    monkeypatch.setattr(SAETrainer, "_step", lambda t, batch: seen.add(native.enabled) or step(t, batch))
+    made = trainer(config(kernels=kernels), n=64 * 3)
+    assert native.enabled
+    made.train(verbose=False)
+    assert seen == {kernels == "auto"} and native.enabled
+    with sparse.using("plain"):  # who turned them off outside is not overruled
+        trainer(config(), n=64 * 3).train(verbose=False)
+        assert False in seen and not native.enabled
 
 
 RESUMED = [{"activation": kind, **more} for kind in ALL for more in ({"l1_coefficient": 0.01}, {"ema": 0.9})] + [

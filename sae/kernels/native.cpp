@@ -736,11 +736,6 @@ struct Encoder {
   }
 };
 
-std::atomic<int64_t> n_encoded{0}, n_again{0};
-
-// Tokens that encode_top_k has seen in this process, and those of them that took two attempts
-std::tuple<int64_t, int64_t> looks() { return {n_encoded, n_again}; }
-
 // x (B, D), W (F, D), b (F,) -> indices (B, k), values (B, k) = (x @ W^T + b) there, tokens that took two attempts
 std::tuple<Tensor, Tensor, int64_t> encode_top_k(
     const Tensor& x, const Tensor& W, const Tensor& b, int64_t k, bool absolute) {
@@ -750,9 +745,7 @@ std::tuple<Tensor, Tensor, int64_t> encode_top_k(
   Encoder e(x, W, b, b.const_data_ptr<float>());
   e.k = k, e.absolute = absolute;
   e.indices = indices.mutable_data_ptr<int64_t>(), e.values = values.mutable_data_ptr<float>();
-  const int64_t again = e.all_tokens();
-  n_encoded += x.size(0), n_again += again;
-  return {indices, values, again};
+  return {indices, values, e.all_tokens()};
 }
 
 // x (B, D), W (F, D), b (F,), floor (F,) -> the places where x @ W^T + b exceeds floor, token by token: latents (n,),
@@ -1258,7 +1251,6 @@ void adam_(
 TORCH_LIBRARY(nanosae, m) {
 #if defined(__AVX512BW__) || defined(__AVX2__)  // elsewhere torch's float32 product is quicker
   m.def("encode_top_k(Tensor x, Tensor W, Tensor b, int k, bool absolute) -> (Tensor, Tensor, int)");
-  m.def("looks() -> (int, int)", looks);
   m.def("encode_above(Tensor x, Tensor W, Tensor b, Tensor floor) -> (Tensor, Tensor, Tensor)");
 #endif
   m.def("pack(Tensor W) -> (Tensor, Tensor)");

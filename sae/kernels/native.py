@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("native.cpp")
-enabled = True  # set by --kernels
+enabled = True  # sparse.using switches it
 _loading = threading.Lock()
 
 
@@ -71,13 +71,6 @@ def pack(W_enc: Tensor) -> Packed | None:
 def status() -> str:
     """What runs on the CPU, in words."""
     return "plain torch, as asked" if not enabled else _compiled()[1]
-
-
-def second_looks() -> float:
-    """The share of tokens so far whose largest latents were not proven at the first attempt, and were found again."""
-    compiled = _compiled()[0] if enabled and ready() else None
-    seen, again = compiled.looks() if compiled is not None and hasattr(compiled, "looks") else (0, 0)
-    return again / seen if seen else 0.0
 
 
 def keep_memory() -> None:

@@ -11,8 +11,10 @@ Letters: B tokens in a batch, D width, F latents, K kept latents.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -54,13 +56,16 @@ def _triton() -> Any:
     return triton_kernels
 
 
-def second_looks(device: torch.device) -> float:
-    """The share of tokens so far whose largest latents were not proven at the first attempt, and were found again."""
-    if device.type != "cuda" and not interpreted:
-        return native.second_looks()
-    ops = encoder(torch.empty(32, 1, device=device))
-    seen, again = ops.looks() if ops else (0, 0)
-    return again / seen if seen else 0.0
+@contextlib.contextmanager
+def using(kernels: str) -> Iterator[None]:
+    """Within the block, "plain" turns off compiled kernels in all of this process, since autograd has threads of its
+    own; "auto" changes nothing."""
+    before = native.enabled
+    native.enabled = before and kernels == "auto"
+    try:
+        yield
+    finally:
+        native.enabled = before
 
 
 def status(device: torch.device) -> str:

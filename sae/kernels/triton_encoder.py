@@ -27,7 +27,6 @@ from sae.kernels.triton_kernels import dot_at, dots
 # one multiplies while the other selects.
 ROWS, TILE, DEPTH = 128, 128, 64
 LOWEST = tl.constexpr(-(2**31))  # below the key of every number
-_looks: dict[torch.device, Tensor] = {}  # what looks() adds up
 
 
 # --------------------------------------------------------------------------------------------------
@@ -294,15 +293,7 @@ def encode_top_k(x: Tensor, W: Tensor, b: Tensor, k: int, absolute: bool) -> tup
         rows, latents, b, keys, survivors, counts, leasts, indices, values, x.shape[1], F, k, M, C,
         ABSOLUTE=absolute, TILE=TILE, ROOM=2 * N, N=N, STEP=min(N, TILE), DEPTH=max(16, 4096 // N),
     )  # fmt: skip
-    again = (counts < 0).sum()
-    _looks[x.device] = _looks.get(x.device, 0) + torch.stack([torch.full_like(again, B), again])
-    return indices, values.to(x.dtype), again
-
-
-def looks() -> tuple[int, int]:
-    """Tokens that encode_top_k has seen so far, and how many of them took a second look. Reads the device."""
-    seen, again = sum((counts.cpu() for counts in _looks.values()), torch.zeros(2, dtype=torch.int64)).tolist()
-    return seen, again
+    return indices, values.to(x.dtype), (counts < 0).sum()
 
 
 def encode_above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
