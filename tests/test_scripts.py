@@ -8,14 +8,16 @@ import os
 import pickle
 import subprocess
 import sys
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 from sae import files, log
-from sae.config import ChatConfig, EvalConfig
+from sae.config import ChatConfig, EvalConfig, HookType
 from sae.formats import store
+from sae.models import KINDS
 from scripts import sae_collect, sae_eval, sae_train, sae_upload, sae_viz
 from scripts.chat import open_conversation
 from scripts.sae_eval import open_sae
@@ -84,12 +86,36 @@ def test_train_eval_viz_as_they_stand(here, base, capsys):
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.parametrize("activation", ["topk", "relu", "gated"])
-def test_every_kind_and_hook_type_trains(here, base, activation):
-    for hook_type in ("resid_pre", "mlp_post_act"):
-        flags = ["--layer", 1, "--hook_type", hook_type, "--activation", activation, *base, *SMALL]
-        assert call(sae_train, *flags) == 0
-        assert call(sae_eval, "--eval_tokens", 200, "--sae_path", f"sae_models/layer_1_{hook_type}") == 0
+HOOKPOINTS = {  # hook type: the module of layer 1 it names
+    "resid_post": "transformer.h.1",
+    "resid_pre": "transformer.h.1@in",
+    "resid_mid": "transformer.h.1.ln_2@in",
+    "attn": "transformer.h.1.attn",
+    "mlp": "transformer.h.1.mlp",
+    "mlp_post_act": "transformer.h.1.mlp.c_proj@in",
+}
+
+
+@pytest.mark.parametrize(("i", "activation"), list(enumerate(sorted(KINDS))))
+def test_every_kind_and_hook_type_trains(here, base, i, activation):
+    """All kinds and all hook types: kind i at hook type i, and the types begin again after the last."""
+    hook_type = get_args(HookType)[i % len(HOOKPOINTS)]
+    often = ["--log_every", 1, "--eval_every", 5, "--max_tokens", 1920]
+    flags = ["--layer", 1, "--hook_type", hook_type, "--activation", activation, *base, *SMALL, *often]
+    assert call(sae_train, *flags) == 0
+    run = here / "sae_models" / ("layer_1" if hook_type == "resid_post" else f"layer_1_{hook_type}")
+    settings = json.loads((run / "config.json").read_text())["config"]
+    assert (settings["activation"], settings["hook_type"]) == (activation, hook_type)
+    sae = store.load_sae(run)
+    assert type(sae) is KINDS[activation] and not sae.training
+    x = torch.randn(50, sae.d_in, generator=torch.Generator().manual_seed(0))
+    assert 0 < float((sae.encode(x) != 0).float().mean()) < 1
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [r["fvu"] for r in lines if "fvu" in r]
+    assert len(losses) == 30 and sum(losses[-5:]) < sum(losses[:5])
+    assert call(sae_eval, "--eval_tokens", 200, "--sae_path", run) == 0
+    report = json.loads((run / "eval.json").read_text())
+    assert (report["architecture"], report["hookpoint"]) == (activation, HOOKPOINTS[hook_type])
 
 
 def test_several_hookpoints_in_one_run(here, base):
