@@ -217,7 +217,8 @@ def test_every_parameter_moves_and_the_loss_falls(activation):
     t = trainer(c, n=64 * 100)
     before = weights(t)
     t.train(verbose=False)
-    assert t.val_losses[-1]["fvu"] < 0.75 * t.val_losses[0]["fvu"]
+    share = {"relu": 0.74, "gated": 0.65}.get(activation, 0.57)  # the worst of three seeds reaches 0.68, 0.59 and 0.51
+    assert t.val_losses[-1]["fvu"] < share * t.val_losses[0]["fvu"]
     assert all(not torch.equal(a, b) for a, b in zip(before, weights(t), strict=True))
     norms = next(iter(t.learners.values())).sae.W_dec.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(48))
@@ -364,7 +365,7 @@ def test_num_epochs_and_bfloat16():
     assert t.step == 30
     assert t.epoch == 2  # the third pass has just ended
     assert t.evaluate() == {}
-    assert t.train_losses[-1]["fvu"] < t.train_losses[0]["fvu"]
+    assert t.train_losses[-1]["fvu"] < 0.6 * t.train_losses[0]["fvu"]  # measured: 0.51 at most, of three seeds
 
 
 def test_epochs_of_the_call_are_those_of_a_config(tmp_path):
@@ -413,7 +414,7 @@ def test_float64_and_float16_activations():
     for dtype in (torch.float64, torch.float16):
         sae, t = train_sae_from_activations(x.to(dtype), config(), verbose=False)
         assert sae.encode(x[:2].to(dtype)).dtype == torch.float32
-        assert t.val_losses[-1]["fvu"] < 1
+        assert t.val_losses[-1]["fvu"] < 0.45  # measured: 0.38 at most, of three seeds
 
 
 def test_auxk_is_for_kinds_whose_dead_latents_still_rank():
