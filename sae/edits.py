@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from sae.config import UserError, require
 
@@ -94,15 +94,11 @@ def parse_edit(text: str) -> Edit:
     """The edit that a text such as `12:+8`, `12:=4`, `12:*0`, `12:+0.5max@generated?7>1.5` means."""
     m = EDIT.fullmatch(text.strip())
     if m is None:
-        raise UserError(
-            f"'{text}' is no edit; write LATENT:+8 to add, :=4 to set, :*0 to scale, :|0 to project out, :<4 to cap"
-        )
+        raise UserError(f"'{text}' is no edit; write LATENT:+8 to add, :=4 set, :*0 scale, :|0 project out, :<4 cap")
     value = float(m["value"]) * (-1 if m["sign"] == "-" else 1)
-    when = Condition(int(m["when_latent"]), float(m["above"]), m["when_place"]) if m["above"] else None
-    return Edit(
-        int(m["latent"]), SIGNS[m["sign"]], value, m["place"], unit="max" if m["unit"] else "absolute",
-        at=m["at"] or "all", when=when,  # type: ignore[arg-type]
-    )  # fmt: skip
+    where: Any = {"unit": "max" if m["unit"] else "absolute", "at": m["at"] or "all"}
+    when = _condition(m) if m["above"] else None
+    return Edit(int(m["latent"]), SIGNS[m["sign"]], value, m["place"], when=when, **where)
 
 
 def parse_condition(text: str) -> Condition:
@@ -110,6 +106,10 @@ def parse_condition(text: str) -> Condition:
     m = re.fullmatch(CONDITION, text.strip())
     if m is None:
         raise UserError(f"'{text}' is no condition; write LATENT>THRESHOLD, such as 45>3")
+    return _condition(m)
+
+
+def _condition(m: re.Match[str]) -> Condition:
     return Condition(int(m["when_latent"]), float(m["above"]), m["when_place"])
 
 

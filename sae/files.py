@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import pickle
 import stat
@@ -58,17 +59,17 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 def write_json(value: Any, path: Path) -> None:
-    """NaN becomes null: json knows no NaN."""
-    text = json.dumps(_without_nan(value), indent=1) + "\n"
+    text = json.dumps(without_nan(value), indent=1) + "\n"
     write_atomic(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """NaN and infinity, which json does not have, become null."""
     if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
+        return {k: without_nan(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and value != value else value
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_torch(value: Any, path: Path) -> None:

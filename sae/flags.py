@@ -166,9 +166,14 @@ def _add_flag(parser: _Parser, f: dataclasses.Field, hint: Any, *, sweep: bool =
 
 
 def from_cli(
-    cls: type[C], argv: list[str], *, prog: str = "", description: str = "", replaced: dict[str, str] | None = None,
+    cls: type[C],
+    argv: list[str],
+    *,
+    prog: str = "",
+    description: str = "",
+    replaced: dict[str, str] | None = None,
     start_from: Callable[[dict[str, Any]], Path | None] = lambda _: None,
-) -> C:  # fmt: skip
+) -> C:
     """A config from flags. Later wins: defaults < `--config file.json` < flags; validated once, together.
 
     replaced: flags that other tools have and this one does not, with what to do instead. start_from: given the flags,

@@ -6,8 +6,8 @@
     seen.features().values           # (N, T, 5), of every token the model read
 
 Nothing waits for the device. Outside of every `with` the model is as it was: no hook stays, no weight is touched.
-Within one hookpoint edits come first, so what is tracked is what the model goes on with. A module compiled by
-torch.compile does not run hooks added later: give the uncompiled one. One thread at a time.
+Edits at a hookpoint come first, so what is tracked is what the model goes on with. A module compiled by torch.compile
+does not run hooks added later: give the uncompiled one. One thread at a time.
 
 Letters: N sequences, T positions, B = N * T tokens, D width, F latents, K latents kept, W latents watched, E edits.
 """
@@ -15,11 +15,12 @@ Letters: N sequences, T positions, B = N * T tokens, D width, F latents, K laten
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,17 @@ from sae import hooks
 from sae.config import UserError, did_you_mean, require
 from sae.edits import Coefficients, Condition, Edit, parse_condition, parse_edit
 from sae.formats.store import load_saes
+from sae.hooks import SAEName
 from sae.lm.language_model import LanguageModel
 from sae.models import SAE
 
 ID_NAMES = ("input_ids", "idx", "ids", "tokens")  # what models call them; masks and positions are whole numbers too
+Read = Callable[[Tensor], tuple[Tensor, ...]]  # x (B, D) -> what is kept of it, each (B, ...)
+B = TypeVar("B", bound="Block")
 
 
 class Features(NamedTuple):
-    """Of each token the strongest latents, strongest first: indices and values (N, T, K); a value of 0: not active."""
+    """The strongest latents of each token, strongest first: indices and values (N, T, K); a value of 0: not active."""
 
     indices: Tensor
     values: Tensor
@@ -44,7 +48,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Forward:
-    """What one forward of the model was given: ids (N, T), None where it takes none; the positions cached before."""
+    """What one forward of the model was given: ids (N, T), None if it takes none; the positions cached before."""
 
     ids: Tensor | None
     past: int
@@ -59,29 +63,42 @@ class Forward:
 
 def _cached(value: Any) -> int:
     """How many positions a KV cache holds: transformers', nanochat's or model.py's; 0 for anything else."""
-    for name in ("get_seq_length", "get_pos", "length"):
-        found = getattr(value, name, None)
-        if name != "length" and callable(found):
+    for name in ("get_seq_length", "get_pos"):
+        if callable(found := getattr(value, name, None)):
             return int(found())
-        if name == "length" and type(found) is int:
-            return found
-    return 0
+    length = getattr(value, "length", None)
+    return length if type(length) is int else 0
+
+
+class Block:
+    """Something in force within its `with`, which can be entered again and again: for several texts written in turn."""
+
+    live: InterpretableModel
+    names: list[str]  # of the SAEs that take part
+
+    def __enter__(self: B) -> B:
+        self.live.rehook([*self.live.blocks, self])
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        rest = list(self.live.blocks)
+        rest.remove(self)
+        self.live.rehook(rest)
 
 
 # --------------------------------------------------------------------------------------------------
 # tracking
 
 
-class Track:
-    """What hookpoints held, token by token: of the sequence that the model read last, prompt and answer alike.
+class Track(Block):
+    """What hookpoints held, token by token, in the sequence that the model read last: prompt and answer.
 
     A forward that continues a KV cache adds to the record; one that begins anew (no cache, or a new prompt) replaces
     it. Stays readable after its `with`.
     """
 
-    def __init__(self, readers: Mapping[str, Callable[[Tensor], tuple[Tensor, ...]]]):
-        self.names = list(readers)
-        self._readers = readers
+    def __init__(self, live: InterpretableModel, readers: Mapping[str, Read]):
+        self.live, self.names, self._readers = live, list(readers), readers
         self._parts: dict[str, list[tuple[int, tuple[Tensor, ...]]]] = {name: [] for name in readers}
 
     def add(self, name: str, x: Tensor, past: int) -> None:
@@ -96,11 +113,10 @@ class Track:
         parts.append((past, tuple(y.view(*x.shape[:-1], -1) for y in found)))
 
     def _whole(self, name: str | None, last: bool) -> tuple[Tensor, ...]:
-        if name is None:
-            several = f"{len(self._readers)} SAEs are tracked; name one: {', '.join(self._readers)}"
-            require(len(self._readers) == 1, several)
-            name = next(iter(self._readers))
-        require(name in self._readers, f"'{name}' is not tracked; {', '.join(self._readers)} are")
+        several = f"{len(self.names)} SAEs are tracked; name one: {', '.join(self.names)}"
+        require(name is not None or len(self.names) == 1, several)
+        name = self.names[0] if name is None else name
+        require(name in self._parts, f"'{name}' is not tracked; {', '.join(self.names)} are")
         parts = [part for _, part in self._parts[name]]
         require(bool(parts), f"the model has not run to '{name}' since tracking began; run it inside the `with`")
         if last:
@@ -109,7 +125,7 @@ class Track:
         return tuple(torch.cat([y.expand(*N, -1, -1) for y in ys], dim=-2) for ys in zip(*parts, strict=True))
 
     def features(self, hookpoint: str | None = None, *, last: bool = False) -> Features:
-        """The strongest latents of every token, or of the newest only. hookpoint: None where one SAE is tracked."""
+        """The strongest latents of every token, or of the newest only. hookpoint: needed if several are tracked."""
         found = self._whole(hookpoint, last)
         require(len(found) == 2, "chosen latents are tracked here; read them with values()")
         order = found[1].abs().argsort(dim=-1, descending=True)
@@ -122,8 +138,8 @@ class Track:
         return found[0]
 
 
-def _strongest(sae: SAE, top_k: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """x (B, D) -> indices and values (B, K) of the strongest latents of each token."""
+def _strongest(sae: SAE, top_k: int) -> Read:
+    """Reads indices and values (B, K) of each token's strongest latents."""
 
     @torch.no_grad()
     def read(x: Tensor) -> tuple[Tensor, ...]:
@@ -134,10 +150,11 @@ def _strongest(sae: SAE, top_k: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
     return read
 
 
-def _chosen(sae: SAE, latents: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """x (B, D) -> what `encode` gives for these latents, (B, W); at their cost alone where they are independent."""
-    part = sae.part(latents) if sae.independent else None
-    own, place = latents.unique(return_inverse=True)
+def _chosen(sae: SAE, latents: Sequence[int]) -> Read:
+    """Reads what `encode` gives for these latents, (B, W); at their cost alone if they are independent."""
+    chosen = torch.tensor(list(latents), device=sae.W_dec.device)
+    part = sae.part(chosen) if sae.independent else None
+    own, place = chosen.unique(return_inverse=True)
 
     @torch.no_grad()
     def read(x: Tensor) -> tuple[Tensor, ...]:
@@ -159,7 +176,7 @@ class History:
         self.goes_on: Tensor | bool = False  # whether the newest forward goes on with the sequence before it
 
     def add(self, now: Forward) -> Tensor | None:
-        """(N, T) bool for the tokens of this forward; None where the model takes no ids."""
+        """(N, T) bool for the tokens of this forward; None if the model takes no ids."""
         if now.ids is None:
             return None
         T = now.ids.shape[1]
@@ -177,34 +194,34 @@ class History:
         return mask
 
 
-class Steering:
-    """Edits in force. `stopped` (N,) bool, on the device: where a stop condition has held at a generated token.
+class Steering(Block):
+    """Edits in force. `stopped` (N,) bool, on the device: whether a stop condition has held at a generated token.
 
     With transformers: generate(..., stopping_criteria=[lambda ids, scores: steering.stopped]).
     """
 
     def __init__(self, live: InterpretableModel, edits: Sequence[Edit], stop: Sequence[Condition]):
-        self._live = live
-        self._edits: dict[str, list[Edit]] = {}
-        self._needs: dict[str, list[int]] = {}  # by SAE, the latents whose activation must be read
+        self.live = live
+        place = lambda e: live.name_of(e.hookpoint, e.latent)
+        self._edits: dict[str, list[Edit]] = defaultdict(list)
         for e in edits:
-            self._edits.setdefault(live.name_of(e.hookpoint, e.latent), []).append(e)
-        self._stop = [(live.name_of(c.hookpoint, c.latent), c) for c in stop]
-        conditions = [*stop, *(e.when for e in edits if e.when is not None)]
-        needs = [(e.hookpoint, e.latent) for e in edits if e.reads] + [(c.hookpoint, c.latent) for c in conditions]
-        for hookpoint, latent in dict.fromkeys(needs):
-            self._needs.setdefault(live.name_of(hookpoint, latent), []).append(latent)
+            self._edits[place(e)].append(e)
+        self._stop = [(place(c), c) for c in stop]
+        needs: dict[str, list[int]] = defaultdict(list)  # by SAE, the latents whose activation must be read
+        read: list[Edit | Condition] = [e for e in edits if e.reads]
+        for one in (*read, *stop, *(e.when for e in edits if e.when is not None)):
+            needs[place(one)].append(one.latent)
+        self._needs = {name: list(dict.fromkeys(latents)) for name, latents in needs.items()}
         self.names = [name for name in live.saes if name in self._edits or name in self._needs]
-        self._readers, self._coefficients = {}, {}
-        for name, latents in self._needs.items():
-            sae = live.saes[name]
-            self._readers[name] = _chosen(sae, torch.tensor(latents, device=sae.W_dec.device))
-        for name, es in self._edits.items():
-            self._coefficients[name] = Coefficients.of(es, [live.strength(e, name) for e in es], live.saes[name].W_dec)
+        self._readers = {name: _chosen(live.saes[name], latents) for name, latents in self._needs.items()}
+        self._coefficients = {
+            name: Coefficients.of(es, [live.strength(e, name) for e in es], live.saes[name].W_dec)
+            for name, es in self._edits.items()
+        }
         self._history = History() if stop or any(e.at != "all" for e in edits) else None
         self.stopped: Tensor | None = None
         self._f: dict[tuple[str, int], Tensor] = {}  # what was read in this forward: (B,) by SAE and latent
-        self._generated: Tensor | None = None  # (B,) bool; None where it is not known or not asked for
+        self._generated: Tensor | None = None  # (B,) bool; None if it is not known or not asked for
         self._ordinary: Tensor | None = None  # (B,) bool: no special token
 
     def begin(self, now: Forward) -> None:
@@ -214,31 +231,29 @@ class Steering:
             generated = self._history.add(now)
             self._generated = None if generated is None else generated.flatten()
             self.stopped = None if self.stopped is None else self.stopped & self._history.goes_on
-        special = self._live.special_ids
+        special = self.live.special_ids
         self._ordinary = None if now.ids is None or special is None else ~torch.isin(now.ids, special).flatten()
 
     @torch.no_grad()
     def read(self, name: str, x: Tensor) -> None:
-        """What an SAE reads is there: x (N, T, D). Takes from it what edits and conditions need."""
+        """Take what edits and conditions need from what an SAE reads: x (N, T, D)."""
         if name not in self._readers:
             return
         (found,) = self._readers[name](x.reshape(-1, x.shape[-1]))
         self._f.update({(name, latent): found[:, i] for i, latent in enumerate(self._needs[name])})
-        for place, c in self._stop:
-            if place == name:
-                met = self._f[name, c.latent] > c.above
-                met = met if self._generated is None else met & self._generated
-                met = met.view(x.shape[:-1]).flatten(1).any(1) if x.ndim > 2 else met
-                before = self.stopped
-                self.stopped = met if before is None or before.shape != met.shape else before | met
+        for c in (c for place, c in self._stop if place == name):
+            met = self._f[name, c.latent] > c.above
+            met = met if self._generated is None else met & self._generated
+            met = met.view(x.shape[:-1]).flatten(1).any(1) if x.ndim > 2 else met
+            before = self.stopped
+            self.stopped = met if before is None or before.shape != met.shape else before | met
 
     @torch.no_grad()
     def delta(self, name: str, y: Tensor, unit: Tensor | None) -> Tensor | None:
-        """What to add to y (N, T, D) where an SAE's decoder writes. unit (B, 1): what its units are worth there."""
-        edits = self._edits.get(name)
-        if not edits:
+        """What to add to y (N, T, D), which an SAE's decoder writes to. unit (B, 1): the SAE's unit at each token."""
+        if name not in self._edits:
             return None
-        coefficients = self._coefficients[name]
+        edits, coefficients = self._edits[name], self._coefficients[name]
         flat, f = y.reshape(-1, y.shape[-1]).to(coefficients.rows.dtype), None
         if any(e.reads for e in edits):
             zero = flat.new_zeros(len(flat))
@@ -260,7 +275,7 @@ class Steering:
         if e.at != "all" and self._generated is not None and len(self._generated) == n:
             masks.append(self._generated if e.at == "generated" else ~self._generated)
         if e.when is not None:
-            key = (self._live.name_of(e.when.hookpoint, e.when.latent), e.when.latent)
+            key = (self.live.name_of(e.when.hookpoint, e.when.latent), e.when.latent)
             require(key in self._f, f"'{e.when}' is known only after the place where '{e}' edits; edit a later one")
             masks.append(self._f[key] > e.when.above)
         return functools.reduce(torch.logical_and, masks) if masks else None
@@ -280,11 +295,18 @@ class InterpretableModel:
     """
 
     def __init__(
-        self, model: nn.Module | LanguageModel, saes: Mapping[str, SAE] | str | Path,
-        *, special_ids: Collection[int] | None = None, max_activations: Mapping[str, Tensor] | None = None,
-    ):  # fmt: skip
+        self,
+        model: nn.Module | LanguageModel,
+        saes: Mapping[str, SAE] | str | Path,
+        *,
+        special_ids: Collection[int] | None = None,
+        max_activations: Mapping[str, Tensor] | None = None,
+    ):
         self.module: nn.Module = model.module if isinstance(model, LanguageModel) else model
-        require(not _compiled(self.module), "a compiled model does not run hooks added later; give the uncompiled one")
+        compiled = any(
+            hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in self.module.modules()
+        )
+        require(not compiled, "a compiled model does not run hooks added later; give the uncompiled one")
         if special_ids is None:
             special_ids = model.tokenizer.special_ids if isinstance(model, LanguageModel) else _named_ids(model)
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
@@ -295,21 +317,27 @@ class InterpretableModel:
         self.max_activations = dict(max_activations or {})
         for name, largest in self.max_activations.items():
             wanted = (self.saes[self.name_of(name)].d_sae,)
-            require(
-                largest.shape == wanted, f"max_activations['{name}'] is {tuple(largest.shape)}; {wanted} was wanted"
-            )
+            got = tuple(largest.shape)
+            require(got == wanted, f"max_activations['{name}'] is {got}; {wanted} was wanted")
         here = {name for name, _ in self.module.named_modules()}
         known = lambda at: at if hooks.split(at)[0] in here else hooks.resolve(self.module, hookpoints=[at])[0]
-        self._places = {name: known(name.split("/")[0]) for name in self.saes}
-        with hooks.hooked(self.module, {place: lambda _: None for name in self.saes for place in self.places(name)}):
+        self._places = {
+            name: hooks.places(known(SAEName.parse(name).hookpoint), sae.config.transcode)
+            for name, sae in self.saes.items()
+        }
+        with hooks.hooked(self.module, {place: lambda _: None for two in self._places.values() for place in two}):
             pass  # every hookpoint is there
-        self._blocks: list[Track | Steering] = []
+        self.blocks: list[Block] = []  # that are in force
         self._now = Forward(None, 0)
         self._hooks = ExitStack()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward."""
         return self.module(*args, **kwargs)
+
+    def places(self, name: str) -> tuple[str, str]:
+        """The hookpoints that an SAE reads and writes: different ones for transcoders only."""
+        return self._places[name]
 
     def name_of(self, hookpoint: str | None, latent: int = 0) -> str:
         """The SAE meant by a hookpoint (None: the only one), which has this latent."""
@@ -334,76 +362,43 @@ class InterpretableModel:
         require(largest > 0, f"latent {e.latent} of '{name}' was never seen active; give '{e}' in activation units")
         return e.value * largest
 
-    def tracker(
+    def track(
         self, hookpoints: Sequence[str] | None = None, *, top_k: int = 32, latents: Sequence[int] | None = None
     ) -> Track:
-        """What `track` makes, in force only within `active`."""
+        """Within its `with`, keep what hookpoints (default: all with an SAE) hold of every token: the top_k strongest
+        latents, or these latents. Costs a run of the encoder per token, except for chosen latents of kinds whose
+        latents are independent: those cost their own columns.
+        """
         require(top_k >= 1, f"top_k={top_k}; it must be at least 1")
-        require(
-            latents is None or len(latents) > 0, "no latent was given to track; give some, or none for the strongest"
-        )
-        readers = {}
-        for name in self.saes if hookpoints is None else hookpoints:
+        require(latents is None or len(latents) > 0, "no latent was given; give some, or None for the strongest")
+        names = list(self.saes if hookpoints is None else hookpoints)
+        for name in names:
             for latent in latents or (0,):
                 self.name_of(name, latent)
-            sae = self.saes[name]
-            if latents is None:
-                readers[name] = _strongest(sae, top_k)
-            else:
-                readers[name] = _chosen(sae, torch.tensor(list(latents), device=sae.W_dec.device))
-        return Track(readers)
+        read = lambda sae: _strongest(sae, top_k) if latents is None else _chosen(sae, latents)
+        return Track(self, {name: read(self.saes[name]) for name in names})
 
-    def steering(self, *edits: Edit | str, stop: Sequence[Condition | str] = ()) -> Steering:
-        """What `steer` makes, in force only within `active`."""
+    def steer(self, *edits: Edit | str, stop: Sequence[Condition | str] = ()) -> Steering:
+        """Within its `with`, edit latents as edits.py describes; blocks nest, and their edits add up.
+
+        stop: conditions that set `stopped`. Raises UserError for an unknown latent or hookpoint.
+        """
         return Steering(
             self,
             [parse_edit(e) if isinstance(e, str) else e for e in edits],
             [parse_condition(c) if isinstance(c, str) else c for c in stop],
         )
 
-    @contextmanager
-    def track(
-        self, hookpoints: Sequence[str] | None = None, *, top_k: int = 32, latents: Sequence[int] | None = None
-    ) -> Iterator[Track]:
-        """Within the block, keep what hookpoints (default: all with an SAE) hold of every token: the top_k strongest
-        latents, or these latents. Costs a run of the encoder per token, but for chosen latents of kinds whose latents
-        are independent: those cost their own columns.
-        """
-        track = self.tracker(hookpoints, top_k=top_k, latents=latents)
-        with self.active(track):
-            yield track
-
-    @contextmanager
-    def steer(self, *edits: Edit | str, stop: Sequence[Condition | str] = ()) -> Iterator[Steering]:
-        """Within the block, edit latents as edits.py describes; blocks nest, and their edits add up.
-
-        stop: conditions that set `stopped`. Raises UserError for an unknown latent or hookpoint.
-        """
-        steering = self.steering(*edits, stop=stop)
-        with self.active(steering):
-            yield steering
-
-    @contextmanager
-    def active(self, *blocks: Track | Steering) -> Iterator[None]:
-        """Within the block, these are in force. For who writes several texts in turn, a token of each at a time."""
-        self._blocks += blocks
-        try:
-            self._rehook()
-            yield
-        finally:
-            for block in blocks:
-                self._blocks.remove(block)
-            self._rehook()
-
     # ----------------------------------------------------------------------------------------------
     # hooks
 
-    def _rehook(self) -> None:
-        """One hook at every place that any active block needs, none elsewhere."""
+    def rehook(self, blocks: list[Block]) -> None:
+        """Put these blocks in force: one hook at every place that any of them needs, none elsewhere."""
         self._hooks.close()
-        self._tracks = [b for b in self._blocks if isinstance(b, Track)]
-        self._steerings = [b for b in self._blocks if isinstance(b, Steering)]
-        wanted = {name for block in self._blocks for name in block.names}
+        self.blocks = blocks
+        self._tracks = [b for b in blocks if isinstance(b, Track)]
+        self._steerings = [b for b in blocks if isinstance(b, Steering)]
+        wanted = {name for block in blocks for name in block.names}
         if not wanted:
             return
         sees: dict[str, list[Callable[[Tensor], Tensor | None]]] = {}
@@ -415,11 +410,6 @@ class InterpretableModel:
         begin = self.module.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._hooks.callback(begin.remove)
         self._hooks.enter_context(hooks.hooked(self.module, {at: _in_turn(fs) for at, fs in sees.items()}))
-
-    def places(self, name: str) -> tuple[str, str]:
-        """Where an SAE reads and where it writes: one place, but for transcoders."""
-        at = self._places[name]
-        return (f"{at}@in", at) if self.saes[name].config.transcode else (at, at)
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         self._now = Forward.of(args, kwargs)
@@ -443,11 +433,6 @@ class InterpretableModel:
             unit = self.saes[name].unit(y)
         deltas = [d for d in (s.delta(name, y, unit) for s in active) if d is not None]
         return functools.reduce(torch.add, deltas, y) if deltas else None
-
-
-def _compiled(module: nn.Module) -> bool:
-    """Whether any part of it is wrapped by torch.compile, or was compiled in place."""
-    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in module.modules())
 
 
 def _named_ids(module: nn.Module) -> set[int]:

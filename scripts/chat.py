@@ -8,14 +8,13 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae import log
 from sae.chat.messages import Ask, Feature, Token
-from sae.chat.server import serve
 from sae.config import ChatConfig, UserError, build, from_cli, read_json, require
 from sae.edits import parse_edit
 
@@ -63,12 +62,19 @@ def open_conversation(c: ChatConfig) -> Conversation:
     return Conversation(lm, saes, notes)
 
 
-def question(c: ChatConfig, messages: Iterable[dict[str, str]]) -> Ask:
-    return Ask(
-        tuple(messages), raw=c.raw, seed=c.seed, max_new_tokens=c.max_new_tokens, temperature=c.temperature,
-        top_k=c.top_k, top_features=c.top_features, steer=tuple(str(parse_edit(e)) for e in c.steer),
-        stop=c.stop_when, sae=not c.no_sae,
-    )  # fmt: skip
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def question(c: ChatConfig, *messages: dict[str, str]) -> Ask:
+    """The question that these messages make with a config's settings."""
+    same: Any = {n: getattr(c, n) for n in "raw seed max_new_tokens temperature top_k top_features".split()}
+    return Ask(messages, **same, steer=as_written(c.steer), stop=c.stop_when, sae=not c.no_sae)
+
+
+def as_written(edits: Sequence[str]) -> tuple[str, ...]:
+    """Edits as edits.py writes them. Raises UserError for a text that is none."""
+    return tuple(str(parse_edit(e)) for e in edits)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -77,22 +83,17 @@ def question(c: ChatConfig, messages: Iterable[dict[str, str]]) -> Ask:
 
 def answer_once(c: ChatConfig, chat: Conversation) -> None:
     """--prompt: the answer on stdout, as text or as one json object."""
-    ask = question(c, [{"role": "user", "content": c.prompt or ""}])
+    ask = question(c, user(c.prompt or ""))
     answer: list[Token] = []
-    for token in chat.stream(ask):
-        if token.prompt:
-            continue
+    for token in (t for t in chat.stream(ask) if not t.prompt):
         answer.append(token)
         if not c.json:
             print(printable(token.text), end="", flush=True)
     ids = [token.id for token in answer]
     why = None if c.explain is None else chat.explain(ask, c.explain, ids)
     if c.json:
-        found = {
-            "prompt": c.prompt, "answer": chat.lm.tokenizer.decode(ids), "tokens": [t.to_dict() for t in answer],
-            "steer": list(ask.steer), **({} if why is None else {"explain": why}),
-        }  # fmt: skip
-        print(json.dumps(found))
+        found = {"prompt": c.prompt, "answer": chat.lm.tokenizer.decode(ids), "tokens": [t.to_dict() for t in answer]}
+        print(json.dumps({**found, "steer": list(ask.steer), **({"explain": why} if why else {})}))
         return
     print()
     if why is not None:
@@ -101,14 +102,14 @@ def answer_once(c: ChatConfig, chat: Conversation) -> None:
 
 def explained(why: dict[str, Any], n: int) -> list[str]:
     """Lines that say which features pushed towards a token."""
+    shown = why["features"][: max(n, 10)]
     head = f"{why['token']!r} at token {why['position']} of the answer: logit {why['logit']:+.2f} over the mean, "
-    lines = [f"{head}probability {why['probability']:.3f}; of it"]
-    for f in why["features"][: max(n, 10)]:
-        lines.append(
-            f"  {f['effect']:+8.3f}  {named(f.get('hookpoint'), f['latent'], f['label'])} at {f['activation']:.2f}"
-        )
-    lines = [why["note"], *lines] if why["note"] else lines
-    return [*lines, f"  {why['logit'] - sum(f['effect'] for f in why['features'][: max(n, 10)]):+8.3f}  all else"]
+    lines = [why["note"]] if why["note"] else []
+    lines.append(f"{head}probability {why['probability']:.3f}; of it")
+    for f in shown:
+        name = named(f.get("hookpoint"), f["latent"], f["label"])
+        lines.append(f"  {f['effect']:+8.3f}  {name} at {f['activation']:.2f}")
+    return [*lines, f"  {why['logit'] - sum(f['effect'] for f in shown):+8.3f}  all else"]
 
 
 def named(hookpoint: str | None, latent: int, label: str) -> str:
@@ -122,23 +123,25 @@ def in_short(f: Feature) -> str:
 
 
 def printable(text: str) -> str:
-    """What a model writes may hold anything; a terminal would obey its control characters."""
+    """Escapes control characters, which a model may write and a terminal would obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 # --------------------------------------------------------------------------------------------------
 # a conversation in the terminal
 
+COMMANDS = "help steer undo clear compare color colour view feature search explain seed new save replay".split()
+
 
 class Terminal:
-    """The state of a conversation, and its commands."""
+    """The state of a conversation. Each command is the method of its name, called with the rest of the line."""
 
     def __init__(self, c: ChatConfig, chat: Conversation, write: Callable[[str], Any] = sys.stdout.write):
         self.c, self.chat, self.write = c, chat, write
         self.messages: list[dict[str, str]] = []
-        self.kept: list[dict[str, Any]] = []  # of every answer: what it was an answer to, and its ids
-        self.undo: list[tuple[str, ...]] = []
-        self.colour: Feature | None = None
+        self.kept: list[dict[str, Any]] = []  # every question with the ids of its answer
+        self.before: list[tuple[str, ...]] = []  # the edits before each change of them
+        self.shade: Feature | None = None
         self.table = False
         self.paints = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         self.largest: dict[tuple[str | None, int], float] = {}
@@ -166,28 +169,25 @@ class Terminal:
 
     def take(self, text: str) -> None:
         """One line of input."""
-        if not text.startswith("/"):
-            if text:
-                self.say(text)
-            return
-        name, _, rest = text[1:].partition(" ")
-        commands = {
-            "help": lambda _: self.line(HELP), "steer": self.steer, "undo": self.take_back, "clear": self.clear,
-            "compare": self.compare, "color": self.shade, "colour": self.shade, "view": self.view,
-            "feature": self.feature, "search": self.search, "explain": self.explain, "seed": self.seed,
-            "new": self.new, "save": self.save, "replay": self.replay,
-        }  # fmt: skip
-        require(name in commands, f"there is no command /{name}; /help lists them")
-        commands[name](rest.strip())
+        if text.startswith("/"):
+            name, _, rest = text[1:].partition(" ")
+            require(name in COMMANDS, f"there is no command /{name}; /help lists them")
+            getattr(self, name)(rest.strip())
+        elif text:
+            self.answer(replace(question(self.c, *self.messages, user(text)), top_features=100))
+
+    def help(self, _: str) -> None:
+        self.line(HELP)
 
     # answers
 
-    def say(self, text: str) -> None:
-        messages = [*self.messages, {"role": "user", "content": text}]
-        ask = replace(question(self.c, messages), top_features=100)
-        answer = self.show(ask)
-        self.messages = [*messages, {"role": "assistant", "content": self.chat.lm.tokenizer.decode(answer)}]
-        self.kept.append({"ask": dict(vars(ask)), "ids": answer})
+    def answer(self, ask: Ask) -> list[int]:
+        """Answer, and go on from there; the answer's ids."""
+        ids = self.show(ask)
+        reply = {"role": "assistant", "content": self.chat.lm.tokenizer.decode(ids)}
+        self.messages = [*ask.messages, reply]
+        self.kept.append({"ask": dict(vars(ask)), "ids": ids})
+        return ids
 
     def show(self, ask: Ask) -> list[int]:
         """Stream an answer; its ids."""
@@ -212,13 +212,14 @@ class Terminal:
         return ids
 
     def painted(self, token: Token, text: str) -> str:
-        """The text, on a ground that is the stronger the more active the chosen feature is."""
-        found = [f for f in token.features if self.colour and f[::3] == self.colour[::3]]
+        """The text on a background that is the brighter the more active the chosen feature is."""
+        shade = self.shade
+        found = [f for f in token.features if shade and (f.hookpoint, f.latent) == (shade.hookpoint, shade.latent)]
         if not found or not self.paints:
             return text
-        known = self.chat.notes[found[0].hookpoint or next(iter(self.chat.notes))].largest[found[0].latent]
-        most = float(known) if known > 0 else self.largest[found[0][::-1][0], found[0].latent]
-        share = min(1.0, found[0].activation / most)
+        (f,) = found
+        known = float(self.chat.notes[f.hookpoint or next(iter(self.chat.notes))].largest[f.latent])
+        share = min(1.0, f.activation / (known if known > 0 else self.largest[f.hookpoint, f.latent]))
         return f"\x1b[48;2;{int(40 + 215 * share)};{int(40 + 80 * share)};20m{text}\x1b[0m"
 
     def last(self) -> Ask:
@@ -226,7 +227,7 @@ class Terminal:
         return from_json(self.kept[-1]["ask"])
 
     def compare(self, _: str) -> None:
-        steered = replace(self.last(), steer=question(self.c, [{"role": "user", "content": ""}]).steer)
+        steered = replace(self.last(), steer=as_written(self.c.steer))
         require(bool(steered.steer), "nothing is steered; /steer something first")
         self.line(f"--- plain, seed {steered.seed}")
         self.show(replace(steered, steer=()))
@@ -234,29 +235,26 @@ class Terminal:
         self.show(steered)
 
     def explain(self, text: str) -> None:
-        ask, ids = self.last(), self.kept[-1]["ids"]
-        for line in explained(self.chat.explain(ask, text, ids), self.c.top_features):
-            self.line(line)
+        why = self.chat.explain(self.last(), text, self.kept[-1]["ids"])
+        self.line("\n".join(explained(why, self.c.top_features)))
 
     # settings
 
     def steer(self, text: str) -> None:
         edits = text.split()
-        require(self.chat.live is not None, "there is no SAE to steer with")
-        if self.chat.live is not None:
-            self.chat.live.steering(*edits)  # raises for an edit that cannot be
-        self.change((*self.c.steer, *edits) if edits else self.c.steer)
+        self.chat.watched("steer").steer(*edits)  # raises UserError for an impossible edit
+        self.change((*self.c.steer, *edits))
 
-    def change(self, steer: Sequence[str]) -> None:
-        if tuple(steer) != self.c.steer:
-            self.undo.append(self.c.steer)
-            self.c = replace(self.c, steer=tuple(steer))
-        self.line(f"edits: {' '.join(self.c.steer) or 'none'}")
+    def change(self, steer: tuple[str, ...]) -> None:
+        if steer != self.c.steer:
+            self.before.append(self.c.steer)
+        self.c = replace(self.c, steer=steer)
+        self.line(f"edits: {' '.join(steer) or 'none'}")
 
-    def take_back(self, _: str) -> None:
-        require(bool(self.undo), "there is nothing to take back")
-        self.c = replace(self.c, steer=self.undo.pop())
-        self.line(f"edits: {' '.join(self.c.steer) or 'none'}")
+    def undo(self, _: str) -> None:
+        require(bool(self.before), "there is nothing to take back")
+        self.c = replace(self.c, steer=self.before.pop())
+        self.change(self.c.steer)
 
     def clear(self, _: str) -> None:
         self.change(())
@@ -272,43 +270,38 @@ class Terminal:
     def view(self, _: str) -> None:
         self.table = not self.table
 
-    def shade(self, text: str) -> None:
-        self.colour = (
-            Feature(self.latent(text)[1], 0.0, "", self.latent(text)[0] if len(self.chat.notes) > 1 else None)
-            if text
-            else None
-        )
+    def color(self, text: str) -> None:
+        self.shade = self.chat.feature(*self.latent(text)) if text else None
+
+    colour = color
 
     # features
 
     def latent(self, text: str) -> tuple[str, int]:
         """`12` or `HOOKPOINT/12` -> the SAE's name and the latent."""
         place, _, number = text.rpartition("/")
-        require(number.isdecimal() and len(number) < 12, f"'{text}' is no feature; write its number")
-        require(self.chat.live is not None, "there is no SAE, so there are no features")
-        assert self.chat.live is not None
-        return self.chat.live.name_of(place or None, int(number)), int(number)
+        require(number.isdecimal() and len(number) < 12, f"'{text}' is not a feature; write its number")
+        return self.chat.watched("look at features").name_of(place or None, int(number)), int(number)
 
     def feature(self, text: str) -> None:
-        name, latent = self.latent(text)
-        for line in described(self.chat, name, latent):
+        for line in described(self.chat, *self.latent(text)):
             self.line(printable(line))
 
     def search(self, text: str) -> None:
         require(bool(text), "say what to look for: /search docstring")
-        several = len(self.chat.notes) > 1
         for name, notes in self.chat.notes.items():
             for latent in notes.search(text):
-                self.line(named(name if several else None, latent, notes.labels.get(latent, "")))
+                found = self.chat.feature(name, latent)
+                self.line(named(found.hookpoint, latent, found.label))
         if not any(notes.labels for notes in self.chat.notes.values()):
             self.line("(no labels: python -m scripts.sae_viz --all_features makes some)")
 
     # keeping
 
     def save(self, text: str) -> None:
-        require(bool(text), "give the file to save to: /save talk.json")
         from sae.files import write_json
 
+        require(bool(text), "give the file to save to: /save talk.json")
         write_json({"model": self.chat.lm.name, "saes": list(self.chat.notes), "answers": self.kept}, Path(text))
         self.line(f"{len(self.kept)} answers saved to {text}")
 
@@ -319,16 +312,10 @@ class Terminal:
         self.new("")
         for one in answers or ():
             ask = from_json(one.get("ask"))
-            self.line(
-                f"> {printable(ask.messages[-1]['content'])}" + (f"   [{' '.join(ask.steer)}]" if ask.steer else "")
-            )
-            ids = self.show(ask)
-            self.line("(the same answer)" if ids == one.get("ids") else "(another answer than the saved one)")
-            self.messages = [
-                *map(dict, ask.messages),
-                {"role": "assistant", "content": self.chat.lm.tokenizer.decode(ids)},
-            ]
-            self.kept.append({"ask": dict(vars(ask)), "ids": ids})
+            edits = f"   [{' '.join(ask.steer)}]" if ask.steer else ""
+            self.line(f"> {printable(ask.messages[-1]['content'])}{edits}")
+            same = self.answer(ask) == one.get("ids")
+            self.line("(the same answer)" if same else "(another answer than the saved one)")
 
 
 def from_json(value: Any) -> Ask:
@@ -339,12 +326,11 @@ def from_json(value: Any) -> Ask:
 
 def described(chat: Conversation, name: str, latent: int) -> list[str]:
     """What is known of a feature, in a few lines."""
-    record, sae = chat.notes[name].record(latent), chat.live.saes[name] if chat.live else None
-    assert sae is not None
+    record = chat.notes[name].record(latent)
     lines = [f"feature {latent} of {name}: {record.get('label') or 'no label'}"]
     if record:
         lines.append(f"  active on {100 * record['density']:.3g}% of tokens, at most {record['max_activation']:.4g}")
-    for what, tokens in zip(("promotes", "suppresses"), chat.tokens_of(sae.W_dec[latent].detach()), strict=True):
+    for what, tokens in zip(("promotes", "suppresses"), chat.tokens_of(name, latent), strict=True):
         lines += [f"  {what:10} " + "  ".join(map(repr, tokens))] if tokens else []
     for context in record.get("contexts", [])[:3]:
         tokens = [f"[{t}]" if v > 0 else t for t, v in zip(context["tokens"], context["values"], strict=True)]
@@ -354,16 +340,14 @@ def described(chat: Conversation, name: str, latent: int) -> list[str]:
 
 def main(argv: list[str]) -> None:
     c = from_cli(ChatConfig, argv, prog="python -m scripts.chat", description=__doc__)
+    if c.web:
+        from sae.chat.server import serve
     chat = open_conversation(c)
     if c.prompt is not None:
         answer_once(c, chat)
     elif c.web:
-        start = question(c, [{"role": "user", "content": ""}])
         log.say(f"{chat.lm.name}, {', '.join(chat.notes) or 'no SAE'}")
-        serve(
-            chat, {name: notes.folder for name, notes in chat.notes.items()}, start, host=c.host, port=c.port,
-            max_waiting=c.max_waiting, most_tokens=max(1024, c.max_new_tokens), say=log.say,
-        )  # fmt: skip
+        serve(chat, question(c, user("")), host=c.host, port=c.port, max_waiting=c.max_waiting)
     else:
         with contextlib.suppress(ImportError):
             importlib.import_module("readline")  # input() then has a history

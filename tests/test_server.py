@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_server.py      (screenshots land in test_output
 import asyncio
 import contextlib
 import http.client
+import importlib
 import json
 import shutil
 import socket
@@ -20,12 +21,13 @@ from urllib.parse import quote
 import pytest
 import torch
 from playwright.sync_api import expect, sync_playwright
+from starlette.exceptions import HTTPException
 
 from benchmarks.bench_server import ask, memory_mb, question, server, storm
 from model import GPT, GPTConfig, save_atomic
 from sae.chat import server as page_server
 from sae.chat.conversation import Ask
-from sae.chat.server import Job, Refused, Writer, hosts_of, serve
+from sae.chat.server import Job, Writer, hosts_of, serve
 from sae.config import SAEConfig, UserError
 from sae.formats.store import save_sae
 from sae.models import create_sae
@@ -536,9 +538,9 @@ def test_the_writer_is_bounded_and_outlives_errors():
     jobs = [Job(numbers("x", 1, []), got.append) for _ in range(page_server.AT_ONCE + 2)]
     for job in jobs:
         writer.add(job)
-    with pytest.raises(Refused, match="too many answers are waiting") as refused:
+    with pytest.raises(HTTPException, match="too many answers are waiting") as refused:
         writer.add(jobs[0])
-    assert refused.value.status == 503
+    assert refused.value.status_code == 503
     jobs[0].left = True
     writer.add(Job(breaks(), got.append))
     jobs[1].left = jobs[2].left = True
@@ -572,17 +574,17 @@ def test_a_body_that_never_comes(monkeypatch):
             yield b""
 
     monkeypatch.setattr(page_server, "BODY_SECONDS", 0.05)
-    with pytest.raises(Refused, match="took longer") as refused, ThreadPoolExecutor() as pool:
+    with pytest.raises(HTTPException, match="took longer") as refused, ThreadPoolExecutor() as pool:
         # Playwright has a loop of its own in this thread
         pool.submit(lambda: asyncio.run(page_server.read_json(Slow()))).result()
-    assert refused.value.status == 408
+    assert refused.value.status_code == 408
 
 
 def test_what_cannot_be_served_is_said(monkeypatch):
     start = Ask(({"role": "user", "content": "x"},))
-    go = lambda port: serve(None, {}, start, host="127.0.0.1", port=port, max_waiting=1, say=print)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="cannot listen"):
-        go(taken.getsockname()[1])
+        serve(None, start, host="127.0.0.1", port=taken.getsockname()[1], max_waiting=1)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "sae.chat.server")
     with pytest.raises(UserError, match=r"pip install 'nanosae\[web\]'"):
-        go(0)
+        importlib.import_module("sae.chat.server")

@@ -1,7 +1,7 @@
-"""Talk with a model and see which features were active on every token: what the terminal and the page both show.
+"""Conversations: answers token by token, the features active on each, and why a token was likely. Prints nothing.
 
-A question holds all it depends on (messages, edits, seed, ...), so the same question gets the same answer, and several
-can be answered in turn, a token of each at a time. Prints nothing.
+A question holds all that its answer depends on (messages, edits, seed, ...), so the same question gets the same answer,
+and several can be answered in turn, one token of each at a time.
 
 Letters: T positions, D width, F latents, V vocabulary.
 """
@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,13 @@ from sae.runtime import InterpretableModel, Track
 
 
 class Notes:
-    """What a folder's features.jsonl says of an SAE's latents: labels and largest activations at hand, the rest when
-    asked for.
-
-    Without such a file nothing is known. Raises UserError for a damaged one.
+    """What a folder's features.jsonl says of an SAE's latents. Labels and largest activations stay in memory, the rest
+    is read when asked for. Without such a file nothing is known. Raises UserError for a damaged one.
     """
 
     def __init__(self, folder: Path, n_latents: int):
         self.folder, self.path = folder, folder / "features.jsonl"
-        self._at: dict[int, int] = {}
+        self._at: dict[int, int] = {}  # where the line of each latent begins
         self.labels: dict[int, str] = {}
         self.largest = torch.full((n_latents,), math.nan)
         if not self.path.is_file():
@@ -53,7 +51,7 @@ class Notes:
                 self.largest[latent] = record.get("max_activation") or math.nan
 
     def record(self, latent: int) -> dict[str, Any]:
-        """All that the file says of a latent; {} where it says nothing."""
+        """All that the file says of a latent; {} if it says nothing."""
         if latent not in self._at:
             return {}
         with self.path.open("rb") as f:
@@ -87,12 +85,20 @@ class Conversation:
         largest = {name: note.largest for name, note in notes.items() if note.largest.isfinite().any()}
         self.live = InterpretableModel(lm, saes, max_activations=largest) if saes else None
 
-    def label(self, name: str, latent: int) -> str:
-        return self.notes[name].labels.get(latent, "")
+    def watched(self, purpose: str) -> InterpretableModel:
+        """The model with its SAEs. Raises UserError if there are none to serve this purpose."""
+        if self.live is None:
+            raise UserError(f"there is no SAE to {purpose} with; give --sae_path")
+        return self.live
 
-    def tokens_of(self, direction: Tensor, n: int = 8) -> tuple[list[str], list[str]]:
-        """The tokens whose logits a direction (D,) raises and lowers most; none where it has no way there."""
-        moved = self.lm.logit_effects(direction[None])
+    def feature(self, name: str, latent: int, activation: float = 0.0) -> Feature:
+        """A latent of the SAE `name`, with its label; it says which SAE if there are several."""
+        label = self.notes[name].labels.get(latent, "")
+        return Feature(latent, activation, label, name if len(self.notes) > 1 else None)
+
+    def tokens_of(self, name: str, latent: int, n: int = 8) -> tuple[list[str], list[str]]:
+        """The tokens whose logits a latent's direction raises and lowers most; none if it does not reach the logits."""
+        moved = self.lm.logit_effects(self.watched("look").saes[name].W_dec[[latent]].detach())
         if moved is None:
             return [], []
         order = moved[0, : self.lm.tokenizer.vocab_size].argsort(descending=True).tolist()
@@ -113,45 +119,39 @@ class Conversation:
         return ids
 
     def stream(self, ask: Ask) -> Iterator[Token]:
-        """The prompt's tokens and then the answer's, each when its features are known: that is one forward later.
+        """The prompt's tokens and then the answer's, each when its features are known: one forward later.
 
         Between tokens the model is as it was, so several streams can be read in turn. Ends at a special token, which
         is not shown, and where a stop condition holds.
         """
-        ids = self.ids_of(ask)
-        prompt = torch.tensor([ids], device=self.lm.device)
-        watched = self.live is not None and ask.sae
-        require(watched or not (ask.steer or ask.stop), "there is no SAE to steer with; give --sae_path")
-        track = self.live.tracker(top_k=ask.top_features) if watched and self.live else None
-        steering = self.live.steering(*ask.steer, stop=ask.stop) if watched and self.live else None
-        tokens = self.lm.generate(
-            prompt, ask.max_new_tokens + 1, temperature=ask.temperature, top_k=ask.top_k,
-            generator=torch.Generator(self.lm.device).manual_seed(ask.seed),
-        )  # fmt: skip
-        newest: int | None = None
-        for _ in range(ask.max_new_tokens + 1):
-            with self.live.active(track, steering) if track and steering and self.live else nullcontext():
-                token = next(tokens)
-            if newest is None:
-                yield from self._tokens(ids[-self.lm.max_len :], track, prompt=True)
-            else:
-                yield from self._tokens([newest], track, prompt=False)
-            if steering is not None and steering.stopped is not None and bool(steering.stopped):
+        ids, track, steering = self.ids_of(ask), None, None
+        if ask.steer or ask.stop or (ask.sae and self.live is not None):
+            live = self.watched("steer")
+            track, steering = live.track(top_k=ask.top_features), live.steer(*ask.steer, stop=ask.stop)
+        g = torch.Generator(self.lm.device).manual_seed(ask.seed)
+        options: dict[str, Any] = {"temperature": ask.temperature, "top_k": ask.top_k, "generator": g}
+        prompt, n = torch.tensor([ids], device=self.lm.device), ask.max_new_tokens + 1
+        tokens, read, in_prompt = self.lm.generate(prompt, n, **options), ids[-self.lm.max_len :], True
+        for _ in range(n):
+            with ExitStack() as blocks:
+                for block in (track, steering):
+                    if block is not None:
+                        blocks.enter_context(block)
+                newest = int(next(tokens))
+            yield from self._tokens(read, track, prompt=in_prompt)
+            stopped = steering is not None and steering.stopped is not None and bool(steering.stopped)
+            if stopped or newest in self.lm.tokenizer.special_ids:
                 return
-            newest = int(token)
-            if newest in self.lm.tokenizer.special_ids:
-                return
+            read, in_prompt = [newest], False
 
     def _tokens(self, ids: Sequence[int], track: Track | None, *, prompt: bool) -> Iterator[Token]:
-        """The newest tokens that were read, with the features that track holds of them."""
+        """The tokens that were read last, with the features that track holds of them."""
         features: list[list[Feature]] = [[] for _ in ids]
         for name in track.names if track is not None else ():
             assert track is not None
             indices, values = (y[0, -len(ids) :].tolist() for y in track.features(name, last=not prompt))
-            several = name if len(track.names) > 1 else None
-            for here, row in enumerate(zip(indices, values, strict=True)):
-                active = [(i, v) for i, v in zip(*row, strict=True) if v != 0]
-                features[here] += [Feature(i, v, self.label(name, i), several) for i, v in active]
+            for found, *row in zip(features, indices, values, strict=True):
+                found += [self.feature(name, i, v) for i, v in zip(*row, strict=True) if v != 0]
         text = self.lm.tokenizer.token_str
         yield from (Token(i, text(i), found, prompt) for i, found in zip(ids, features, strict=True))
 
@@ -161,65 +161,54 @@ class Conversation:
     def explain(
         self, ask: Ask, token: str | int, answer: Sequence[int] = (), *, place: int | None = None
     ) -> dict[str, Any]:
-        """Direct logit attribution: what the features active at one place add to a token's logit, on the straight way
+        """Direct logit attribution: what each feature active at one place adds to a token's logit on the direct path
         through the final norm (its scale taken as it is) and the unembedding. Logits count from their mean over V.
 
-        token: its id, or text, of several tokens the first. place: in the answer; else where it first has the token, or
-        its beginning. effects and `rest` (all else: what later layers make of features, the error, the
-        embeddings) add up to `logit`.
+        token: its id, or text, of which the first token counts. place: in the answer; default: where the answer first
+        has the token, or its beginning. The effects and `rest` add up to `logit`; `rest` is all else: what later layers
+        make of features, the error, the embeddings.
         """
-        require(self.live is not None and ask.sae, "there is no SAE to explain with; give --sae_path")
-        assert self.live is not None
+        require(ask.sae, "there is no SAE to explain with; give --sae_path")
         encoded = [token] if isinstance(token, int) else self.lm.tokenizer.encode(token)
         require(bool(encoded), "the token to explain is empty; write its text")
         wanted, ids = encoded[0], self.ids_of(ask)
-        text, note = self.lm.tokenizer.token_str(wanted), ""
-        if place is None and len(encoded) > 1:
-            note = f"{token!r} is several tokens; this is about the first of them, {text!r}. "
-        if place is None and wanted not in answer:
-            note += f"{text!r} is not in the answer; this is about how near it was to being its first token."
+        text, note = self.lm.tokenizer.token_str(wanted), []
         if place is None:
+            if len(encoded) > 1:
+                note.append(f"{token!r} is several tokens; this is about the first of them, {text!r}.")
+            if wanted not in answer:
+                note.append(f"{text!r} is not in the answer; this is about how near it was to being its first token.")
             place = list(answer).index(wanted) if wanted in answer else 0
         window = torch.tensor([[*ids, *answer[:place]][-self.lm.max_len :]], device=self.lm.device)
         logits, effects = self._effects(ask, window, wanted)
-        logit = float(logits[wanted] - logits.mean())
+        logit, chance = float(logits[wanted] - logits.mean()), float(logits.softmax(-1)[wanted])
         effects.sort(key=lambda e: -abs(e["effect"]))
-        return {
-            "token": text, "id": wanted, "position": place, "note": note.strip(), "logit": logit,
-            "probability": float(logits.softmax(-1)[wanted]), "features": effects,
-            "rest": logit - sum(e["effect"] for e in effects),
-        }  # fmt: skip
+        rest = logit - sum(e["effect"] for e in effects)
+        about = {"token": text, "id": wanted, "position": place, "note": " ".join(note)}
+        return {**about, "logit": logit, "probability": chance, "features": effects, "rest": rest}
 
     @torch.no_grad()
     def _effects(self, ask: Ask, window: Tensor, wanted: int) -> tuple[Tensor, list[dict[str, Any]]]:
-        """The logits (V,) of what follows, and of each feature active at the last place what it adds to one of them."""
-        assert self.live is not None
-        lm, live = self.lm, self.live
-        norm = lm.final_norm
+        """The logits (V,) after the last place, and what each feature active there adds to the wanted one."""
+        lm, live = self.lm, self.watched("explain")
+        norm = hooks.input_of(lm.final_norm) if lm.final_norm else None
         places = {name: live.places(name)[1] for name in live.saes}
-        with (
-            live.track(top_k=1000) as seen,
-            live.steer(*ask.steer),
-            hooks.capture(lm.module, [*places.values(), *([f"{norm}@in"] if norm else [])]) as held,
-        ):
+        wants = [*places.values(), *filter(None, [norm])]
+        with live.track(top_k=1000) as seen, live.steer(*ask.steer), hooks.capture(lm.module, wants) as held:
             logits = lm.logits(window, torch.ones_like(window, dtype=torch.bool))
         assert logits is not None
-        scale = lm.norm_scale(held[f"{norm}@in"][0, -1]) if norm else 1.0
+        scale = lm.norm_scale(held[norm][0, -1]) if norm else 1.0
         effects = []
         for name, sae in live.saes.items():
-            found = seen.features(name, last=True)
-            active = found.values[0, 0] != 0
-            indices, values = found.indices[0, 0][active], found.values[0, 0][active]
+            indices, values = (y[0, 0] for y in seen.features(name, last=True))
+            indices, values = indices[values != 0], values[values != 0]
             moved = lm.logit_effects(sae.W_dec[indices])
             if moved is None:
-                raise UserError(
-                    f"'{name}' is not as wide as the model's stream, so nothing leads straight to the logits"
-                )
+                raise UserError(f"'{name}' is not as wide as the model's stream, so no direct path leads to the logits")
             unit = sae.unit(held[places[name]][0, -1:])
             by = values * (moved[:, wanted] - moved.mean(1)) / scale * (1.0 if unit is None else unit[0])
-            several = {"hookpoint": name} if len(live.saes) > 1 else {}
             effects += [
-                {"latent": i, "activation": v, "effect": e, "label": self.label(name, i), **several}
+                {**self.feature(name, i, v).to_dict(), "effect": e}
                 for i, v, e in zip(indices.tolist(), values.tolist(), by.tolist(), strict=True)
             ]
         return logits[0, -1].float(), effects

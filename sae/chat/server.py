@@ -1,61 +1,66 @@
 """The chat page: a small server for browsers on this machine, and the one thread in which the model writes.
 
-All answers are written in turn, a token of each at a time, so a long one or a slow reader holds up no other. An answer
-nobody waits for any more is dropped. The page itself is chat.html, chat.css and chat.js; nothing comes from elsewhere.
+All answers are written in turn, one token of each at a time, so a long answer or a slow reader delays no other. An
+answer whose client has left is dropped. The page is chat.html, chat.css and chat.js; nothing comes from elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
 import json
-import math
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sae import log
+from sae.chat.conversation import Conversation
 from sae.chat.messages import Ask
 from sae.config import UserError, build, require
+from sae.files import without_nan
 
-if TYPE_CHECKING:
-    from sae.chat.conversation import Conversation
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+    from starlette.responses import FileResponse, JSONResponse, StreamingResponse
+    from starlette.routing import Mount, Route
+    from starlette.staticfiles import StaticFiles
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError as e:
+    raise UserError("the page needs a small web server; run: pip install 'nanosae[web]'") from e
 
 MAX_BODY = 256 * 1024  # bytes of a request
-BODY_SECONDS = 10  # that a request may take to arrive, its head and then its body
-AT_ONCE = 8  # answers that are being written, a token of each in turn; the others wait
-PAGES = {
-    "/": ("chat.html", "text/html"), "/chat.css": ("chat.css", "text/css"), "/chat.js": ("chat.js", "text/javascript"),
-}  # fmt: skip
+BODY_SECONDS = 10  # for the head of a request to arrive, and again for its body
+AT_ONCE = 8  # answers that are written at the same time, in turn; the others wait
+PAGES = {"/": "chat.html", "/chat.css": "chat.css", "/chat.js": "chat.js"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
-    "Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
-    "X-Frame-Options": "DENY", "Cache-Control": "no-store",
-}  # fmt: skip
-
-
-class Refused(Exception):
-    """A request that is not served: a status and one sentence."""
-
-    def __init__(self, status: int, why: str):
-        super().__init__(why)
-        self.status = status
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Frame-Options": "DENY",
+    "Cache-Control": "no-store",
+}
+Event = dict[str, Any]  # what the page gets, a json object a line; the last one of a job has `end` or `error`
 
 
 @dataclass
 class Job:
-    """Work for the model: events (dicts) that go to `put` one by one, the last of which has `end` or `error`."""
+    """Work for the model: its events go to `put` one by one."""
 
-    events: Iterator[dict[str, Any]]
-    put: Callable[[dict[str, Any]], object]
+    events: Iterator[Event]
+    put: Callable[[Event], object]
     left: bool = False  # nobody waits for it any more
     brief: bool = False  # a single event: it goes before all answers
 
@@ -75,10 +80,10 @@ class Writer:
         return thread
 
     def add(self, job: Job) -> None:
-        """Raises Refused where too many wait already."""
+        """Raises a 503 if too many jobs wait already."""
         with self.wake:
             if sum(not j.left for j in self.jobs) >= AT_ONCE + self.max_waiting:
-                raise Refused(503, "too many answers are waiting to be written; try again in a moment")
+                raise HTTPException(503, "too many answers are waiting to be written; try again in a moment")
             (self.jobs.appendleft if job.brief else self.jobs.append)(job)
             self.wake.notify()
 
@@ -91,39 +96,37 @@ class Writer:
         active: deque[Job] = deque()
         while True:
             with self.wake:
-                while not (self.closed or active or self.jobs):
-                    self.wake.wait()
+                self.wake.wait_for(lambda: self.closed or active or self.jobs)
                 if self.closed:
                     return
                 while self.jobs and (self.jobs[0].brief or len(active) < AT_ONCE):
                     job = self.jobs.popleft()
                     (active.appendleft if job.brief else active.append)(job)
             job = active.popleft()
-            if self._step(job):
-                active.append(job)
+            if not job.left and (event := _next_event(job.events)) is not None:
+                job.put(event)
+                if not _is_last(event):
+                    active.append(job)
 
-    @staticmethod
-    def _step(job: Job) -> bool:
-        """Hand over a job's next event; whether there are more."""
-        if job.left:
-            return False
-        try:
-            event = next(job.events)
-        except StopIteration:
-            return False
-        except UserError as e:
-            event = {"error": str(e)}
-        except Exception as e:  # noqa: BLE001  one broken answer must not end all the others
-            event = {"error": f"the model failed ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})"}
-        job.put(event)
-        return not {"error", "end"} & event.keys()
+
+def _next_event(events: Iterator[Event]) -> Event | None:
+    try:
+        return next(events, None)
+    except UserError as e:
+        return {"error": str(e)}
+    except Exception as e:  # noqa: BLE001  one broken answer must not end all the others
+        return {"error": f"the model failed ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})"}
+
+
+def _is_last(event: Event) -> bool:
+    return bool({"error", "end"} & event.keys())
 
 
 # --------------------------------------------------------------------------------------------------
 # what the model is asked
 
 
-def answer(chat: Conversation, ask: Ask) -> Iterator[dict[str, Any]]:
+def answer(chat: Conversation, ask: Ask) -> Iterator[Event]:
     """The events of an answer: the prompt, every token, the end with the whole text."""
     prompt: list[dict[str, Any]] = []
     ids: list[int] = []
@@ -138,50 +141,49 @@ def answer(chat: Conversation, ask: Ask) -> Iterator[dict[str, Any]]:
     yield {"end": "length" if len(ids) == ask.max_new_tokens else "done", "text": chat.lm.tokenizer.decode(ids)}
 
 
-def explanation(chat: Conversation, ask: Ask, token: int, ids: list[int]) -> Iterator[dict[str, Any]]:
+def explanation(chat: Conversation, ask: Ask, token: int, ids: list[int]) -> Iterator[Event]:
     """Why the last of the answer's ids is this token."""
     yield {"end": "done", **chat.explain(ask, token, ids, place=max(0, len(ids) - 1))}
 
 
-def feature(chat: Conversation, name: str, latent: int) -> Iterator[dict[str, Any]]:
-    """What is known of a latent: its record, and the tokens its direction leads to."""
-    assert chat.live is not None
-    sae = chat.live.saes[chat.live.name_of(name, latent)]
+def feature(chat: Conversation, name: str, latent: int) -> Iterator[Event]:
+    """What is known of a latent: its record, and the tokens whose logits its direction moves most."""
     record = chat.notes[name].record(latent)
-    ends = dict(zip(("promoted", "suppressed"), chat.tokens_of(sae.W_dec[latent].detach()), strict=True))
+    ends = dict(zip(("promoted", "suppressed"), chat.tokens_of(name, latent), strict=True))
     ends = {key: record.get(key) or tokens for key, tokens in ends.items()}
     yield {"end": "done", **record, **ends, "latent": latent, "sae": name}
 
 
-def about(chat: Conversation, folders: Mapping[str, Path], most_tokens: int, start: Ask) -> dict[str, Any]:
+def about(chat: Conversation, most_tokens: int, start: Ask) -> dict[str, Any]:
     """What the page must know to begin."""
     saes = [
         {
-            "name": name, "n_latents": len(notes.largest), "labels": bool(notes.labels),
+            "name": name,
+            "n_latents": len(notes.largest),
+            "labels": bool(notes.labels),
             "largest": [float(f"{x:.3g}") for x in notes.largest.tolist()] if notes.path.is_file() else None,
-            "pages": f"/dashboards/{i}/index.html" if (folders[name] / "index.html").is_file() else None,
+            "pages": f"/dashboards/{i}/index.html" if (notes.folder / "index.html").is_file() else None,
         }
         for i, (name, notes) in enumerate(chat.notes.items())
-    ]  # fmt: skip
+    ]
     kept = {k: v for k, v in vars(start).items() if k != "messages"}
     return {"model": chat.lm.name, "saes": saes, "max_new_tokens": most_tokens, "settings": kept}
 
 
 # --------------------------------------------------------------------------------------------------
-# requests
+# requests and responses
 
 
 def check_origin(headers: Mapping[str, str], hosts: Callable[[str], bool]) -> None:
-    """Only pages of this server may talk to it: a foreign one could be open in the same browser, or have a name that
-    was made to point here. Raises Refused."""
-    host = headers.get("host", "")
+    """Only pages of this server may talk to it: a foreign page could be open in the same browser, or have a name that
+    was made to point here. Raises HTTPException."""
+    host, origin = headers.get("host", ""), headers.get("origin")
     if not hosts(host):
-        raise Refused(421, f"this server does not go by '{host[:100]}'; open the address that it printed")
-    origin = headers.get("origin")
+        raise HTTPException(421, f"this server does not go by '{host[:100]}'; open the address that it printed")
     if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
-        raise Refused(403, f"pages of '{origin[:100]}' may not talk to this server")
+        raise HTTPException(403, f"pages of '{origin[:100]}' may not talk to this server")
     if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-        raise Refused(403, "pages of other servers may not talk to this one")
+        raise HTTPException(403, "pages of other servers may not talk to this one")
 
 
 def hosts_of(host: str, port: int) -> Callable[[str], bool]:
@@ -190,12 +192,8 @@ def hosts_of(host: str, port: int) -> Callable[[str], bool]:
 
     def known(header: str) -> bool:
         name, _, number = header.lower().rpartition(":")
-        if not name or number != str(port):
-            return False
-        if name in names:
-            return True
-        if host not in ("0.0.0.0", "::"):
-            return False
+        if number != str(port) or name in names or host not in ("0.0.0.0", "::"):
+            return number == str(port) and name in names
         try:  # listening everywhere: by any address, but not by any name
             return bool(ipaddress.ip_address(name.strip("[]")))
         except ValueError:
@@ -204,79 +202,59 @@ def hosts_of(host: str, port: int) -> Callable[[str], bool]:
     return known
 
 
-async def read_json(request: Any) -> Any:
-    """A request's body. Raises Refused."""
+async def read_json(request: Request) -> Any:
+    """A request's body. Raises HTTPException."""
     if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-        raise Refused(415, "content-type application/json was wanted")
-    too_much = Refused(413, f"a request may have {MAX_BODY:,} bytes")
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > MAX_BODY:
-        raise too_much
+        raise HTTPException(415, "content-type application/json was wanted")
     try:
-        body = await asyncio.wait_for(_body(request, too_much), BODY_SECONDS)
+        return json.loads(await asyncio.wait_for(_body(request), BODY_SECONDS))
     except asyncio.TimeoutError as e:  # not TimeoutError in Python 3.10
-        raise Refused(408, f"the request took longer than {BODY_SECONDS} s to arrive") from e
-    try:
-        return json.loads(body)
+        raise HTTPException(408, f"the request took longer than {BODY_SECONDS} s to arrive") from e
     except (ValueError, RecursionError) as e:
-        raise Refused(400, "the request is not valid json") from e
+        raise HTTPException(400, "the request is not valid json") from e
 
 
-async def _body(request: Any, too_much: Refused) -> bytes:
+async def _body(request: Request) -> bytes:
     body = b""
     async for part in request.stream():
         body += part
         if len(body) > MAX_BODY:
-            raise too_much
+            raise HTTPException(413, f"a request may have {MAX_BODY:,} bytes")
     return body
 
 
-class Events:
-    """A response that hands on a job's events, a json object a line, and lets the job go when the client has gone."""
+class Events(StreamingResponse):
+    """A job's events, a json object a line. When the client leaves, so does the job."""
 
-    def __init__(self, writer: Writer, events: Iterator[dict[str, Any]], *, brief: bool = False):
-        self.queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()  # an answer has a largest length, and so has this
+    def __init__(self, writer: Writer, events: Iterator[Event], *, brief: bool = False):
+        queue: asyncio.Queue[Event] = asyncio.Queue()  # bounded, as an answer is
         loop = asyncio.get_running_loop()
-        self.job = Job(events, lambda event: loop.call_soon_threadsafe(self.queue.put_nowait, event), brief=brief)
+        self.job = Job(events, lambda event: loop.call_soon_threadsafe(queue.put_nowait, event), brief=brief)
         writer.add(self.job)
-
-    async def __call__(self, _: Any, receive: Any, send: Any) -> None:
-        tasks = [asyncio.create_task(self._send(send)), asyncio.create_task(self._gone(receive))]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self.job.left = True
-            for task in tasks:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, OSError):
-                    await task
-
-    async def _send(self, send: Any) -> None:
-        headers = [(k.lower().encode(), v.encode()) for k, v in HEADERS.items()]
-        headers.append((b"content-type", b"application/x-ndjson"))
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        done = False
-        while not done:
-            events = [await self.queue.get()]
-            while not self.queue.empty():
-                events.append(self.queue.get_nowait())
-            done = bool({"error", "end"} & events[-1].keys())
-            body = "".join(json.dumps(clean(event), allow_nan=False) + "\n" for event in events).encode()
-            await send({"type": "http.response.body", "body": body, "more_body": not done})
+        super().__init__(self._lines(queue), headers=HEADERS, media_type="application/x-ndjson")
 
     @staticmethod
-    async def _gone(receive: Any) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    async def _lines(queue: asyncio.Queue[Event]) -> AsyncIterator[str]:
+        event: Event = {}
+        while not _is_last(event):
+            event = await queue.get()
+            yield json.dumps(without_nan(event), allow_nan=False) + "\n"
+
+    async def __call__(self, *asgi: Any) -> None:
+        try:
+            await super().__call__(*asgi)
+        finally:
+            self.job.left = True
 
 
-def clean(value: Any) -> Any:
-    """NaN and infinity, which json does not know, become null."""
-    if isinstance(value, dict):
-        return {k: clean(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [clean(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def as_json(value: Any, status: int = 200, **headers: str) -> JSONResponse:
+    return JSONResponse(without_nan(value), status_code=status, headers={**HEADERS, **headers})
+
+
+def refusal(_: Any, e: Exception) -> JSONResponse:
+    """An error as the page gets it: a status and one sentence."""
+    status, why = (e.status_code, e.detail) if isinstance(e, HTTPException) else (400, str(e))
+    return as_json({"error": why}, status, **({"Retry-After": "2"} if status == 503 else {}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,76 +262,56 @@ def clean(value: Any) -> Any:
 
 
 class App:
-    """The ASGI application. folders: where each SAE's notes and pages lie; start: the settings a page begins with."""
+    """The ASGI application. start: the settings a page begins with; hosts: which Host headers mean this server."""
 
-    def __init__(
-        self, chat: Conversation, folders: Mapping[str, Path], start: Ask, writer: Writer,
-        hosts: Callable[[str], bool], most_tokens: int,
-    ):  # fmt: skip
-        from starlette.applications import Starlette
-        from starlette.exceptions import HTTPException
-        from starlette.routing import Mount, Route
-        from starlette.staticfiles import StaticFiles
-
-        self.chat, self.folders, self.start, self.writer = chat, folders, start, writer
-        self.hosts, self.most_tokens = hosts, most_tokens
-        self.begins = clean(about(chat, folders, most_tokens, start))
+    def __init__(self, chat: Conversation, start: Ask, writer: Writer, hosts: Callable[[str], bool]):
+        self.chat, self.writer, self.hosts = chat, writer, hosts
+        self.most_tokens = max(1024, start.max_new_tokens)
+        begins = about(chat, self.most_tokens, start)
         routes: list[Any] = [Route(path, self.page) for path in PAGES]
-        routes += [Route("/api/about", self.about), Route("/api/search", self.search)]
-        routes += [Route("/api/feature", self.feature), Route("/api/talk", self.talk, methods=["POST"])]
-        routes += [Route("/api/explain", self.explain, methods=["POST"])]
-        for i, folder in enumerate(folders.values()):
-            if (folder / "index.html").is_file():  # they have a policy of their own
-                routes.append(Mount(f"/dashboards/{i}", StaticFiles(directory=folder)))
-        handlers: dict[Any, Any] = {
-            Refused: lambda _, e: refusal(e.status, str(e)), UserError: lambda _, e: refusal(400, str(e)),
-            HTTPException: lambda _, e: refusal(e.status_code, str(e.detail)),
-        }  # fmt: skip
-        self.inner = Starlette(routes=routes, exception_handlers=handlers)
+        routes += [Route("/api/about", lambda _: as_json(begins))]
+        routes += [Route("/api/search", self.search), Route("/api/feature", self.feature)]
+        routes += [Route(f"/api/{f.__name__}", f, methods=["POST"]) for f in (self.talk, self.explain)]
+        for i, notes in enumerate(chat.notes.values()):
+            if (notes.folder / "index.html").is_file():  # these pages have a policy of their own
+                routes.append(Mount(f"/dashboards/{i}", StaticFiles(directory=notes.folder)))
+        self.inner = Starlette(routes=routes, exception_handlers={HTTPException: refusal, UserError: refusal})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return
         try:
             check_origin({k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}, self.hosts)
-        except Refused as e:
-            await refusal(e.status, str(e))(scope, receive, send)
+        except HTTPException as e:
+            await refusal(None, e)(scope, receive, send)
             return
         await self.inner(scope, receive, send)
 
-    async def page(self, request: Any) -> Any:
-        from starlette.responses import FileResponse
+    async def page(self, request: Request) -> FileResponse:
+        return FileResponse(Path(__file__).with_name(PAGES[request.url.path]), headers=HEADERS)
 
-        name, kind = PAGES[request.url.path]
-        return FileResponse(Path(__file__).with_name(name), media_type=kind, headers=HEADERS)
-
-    async def about(self, _: Any) -> Any:
-        return as_json(self.begins)
-
-    async def talk(self, request: Any) -> Any:
+    async def talk(self, request: Request) -> Events:
         ask = self._question(await read_json(request))
         if self.chat.live is not None:
-            self.chat.live.steering(*ask.steer, stop=ask.stop)  # raises for an edit that cannot be
+            self.chat.live.steer(*ask.steer, stop=ask.stop)  # raises UserError for an impossible edit
         return Events(self.writer, answer(self.chat, ask))
 
-    async def explain(self, request: Any) -> Any:
+    async def explain(self, request: Request) -> Events:
         value = await read_json(request)
         value = value if isinstance(value, dict) else {}
         token, ids = value.get("token"), value.get("ids")
         if type(token) is not int or not isinstance(ids, list) or len(ids) > self.most_tokens:
-            raise Refused(400, "a token's id, the answer's ids up to it and its question were wanted")
+            raise UserError("a token's id, the answer's ids up to it and its question were wanted")
         n, ask = self.chat.lm.tokenizer.vocab_size, self._question(value.get("ask"))
         require(all(type(i) is int and 0 <= i < n for i in (token, *ids)), f"a token is a number from 0 to {n - 1}")
         return Events(self.writer, explanation(self.chat, ask, token, ids), brief=True)
 
-    async def feature(self, request: Any) -> Any:
+    async def feature(self, request: Request) -> Events:
         name, latent = self._sae(request), request.query_params.get("latent", "")
         n = len(self.chat.notes[name].largest)
         good = latent.isascii() and latent.isdigit() and len(latent) < 12 and int(latent) < n
         require(good, f"latents are numbered 0 to {n - 1}")
         return Events(self.writer, feature(self.chat, name, int(latent)), brief=True)
 
-    async def search(self, request: Any) -> Any:
+    async def search(self, request: Request) -> JSONResponse:
         notes = self.chat.notes[self._sae(request)]
         found = notes.search(request.query_params.get("words", "")[:200], 50)
         return as_json([{"latent": i, "label": notes.labels.get(i, "")} for i in found])
@@ -364,68 +322,43 @@ class App:
         require(ask.max_new_tokens <= most, f"max_new_tokens={ask.max_new_tokens}; at most {most} are written here")
         return ask
 
-    def _sae(self, request: Any) -> str:
-        name = request.query_params.get("sae")
+    def _sae(self, request: Request) -> str:
+        name = request.query_params.get("sae", "")
         require(name in self.chat.notes, "no SAE of that name takes part")
         return name
 
 
-def as_json(value: Any, status: int = 200, **headers: str) -> Any:
-    from starlette.responses import JSONResponse
+class Protocol(H11Protocol):
+    """uvicorn's protocol, which would wait for ever for the rest of a request's head, with a limit on that."""
 
-    return JSONResponse(clean(value), status_code=status, headers={**HEADERS, **headers})
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(BODY_SECONDS, self._look, None)
 
-
-def refusal(status: int, why: str) -> Any:
-    return as_json({"error": why}, status, **({"Retry-After": "2"} if status == 503 else {}))
-
-
-def patient_for_a_while() -> type:
-    """uvicorn's protocol, which would wait for the rest of a request's head for ever, with an end to that."""
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class Protocol(H11Protocol):
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.loop.call_later(BODY_SECONDS, self._look, None)
-
-        def _look(self, last: Any) -> None:
-            """Close where no request has come since the last look, at which `last` was the newest."""
-            if self.cycle is last and (last is None or last.response_complete):
-                self.transport.close()
-            elif not self.transport.is_closing():
-                self.loop.call_later(BODY_SECONDS, self._look, self.cycle)
-
-    return Protocol
+    def _look(self, last: Any) -> None:
+        """Close the connection if no request has come since the last look, when `last` was the newest."""
+        if self.cycle is last and (last is None or last.response_complete):
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(BODY_SECONDS, self._look, self.cycle)
 
 
-def serve(
-    chat: Conversation, folders: Mapping[str, Path], start: Ask, *, host: str, port: int, max_waiting: int,
-    say: Callable[[str], object], most_tokens: int = 1024,
-) -> None:  # fmt: skip
-    """Listen until interrupted. say: told the address once it is open. Raises UserError where that cannot be."""
+def serve(chat: Conversation, start: Ask, *, host: str, port: int, max_waiting: int) -> None:
+    """Listen until interrupted, and say the address. Raises UserError if the address cannot be had."""
     try:
-        import starlette  # noqa: F401
-        import uvicorn
-    except ImportError as e:
-        raise UserError("the page needs a small web server; run: pip install 'nanosae[web]'") from e
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family)
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as e:
         raise UserError(f"cannot listen at {host}:{port} ({e.strerror or e}); choose another --port or --host") from e
     port = listener.getsockname()[1]
     writer = Writer(max_waiting)
     writer.start()
-    app = App(chat, folders, start, writer, hosts_of(host, port), most_tokens)
-    config = uvicorn.Config(
-        app, log_level="error", access_log=False, server_header=False, timeout_keep_alive=5, limit_concurrency=512,
-        timeout_graceful_shutdown=2, lifespan="off", http=patient_for_a_while(), ws="none",
-    )  # fmt: skip
+    app = App(chat, start, writer, hosts_of(host, port))
+    quiet: Any = {"log_level": "error", "access_log": False, "server_header": False, "lifespan": "off", "ws": "none"}
+    limits: Any = {"timeout_keep_alive": 5, "limit_concurrency": 512, "timeout_graceful_shutdown": 2}
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    say(f"open http://{shown}:{port}  (Ctrl-C ends)")
+    log.say(f"open http://{shown}:{port}  (Ctrl-C ends)")
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        uvicorn.Server(uvicorn.Config(app, http=Protocol, **quiet, **limits)).run(sockets=[listener])
     finally:
         writer.close()
         listener.close()
