@@ -1,4 +1,4 @@
-"""Put the figures of benchmarks/results/ into the documents, so that no number in them is typed by hand.
+"""Write the parts of the documents that nobody types: the figures of benchmarks/results/, all flags, the list of files.
 
     python -m benchmarks.render            rewrite the documents
     python -m benchmarks.render --check    fail if that would change one (a test runs this)
@@ -8,6 +8,7 @@ A block between `<!-- results: NAME -->` and `<!-- end -->` holds what table NAM
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import re
@@ -18,7 +19,14 @@ from sae.config import ChatConfig, CollectConfig, EvalConfig, TrainConfig, Uploa
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "SAE_README.md", "assets/pygpt/README.md")
+DOCUMENTS = ("README.md", "SAE_README.md", "CONTRIBUTING.md", "assets/pygpt/README.md")
+CORE = {  # the files of sae/ in the order to read them; CONTRIBUTING.md lists those that are there, and any other last
+    "what a run is": "flags config schedules",
+    "the idea": "hooks base models metrics optim dead learner trainer rundir evaluator",
+    "more than one": "distributed end_to_end checkpoint plan",
+    "for people": "runtime edits feature_viz plots neuronpedia log",
+    "others": "files",
+}
 
 
 def load(name: str) -> dict:
@@ -28,6 +36,37 @@ def load(name: str) -> dict:
 def machine(about: dict) -> str:
     """Where results were measured; older ones do not name their processor."""
     return f"{about['cores']} cores ({about.get('processor') or about['machine']})"
+
+
+def first_sentence(path: Path) -> str:
+    """Of a file's docstring; a command in it is left out."""
+    said = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].split())
+    return re.split(r":? python |(?<=[.]) ", said)[0].rstrip(".")
+
+
+def files() -> str:
+    """Every file of the project in reading order, in its own words: a line for each of the core and for each room."""
+    sae, lines = ROOT / "sae", ["| | | what it is |", "|---|---|---|"]
+    there = [p.stem for p in sorted(sae.glob("*.py")) if p.stem != "__init__"]
+    known = {name for names in CORE.values() for name in names.split()}
+    for group, names in CORE.items():
+        more = [name for name in there if name not in known] if group == "others" else []
+        for i, name in enumerate([*(n for n in names.split() if n in there), *more]):
+            head = f"**{group}**" if i == 0 else ""
+            lines.append(f"| {head} | `{name}.py` | {first_sentence(sae / f'{name}.py')} |")
+    rooms = sorted(p.parent for p in sae.glob("*/__init__.py"))
+    for i, room in enumerate([*rooms, ROOT / "scripts"]):
+        words = [
+            f"`{p.name}` {first_sentence(p).split(':')[0]}" for p in sorted(room.glob("*.py")) if p.stem != "__init__"
+        ]
+        words += [f"`{p.name}`" for p in sorted(room.iterdir()) if p.suffix in (".cpp", ".css", ".html", ".js")]
+        head = "**rooms**" if i == 0 else ""
+        lines.append(f"| {head} | `{room.name}/` | {first_sentence(room / '__init__.py')}. {'; '.join(words)} |")
+    gpt = "; ".join(
+        f"`{name}.py` {first_sentence(ROOT / f'{name}.py')}" for name in "model train sample tokenizer".split()
+    )
+    lines.append(f"| **the small GPT** | beside `sae/` | {gpt} |")
+    return "\n".join(lines)
 
 
 def flags(config: type) -> str:
@@ -453,6 +492,7 @@ TABLES = {
     "runtime_short": runtime_short,
     "steering": steering,
     "server": server,
+    "files": files,
     "flags": lambda: flags(TrainConfig),
     "flags_eval": lambda: flags(EvalConfig),
     "flags_viz": lambda: flags(VizConfig),

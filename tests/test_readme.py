@@ -81,6 +81,22 @@ def test_pictures_and_links_exist():
             assert target.startswith("http") or (ROOT / name).parent.joinpath(target).exists(), f"{name}: {target}"
 
 
+def test_files_and_names_in_contributing_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for name in re.findall(r"`([\w/]+\.(?:py|js|cpp|md|sh))`", text.split("<!-- end -->")[1]):
+        assert (ROOT / name).exists() or (ROOT / "sae" / name).exists(), name
+    pairs = re.findall(r"`(\w+)`(?:,? `\w+`)* in `([\w/.]+)`", text)
+    assert {name for name, _ in pairs} >= {"auxk_alpha", "COLUMNS", "PEAK_LR", "FORMAT", "page"}
+    for name, file in pairs:
+        assert name in (ROOT / "sae" / file).read_text(), f"{name} in {file}"
+
+
+def test_readme_names_rooms_only():
+    for name in ("README.md", "SAE_README.md"):
+        files = set(re.findall(r"`sae/(\w+\.py)`", (ROOT / name).read_text()))
+        assert len(files) <= 2, f"{name} lists {files}; CONTRIBUTING.md has the list"
+
+
 def test_the_shell_scripts_are_sound():
     for script in (*sorted((ROOT / "runs").glob("*.sh")), ROOT / ".ci" / "run"):
         subprocess.run(["bash", "-n", str(script)], check=True)
