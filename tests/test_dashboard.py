@@ -354,7 +354,9 @@ def test_a_killed_writer_leaves_the_old_pages_and_no_rest(tmp_path):
 
 def test_files_hold_only_ascii_json(hostile):
     _, index = hostile
-    for path in sorted((index.parent / "data").glob("*.js")):
+    files = sorted((index.parent / "data").glob("*.js"))
+    assert [p.name for p in files][-1] == "index.js" and len(files) > 1
+    for path in files:
         text = path.read_bytes().decode("ascii")
         assert json.loads(re.fullmatch(r"(?:chunk\(\d+,|index\()(.*)\)\n", text, re.DOTALL)[1])
 

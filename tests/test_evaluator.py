@@ -55,7 +55,9 @@ def test_no_metric_depends_on_the_batch_size():
     evaluator = SAEEvaluator(create_sae(SAEConfig(d_in=8, d_sae=24, k=3)))
     whole = evaluator.evaluate(x, batch_size=10_000)
     for size in (1, 64, 333):
-        for name, value in evaluator.evaluate(x, batch_size=size).items():
+        found = evaluator.evaluate(x, batch_size=size)
+        assert found.keys() == whole.keys() and "fvu" in found
+        for name, value in found.items():
             assert value == pytest.approx(whole[name], rel=1e-6), name
 
 

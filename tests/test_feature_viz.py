@@ -84,7 +84,9 @@ def test_records_equal_brute_force(lm, documents, activation, skip_first):
 def test_histogram_bins_are_where_they_say(lm, documents):
     sae, dataset = some_sae(), open_dataset(str(documents))
     rows = rows_of_text(lm, sae, dataset, 700, 32)
-    for r in collect_features(lm, sae, HOOK, dataset, **SMALL)[:20]:
+    found = collect_features(lm, sae, HOOK, dataset, **SMALL)[:20]
+    assert sum(bool(r.histogram.counts) for r in found) > 15
+    for r in found:
         own = torch.cat([f[keep, r.latent] for _, keep, f in rows]).numpy()
         if r.histogram.counts:
             assert len(r.histogram.edges) == len(r.histogram.counts) + 1
@@ -199,6 +201,7 @@ def test_shares_neighbours_and_positions(dense, lm):
     token = lm.tokenizer.token_str
     codes = torch.cat([f[keep] for _, keep, f in rows]) > 0
     starts = np.array(POSITIONS)
+    assert sum(bool(r.histogram.counts) for r in records[:40]) > 30
     for r in records[:40]:
         if not r.histogram.counts:
             assert (r.typical, r.first, r.cofiring, r.positions) == ([], [], [], [])

@@ -46,6 +46,7 @@ def imports(name: str) -> frozenset[str]:
     """The files of sae/ that one of them imports, those inside functions included."""
     found = set()
     for node in ast.walk(ast.parse(FILES[name].read_text())):
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{name} has a relative import, which hides here"
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sae":
             whole = node.module.split(".")[1:]
             for alias in node.names:
@@ -139,7 +140,9 @@ def test_only_log_prints():
 def test_scripts_import_no_script():
     for path in (ROOT / "scripts").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            assert not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scripts")), path.name
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [f"{node.module}"] if isinstance(node, ast.ImportFrom) else []
+            assert not [n for n in names if n.split(".")[0] == "scripts"], path.name
 
 
 def test_a_wheel_holds_every_file_of_sae():
