@@ -41,7 +41,7 @@ def build(name: str) -> GPT:
     return GPT(GPTConfig(block_size=256, vocab_size=50257), generator=torch.Generator().manual_seed(0)).eval()
 
 
-def an_sae(width: int, expansion: int, activation: str = "topk") -> SAE:
+def an_sae(width: int, expansion: int, activation: Any = "topk") -> SAE:
     sae = create_sae(SAEConfig(d_in=width, expansion_factor=expansion, k=32, activation=activation))
     if activation == "batchtopk":
         sae.threshold.fill_(2.0)

@@ -105,7 +105,7 @@ def find(chat: Conversation, name: str, what: str, n_tokens: int = 60_000) -> di
         "share_of_text": n_inside / n,
         "n_tokens": n,
         "largest_activation": float(largest[best]),
-        "label": chat.label(name, best),
+        "label": chat.notes[name].labels.get(best, ""),
     }
 
 
@@ -132,7 +132,7 @@ def main() -> None:
     name = next(iter(chat.notes))
     feature = find(chat, name, args.what)
     print(json.dumps(feature, indent=1))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for strength in STRENGTHS:
         edit = f"{feature['latent']}:+{strength * feature['largest_activation']:.1f}"
         steer = (edit,) if strength else ()
