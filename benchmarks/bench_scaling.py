@@ -56,8 +56,8 @@ class Case:
             self.learner.sae.b_enc[self.dead] -= 100.0
 
     def take_turn(self, auxk: bool) -> None:
-        self.learner.is_dead = lambda: self.dead & auxk  # type: ignore[method-assign]
-        self.learner.list_dead()
+        self.learner.firing.is_dead = lambda: self.dead & auxk  # type: ignore[method-assign]
+        self.learner.firing.list_()
         self.seconds[auxk] += [self.take_step() for _ in range(STEPS)][1:]
 
     def take_step(self) -> float:

@@ -1,4 +1,4 @@
-"""What all SAEs share: parameters, decoding, the loss, transcoding. Pure: forward and loss count nothing, log nothing.
+"""What all SAEs share: parameters, encoding, decoding, the loss, transcoding. Pure: nothing here counts or logs.
 
 The kinds (models.py) say how latents are chosen, and add terms of their own to the loss.
 
@@ -10,26 +10,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import fields, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sae.config import PENALISED, SAEConfig, UserError, require
-from sae.distributed import ALONE, Axis, World
+from sae.config import KINDS, SAEConfig, UserError, require
+from sae.distributed import ALONE, World, largest_of_shards
 from sae.kernels import native, selection, sparse
 from sae.kernels.sparse import Codes
-from sae.schedules import n_latents, target_l0
+from sae.schedules import n_latents
 
-Kind = TypeVar("Kind", bound="SAE")
-CAPACITY = 4  # times its fair share of the k largest latents that a shard offers at first
-SHARED = ("b_dec", "W_skip")  # of an SAE's tensors, those without an axis of latents; W_enc (D, F) has it last
+Self = TypeVar("Self", bound="SAE")
+SHARED = ("b_dec", "W_skip")  # an SAE's tensors without an axis of latents; all others have it first
 LN_EPS = 1e-5  # added to the standard deviation, as OpenAI and SAELens do
 
 
 class Output(NamedTuple):
-    """What one forward gives: the reconstruction (B, D), the codes, and what these were chosen from, where the loss
-    wants it: from kinds with a penalty the pre-activations at the same places, from multi-TopK the codes of 4k."""
+    """One forward: the reconstruction (B, D), the codes, and the codes that the loss needs beside them: the
+    pre-activations at the same places (kinds with a penalty), or the codes of 4k latents (multi-TopK)."""
 
     x_hat: Tensor
     codes: Codes
@@ -37,8 +36,8 @@ class Output(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Scalars, graph attached to `total` = reconstruction + extra + weight * sparsity + auxk_alpha * aux; error is the
-    mean of ||y - x_hat||^2, and reconstruction the same over the variance."""
+    """Scalars; `total` = reconstruction + extra + weight * sparsity (+ auxk_alpha * aux) has the graph. error is the
+    mean of ||y - x_hat||^2, reconstruction the same over the variance."""
 
     total: Tensor
     error: Tensor
@@ -48,34 +47,49 @@ class Losses(NamedTuple):
     aux: Tensor
 
 
-class Spare(NamedTuple):
-    """Copies of the weights of some latents ids (n,), leaves of the graph of AuxK, so that its gradients cost n rows
-    and not F: of the encoder (n, D) with biases (n,), and of the decoder (n, D_out). asked (n,) bool: the rest
-    fill up."""
-
-    ids: Tensor
-    asked: Tensor
-    encoder: Tensor
-    bias: Tensor
-    decoder: Tensor
-    n_all: int  # in all processes
-
-
 class SAE(nn.Module):
     """A sparse autoencoder: x_hat = f(x) @ W_dec + b_dec, with f sparse and computed from x - b_dec.
 
-    Parameters keep the community's names and shapes: W_enc (D, F), b_enc (F,), W_dec (F, D), b_dec (D,). W_enc lies
-    transposed in memory, which is the layout that both the product and the sparse backward want. A transcoder
-    computes f from x itself and predicts another activation, D_out wide; with a skip, plus x @ W_skip^T, W_skip
-    (D_out, D). Tied: W_enc is W_dec transposed.
+    Tensors have the community's names and shapes: W_enc (D, F), b_enc (F,), W_dec (F, D), b_dec (D,). The parameter
+    behind W_enc is `encoder` (F, D), the layout that both the product and the sparse backward want; state_dict speaks
+    of W_enc. A transcoder computes f from x itself and predicts another activation, D_out wide; with a skip, plus
+    x @ W_skip^T, W_skip (D_out, D). Tied: W_enc is W_dec transposed.
 
-    Of a world's processes along `latents` each holds the latents `own` and the codes of these; its reconstructions and
-    losses are of all of them. They add up gradients of b_dec; all other gradients are whole.
+    Each of a world's processes along `latents` holds the latents `own` and their codes; reconstructions and losses are
+    of all latents. The gradients of b_dec must be summed over these processes; all other gradients are whole.
+
+    Class attributes are the facts that settings and other files need of a kind. A subclass registers itself under the
+    name that --activation takes: class TopK(SAE, kind="topk").
     """
 
-    uses_auxk = True  # whether AuxK can revive its dead latents: their pre-activations must not all be below 0
-    unit_transcoder = False  # whether transcoders are better off with decoder rows of unit norm (dev/LOG.md)
-    signed = False  # whether latents are chosen by size and keep their sign
+    penalised: ClassVar[bool] = False  # sparse through a penalty; the other kinds keep k latents by selection
+    flags: ClassVar[frozenset[str]] = frozenset()  # settings that do something for this kind, and not for every kind
+    saelens: ClassVar[str | None] = None  # the architecture that SAELens opens it as; None: it has none
+    n_biases: ClassVar[int] = 1  # vectors (F,) with a gradient
+    l1_start: ClassVar[float] = 0.0  # weight of the penalty that the controller starts from
+    firings_to_die: ClassVar[int] = 16  # firings that an average latent has in the time after which one is dead
+    uses_auxk: ClassVar[bool] = True  # whether AuxK can revive a dead latent: its pre-activations must not all be < 0
+    unit_transcoder: ClassVar[bool] = False  # whether a transcoder needs decoder rows of unit norm (dev/LOG.md)
+    signed: ClassVar[bool] = False  # whether latents are chosen by size and keep their sign
+
+    def __init_subclass__(cls, *, kind: str | None = None, **options: Any):
+        super().__init_subclass__(**options)
+        if kind is not None:
+            KINDS[kind] = cls
+
+    @classmethod
+    def check(cls, c: SAEConfig) -> None:
+        """Raise UserError for settings that this kind cannot have, beside those that config.py knows."""
+
+    @classmethod
+    def needs_batch(cls, c: SAEConfig) -> bool:  # noqa: ARG003
+        """Whether training chooses or weighs latents over the whole batch, not token by token."""
+        return False
+
+    @classmethod
+    def saved_as(cls, c: SAEConfig) -> str:
+        """SAELens's name of the architecture, or our own where it has none."""
+        return cls.saelens or c.activation
 
     def __init__(self, config: SAEConfig, *, generator: torch.Generator | None = None, world: World = ALONE):
         super().__init__()
@@ -95,7 +109,7 @@ class SAE(nn.Module):
         # transcoder's decoder starts at 0, since its rows live in another space (sparsify).
         self.W_dec = nn.Parameter(torch.zeros(F, self.d_out) if config.transcode else rows)
         if not config.tied:
-            self.W_enc = nn.Parameter(rows.clone().t())
+            self.encoder = nn.Parameter(rows.clone())
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         if config.skip_connection:
             self.W_skip = nn.Parameter(torch.zeros(self.d_out, D))
@@ -109,10 +123,15 @@ class SAE(nn.Module):
     def _make_biases(self, F: int) -> None:
         self.b_enc = nn.Parameter(torch.zeros(F))
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "W_enc" and self.config.tied:  # there is no parameter of that name
-            return self.W_dec.t()
-        return super().__getattr__(name)
+    @property
+    def W_enc(self) -> Tensor:
+        """(D, F), a view of the encoder's rows."""
+        return self.encoder_rows.t()
+
+    @property
+    def encoder_rows(self) -> nn.Parameter:
+        """(F, D): the parameter that holds the encoder; W_dec when tied."""
+        return self.W_dec if self.config.tied else self.encoder
 
     @property
     def independent(self) -> bool:
@@ -151,7 +170,7 @@ class SAE(nn.Module):
     def encode_codes(self, x: Tensor) -> Codes:
         """The same as `encode` in whatever form the kind finds them: (..., D) -> Codes of all tokens."""
         flat = self._flat(x)
-        return self.codes(self._normalise(flat)[0] if self.layer_norm else flat)[0]
+        return self.codes(layer_norm(flat)[0] if self.layer_norm else flat)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Reconstruction of dense latents: (..., F) -> (..., D); with layer norm, of the normalised activation."""
@@ -159,9 +178,9 @@ class SAE(nn.Module):
 
     def decode_codes(self, codes: Codes) -> Tensor:
         """Reconstruction of codes: (B, D)."""
-        return self._times(codes, self.W_dec, self.b_dec)
+        return self.times(codes, self.W_dec, self.b_dec)
 
-    def _times(self, codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    def times(self, codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
         """(B, D): codes @ W_dec + b_dec, of one row or of one for each token, over the latents of all shards."""
         shards = self.world.latents
         if shards.size == 1:
@@ -170,35 +189,35 @@ class SAE(nn.Module):
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """(B, D) -> (B, F): the linear part of the encoder, before selection."""
-        return torch.addmm(self._encoder_bias(), self._centre(x), self.W_enc)
+        return torch.addmm(self.encoder_bias, self.centred(x), self.W_enc)
 
     def forward(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> Output:
         """Reconstruct x (B, D), or predict a transcoder's output from it.
 
-        k: latents to keep instead of config.k. whole: what `survey` said of the batch that x is a part of.
+        k: latents to keep instead of config.k. whole: the result of `survey` for the batch that x is a part of.
         """
         x = self._flat(x)
-        inner, mean, std = self._normalise(x) if self.layer_norm else (x, None, None)
+        inner, mean, std = layer_norm(x) if self.layer_norm else (x, None, None)
         codes, source = self.codes(inner, k=k, whole=whole)
-        x_hat = self._predict(inner, codes)
+        x_hat = self.predict(inner, codes)
         return Output(x_hat if std is None or mean is None else x_hat * std + mean, codes, source)
 
     def unit(self, x: Tensor) -> Tensor | None:
-        """(B, 1): what a unit of the decoder's output is worth at each token of x (B, D); None for 1 everywhere."""
-        return self._normalise(self._flat(x))[2] if self.layer_norm else None
+        """(B, 1): the size of a unit of the decoder's output at each token of x (B, D); None for 1 everywhere."""
+        return layer_norm(self._flat(x))[2] if self.layer_norm else None
 
     def reconstruct_from(self, codes: Codes, x: Tensor) -> Tensor:
-        """What forward gives for x (B, D), from its codes, without encoding it again."""
+        """The output of forward for x (B, D), from its codes, without encoding it again."""
         if not self.layer_norm:
-            return self._predict(x, codes)
-        inner, mean, std = self._normalise(x)
-        return self._predict(inner, codes) * std + mean
+            return self.predict(x, codes)
+        inner, mean, std = layer_norm(x)
+        return self.predict(inner, codes) * std + mean
 
     # ----------------------------------------------------------------------------------------------
     # what a kind defines
 
     def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Codes | None]:
-        """Codes of x (B, D), and what they were chosen from (Output.source)."""
+        """Codes of x (B, D), and Output.source."""
         raise NotImplementedError
 
     def penalty(self, out: Output, *, p: float = 1.0, whole: Tensor | None = None) -> Tensor:  # noqa: ARG002
@@ -210,165 +229,89 @@ class SAE(nn.Module):
         return out.x_hat.new_zeros(())
 
     def survey(self, parts: list[Tensor], k: int | None = None, n_tokens: int | None = None) -> Tensor | None:  # noqa: ARG002
-        """What a part of a batch must know of the whole to be treated alike; None where tokens are independent.
+        """The statistic of a whole batch that makes its parts be treated alike; None where tokens are independent.
 
         parts: this process's tokens. n_tokens: of all processes (default: of parts).
         """
         return None
 
     def raise_threshold_(self, by: Tensor | float) -> None:
-        """Make all latents harder (by > 0) or easier to activate, at once; kinds with a penalty have a way."""
+        """Make all latents harder (by > 0) or easier to activate, at once (kinds with a penalty)."""
 
     def revive_(self, dead: Tensor) -> None:
-        """Make dead latents (F,) bool a little easier to activate, once per step; kinds with thresholds have a way."""
+        """Make dead latents (F,) bool a little easier to activate, once per step (kinds with thresholds)."""
 
     def observe_(self, out: Output, step: int, whole: Tensor | None = None) -> None:
-        """Move what follows training without a gradient, after a step."""
+        """Move tensors that follow training without a gradient, after a step."""
+
+    @property
+    def encoder_bias(self) -> Tensor:
+        """(F,): the bias of the pre-activations."""
+        return self.b_enc
+
+    scaled_biases: ClassVar[tuple[str, ...]] = ("b_enc",)  # the vectors that scale with the activations
+
+    def shift_biases_(self, by: Tensor) -> None:
+        self.b_enc.add_(by)
 
     # ----------------------------------------------------------------------------------------------
     # the loss, shared by all kinds
 
     def loss(
         self, x: Tensor, out: Output, *, variance: float | Tensor, y: Tensor | None = None, recon_weight: float = 1.0,
-        sparsity: float | Tensor = 0.0, p: float = 1.0, dead: Tensor | None = None,
-        residual: float | Tensor | None = None, whole: Tensor | None = None, spare: Spare | None = None,
+        sparsity: float | Tensor = 0.0, p: float = 1.0, whole: Tensor | None = None,
     ) -> Losses:  # fmt: skip
         """Means over the tokens of x (B, D), so that averaging micro-batches gives the whole batch's gradient.
 
         y: a transcoder's target (B, D_out). variance: mean ||y - mean y||^2, which makes the reconstruction loss a
-        fraction of variance unexplained and keeps one sparsity weight good at every scale; p: exponent of the L1
-        penalty. dead (F,) bool switches AuxK on; spare, if given, holds those latents, and their gradients of it;
-        residual: mean ||y - x_hat||^2 that AuxK is measured against (default: this batch's); whole: what `survey` said
-        of the batch that x is a part of.
+        fraction of variance unexplained and keeps one sparsity weight good at every scale. p: exponent of the L1
+        penalty. whole: as in `forward`. AuxK (dead.py) is added by the Learner.
         """
         target = x if y is None else y
-        wrong = out.x_hat - target
-        error = sparse.square_norms(wrong).mean()
+        error = sparse.square_norms(out.x_hat - target).mean()
         reconstruction = error / variance
         extra = self.extra(x, target, out) / variance
         penalty = self.penalty(out, p=p, whole=whole)
-        aux = out.x_hat.new_zeros(())
         total = recon_weight * (reconstruction + extra) + sparsity * penalty
-        if dead is not None and self.uses_auxk and self.config.auxk_alpha > 0:
-            aux = self.dead_loss(x, wrong.detach(), dead, residual=residual, spare=spare)
-            total = total + self.config.auxk_alpha * aux
-        return Losses(total, error, reconstruction, extra, penalty, aux)
-
-    def dead_loss(
-        self, x: Tensor, wrong: Tensor, dead: Tensor, *, residual: float | Tensor | None = None,
-        spare: Spare | None = None,
-    ) -> Tensor:  # fmt: skip
-        """AuxK: let dead latents explain the residual (Gao et al. 2024, A.2, arxiv.org/abs/2406.04093).
-
-        wrong (B, D_out): x_hat - y, held constant. dead (F,) bool: the k largest dead pre-activations of each token are
-        to make up for it; b_dec is in x_hat already and is not added again. (Of D/2, as there, each learns a little of
-        everything and wins nowhere: dev/LOG.md.) Returns error over residual energy, 0 when nothing is dead or nothing
-        is left to explain; never NaN.
-        """
-        k, shards = min(self.config.k, self.d_sae), self.world.latents
-        if spare is None:
-            spare = self.weights_of(dead, max(1, int(dead.sum())), int(shards.sum_(dead.sum())))
-        ids, asked, encoder, bias, decoder, n_all = spare
-        centred = self._held_centre(x)
-        some = max(1, min(k, n_all // 32))  # of few, a token takes fewer: more would learn no more (dev/LOG.md)
-        indices, values, offsets = self._largest(centred, encoder.t(), bias, some, asked)
-        pre = sparse.gather_pre(centred, encoder.t(), bias, values, indices, offsets)
-        values = (pre if self.signed else pre.relu()) * dead[ids][indices]
-        error = sparse.square_norms(self._times(Codes(indices, values, offsets), decoder, wrong)).mean()
-        share = (shards.sum_(dead.sum()) / k).clamp(max=1.0)
-        energy = sparse.square_norms(wrong).mean() if residual is None else torch.as_tensor(residual, device=x.device)
-        return torch.where((share > 0) & (energy > 0), share * error / energy.clamp(min=1e-30), 0.0)
-
-    def weights_of(self, latents: Tensor, n: int, n_all: int) -> Spare:
-        """Those of the latents marked (F,) bool; of n, whether or not that is how many are marked. n_all: in all
-        processes."""
-        ids = latents.to(torch.uint8).topk(min(n, len(latents))).indices
-        rows = self.W_enc.t()[ids], self._encoder_bias()[ids], self.W_dec[ids]
-        return Spare(ids, latents[ids], *rows, min(n_all, self.d_sae))
+        return Losses(total, error, reconstruction, extra, penalty, out.x_hat.new_zeros(()))
 
     @torch.no_grad()
-    def add_gradients_(self, spare: Spare) -> None:
-        """Add the gradients of AuxK's copies of weights to those of the weights themselves, after all backwards."""
-        W_dec, b_enc = self.W_dec.grad, self._encoder_bias().grad
-        W_enc = W_dec if self.config.tied else self.W_enc.grad
-        assert W_dec is not None and W_enc is not None and b_enc is not None  # the reconstruction reaches all of them
-        rows_in = W_dec if self.config.tied else W_enc.t()
-        for grad, rows in ((W_dec, spare.decoder), (rows_in, spare.encoder), (b_enc, spare.bias)):
-            if rows.grad is not None:
-                grad.index_add_(0, spare.ids, rows.grad)
-
-    def _encoder_bias(self) -> Tensor:
-        return self.b_enc
-
-    @torch.no_grad()
-    def _largest(
-        self, x: Tensor, W: Tensor, b: Tensor, k: int, allowed: Tensor | None = None,
-        packed: native.Packed | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    def largest(
+        self, x: Tensor, W: Tensor, b: Tensor, k: int, allowed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of the k largest pre-activations x @ W + b of each token, over all shards, those here: indices, values, and
-        offsets where tokens have different numbers of them. allowed: which of the latents other shards' lose to.
-
-        A shard offers CAPACITY times its fair share; where all of these were chosen for a token it may have had more to
-        offer, and offers k.
-        """
-        shards = self.world.latents
-        if shards.size == 1:
-            return *selection.choose_top_k(x, W, b, min(k, len(b)), absolute=self.signed, packed=packed), None
-        for room in sorted({min(k, -(-CAPACITY * k // shards.size)), k}):
-            indices, values = selection.choose_top_k(x, W, b, min(room, len(b)), absolute=self.signed)
-            size = values.abs() if self.signed else values
-            if allowed is not None:
-                size = size.masked_fill(~allowed[indices], -torch.inf)
-            size = torch.nn.functional.pad(size, (0, room - size.shape[1]), value=-torch.inf)
-            offered = shards.gather(size).transpose(0, 1)  # (B, S, room)
-            best = offered.flatten(1).topk(min(k, offered[0].numel()), sorted=False).indices
-            chosen = torch.zeros_like(offered, dtype=torch.bool).flatten(1).scatter_(1, best, True).view(offered.shape)
-            if room == k or not bool(chosen.all(-1).any()):
-                break
-        here = chosen[:, shards.rank, : values.shape[1]]
-        n = here.sum(1)
-        return indices[here], values[here], n.cumsum(0) - n
+        offsets where tokens have different numbers of them. allowed: the latents that may win against other shards'."""
+        packed = self.packed if allowed is None else None
+        offer = lambda room, packed=None: selection.choose_top_k(
+            x, W, b, min(room, len(b)), absolute=self.signed, packed=packed
+        )
+        if self.world.latents.size == 1:
+            return *offer(k, packed), None
+        return largest_of_shards(self.world.latents, offer, k, absolute=self.signed, allowed=allowed)
 
     # ----------------------------------------------------------------------------------------------
-    # start, unit norm, scale
+    # unit norm, scale, parts
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by their own names: latents are the first axis of all that SHARED does not name."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.config.tied:
+            destination[f"{prefix}W_enc"] = destination.pop(f"{prefix}encoder").t()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if not self.config.tied and f"{prefix}W_enc" in state_dict:
+            state_dict[f"{prefix}encoder"] = state_dict.pop(f"{prefix}W_enc").t()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
-    def start_from_(self, x: Tensor, y: Tensor, n_tokens: int | None = None) -> None:
-        """Set what is best known from data, before the first step: x (M, D) goes in, y (M, D_out) comes out.
-
-        n_tokens: the number of rows where n processes along `data` have every n-th each.
-        """
-        data, team = self.world.data, self.world.team
-        if self.config.b_dec_init != "zeros":
-            self.b_dec.copy_(data.mean(y) if self.config.b_dec_init == "mean" else geometric_median(y, data))
-        if self.config.transcode:  # latents see x around its mean, as an SAE's do
-            self._shift_biases_(-data.mean(x) @ self.W_enc)
-        n_rows = min(4096, len(x) if n_tokens is None else n_tokens)
-        part = x[: len(range(data.rank, n_rows, data.size))]
-        target = target_l0(self.config)
-        if target is not None:  # begin as sparse as asked: latents that begin dense mostly die on the way down
-            n = min(self.d_sae * n_rows, max(1, round(n_rows * target)))
-            passing = self.pre_activations(part).flatten()
-            self.raise_threshold_(team.kth_largest(passing, n).clamp(min=0))
-        elif self._finds_its_length:
-            self.train()
-            x_hat = self(part, whole=self.survey([part], n_tokens=n_rows) if team.size > 1 else None).x_hat - self.b_dec
-            sums = data.sum_(torch.stack([(x_hat * (part - self.b_dec)).sum(), x_hat.square().sum()]))
-            if sums.min() > 0:
-                self.W_enc.mul_(sums[0] / sums[1])
-
-    @property
-    def _finds_its_length(self) -> bool:
-        c = self.config
-        return c.scale_encoder and c.activation not in PENALISED and not c.tied and not c.transcode
-
-    def part_of(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of the tensors of a whole SAE those parts whose latents this process holds."""
+    def take_(self, tensors: dict[str, Tensor]) -> None:
+        """Copy in the values of `tensors()` of an SAE of the same shape, or of a whole one whose part this is."""
         own = slice(self.own.start, self.own.stop)
-        return {n: x if n in SHARED else x[:, own] if n == "W_enc" else x[own] for n, x in whole.items()}
-
-    def _shift_biases_(self, by: Tensor) -> None:
-        self.b_enc.add_(by)
+        for name, mine in self.tensors().items():
+            mine.copy_(tensors[name] if len(tensors[name]) == len(mine) else tensors[name][own])
 
     @torch.no_grad()
     def renormalize_(self) -> Tensor | None:
@@ -382,7 +325,7 @@ class SAE(nn.Module):
             sparse.project_rows_(self.W_dec.grad, self.W_dec)
 
     @torch.no_grad()
-    def scaled(self: Kind, scale: float, scale_out: float | None = None) -> Kind:
+    def scaled(self: Self, scale: float, scale_out: float | None = None) -> Self:
         """A copy for raw activations of an SAE trained on scale * x (and, a transcoder, scale_out * y): same latents
         times 1/scale, same predictions times 1/scale_out."""
         scale_out = scale if scale_out is None else scale_out
@@ -392,51 +335,41 @@ class SAE(nn.Module):
             copy.W_dec.mul_(scale / scale_out)
             if self.config.skip_connection:
                 copy.W_skip.mul_(scale / scale_out)
-        for name in self._scaled_biases():
+        for name in self.scaled_biases:
             getattr(copy, name).div_(scale)
         return copy.train(self.training)
 
     @torch.no_grad()
-    def part(self: Kind, latents: Tensor) -> Kind:
+    def part(self: Self, latents: Tensor) -> Self:
         """A finished SAE of these latents (W,) alone, in their order: its encode gives theirs, at their cost.
 
         Only of SAEs whose latents are independent.
         """
         assert self.independent, "latents that compete need all the others"
         part = type(self)(replace(self.config, d_sae=len(latents), k=1))
-        whole = ("b_dec", "W_skip")
-        cut = lambda name, p: p if name in whole else p[:, latents] if name == "W_enc" else p[latents]
-        part.load_state_dict({name: cut(name, p) for name, p in self.state_dict().items()}, assign=True)
+        part.take_({name: x if name in SHARED else x[latents] for name, x in self.tensors().items()})
         part.layer_norm = self.layer_norm
         return part.eval().requires_grad_(False)
 
-    def pack_(self: Kind) -> Kind:
+    def pack_(self: Self) -> Self:
         """Keep an 8-bit copy of the encoder beside it, which finds the latents of a few tokens in a quarter of the time
         and to the same result. For finished SAEs: training drops it, other weights make it useless until packed again.
         """
         self.packed = native.pack(self.W_enc)
         return self
 
-    def train(self: Kind, mode: bool = True) -> Kind:
+    def train(self: Self, mode: bool = True) -> Self:
         self.packed = None if mode else self.packed
         return super().train(mode)
 
-    def _scaled_biases(self) -> tuple[str, ...]:
-        return ("b_enc",)
-
     @property
-    def _centre_of_inputs(self) -> Tensor | None:
+    def centre(self) -> Tensor | None:
+        """(D,): the point that x is encoded around; None for a transcoder, which encodes x itself."""
         return None if self.config.transcode else self.b_dec
 
-    def _centre(self, x: Tensor) -> Tensor:
-        return x if self.config.transcode else x - self.b_dec
-
-    def _held_centre(self, x: Tensor) -> Tensor:
-        """The same with the centre held constant: gather_pre knows its gradient."""
-        return x if self.config.transcode else x - self.b_dec.detach()
-
-    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return layer_norm(x)
+    def centred(self, x: Tensor, *, held: bool = False) -> Tensor:
+        """x around the centre; held: without a graph, since gather_pre knows the centre's gradient."""
+        return x if self.config.transcode else x - (self.b_dec.detach() if held else self.b_dec)
 
     def _flat(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.d_in:
@@ -446,9 +379,23 @@ class SAE(nn.Module):
             )
         return x.reshape(-1, self.d_in).to(self.W_dec.dtype)
 
-    def _predict(self, x: Tensor, codes: Codes) -> Tensor:
+    def predict(self, x: Tensor, codes: Codes) -> Tensor:
+        """(B, D_out): the output for inputs x (B, D) with these codes."""
         x_hat = self.decode_codes(codes)
         return x_hat + x @ self.W_skip.t() if self.config.skip_connection else x_hat
+
+
+@torch.no_grad()
+def reconstruct(sae: SAE, x: Tensor, *, scale: float = 1.0, batch_size: int = 4096) -> Iterator[tuple[Tensor, Output]]:
+    """(scale * x, forward) in batches of rows, in eval mode and leaving the mode as it was."""
+    was_training = sae.training
+    sae.eval()
+    try:
+        for rows in x.split(batch_size):
+            rows = rows.to(sae.W_dec.device, sae.W_dec.dtype) * scale
+            yield rows, sae(rows)
+    finally:
+        sae.train(was_training)
 
 
 def layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -467,28 +414,3 @@ def own_rows(n: int, d: int, own: range, generator: torch.Generator | None) -> T
         block = torch.randn(stop - start, d, generator=generator)
         kept.append(block[max(0, own.start - start) : max(0, own.stop - start)].clone())
     return torch.cat(kept)
-
-
-def geometric_median(x: Tensor, data: Axis = ALONE.data, *, n_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """(D,): the point whose summed distance to the rows of x (M, D) is least (Weiszfeld's iteration)."""
-    point = data.mean(x)
-    for _ in range(n_steps):
-        weights = 1 / (x - point).norm(dim=1).clamp(min=1e-12)
-        new = data.sum_((weights[:, None] * x).sum(0)) / data.sum_(weights.sum())
-        if (new - point).norm() <= tolerance * point.norm():
-            return new
-        point = new
-    return point
-
-
-@torch.no_grad()
-def reconstruct(sae: SAE, x: Tensor, *, scale: float = 1.0, batch_size: int = 4096) -> Iterator[tuple[Tensor, Output]]:
-    """(scale * x, forward) in batches of rows, in eval mode and leaving the mode as it was."""
-    was_training = sae.training
-    sae.eval()
-    try:
-        for rows in x.split(batch_size):
-            rows = rows.to(sae.W_dec.device, sae.W_dec.dtype) * scale
-            yield rows, sae(rows)
-    finally:
-        sae.train(was_training)

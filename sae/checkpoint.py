@@ -18,9 +18,11 @@ from sae import files, log
 from sae.base import SHARED
 from sae.config import UserError
 from sae.distributed import Axis
+from sae.metrics import Window
 
 KEPT = 2
-FORMAT = 3  # goes up when what a run must know to go on changes
+# Goes up when the contents change. 3: the learner's tensors in one flat dict, W_enc (D, F) in place of encoder (F, D).
+FORMAT, OLDER = 4, 3
 
 
 def checkpoints(save_dir: Path) -> list[Path]:
@@ -54,18 +56,18 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     state = files.read_torch(path, mmap=True)
     if not isinstance(state, dict) or not {"step", "stream", "config", "names"} <= state.keys():
         raise UserError(f"'{path}' is no training checkpoint; give a checkpoint_step*.pt")
-    if state.get("format") != FORMAT:
+    if state.get("format") not in (OLDER, FORMAT):
         raise UserError(
             f"'{path}' was written by another version of nanoSAE; go on with that, or start without --resume"
         )
-    if "parts" not in state:
-        return state, [state]
-    parts = []
-    for name, size in state["parts"]:
+    parts = [] if "parts" in state else [state]
+    for name, size in state.get("parts", ()):
         part = Path(path).with_name(Path(name).name)
         if not part.is_file() or part.stat().st_size != size:
             raise UserError(f"'{part}' is missing or cut short; use an older checkpoint")
         parts.append(files.read_torch(part, mmap=True))  # a process needs little of it
+    if state["format"] == OLDER:
+        parts = [{**part, "saes": {name: _from_older(one) for name, one in part["saes"].items()}} for part in parts]
     return state, parts
 
 
@@ -93,35 +95,50 @@ def newest_whole(save_dir: Path | None) -> tuple[Path, dict[str, Any], list[dict
 
 
 def joined(parts: Sequence[dict[str, Any]], name: str, own: range) -> dict[str, Any]:
-    """The state_dict of the learner `name` for the latents `own`, out of the parts of any number of shards."""
+    """The state_dict of the learner `name` for the latents `own`, out of the parts of any number of shards.
+
+    A tensor has latents along its first axis, unless it has no axis or a name on the way to it is one of WHOLE.
+    """
     found = [(range(*p["own"][name]), p["saes"][name]) for p in parts if name in p["saes"]]
     if len(found) == 1 and found[0][0] == own:
         return found[0][1]
     found = sorted(((r, s) for r, s in found if r.start < own.stop and own.start < r.stop), key=lambda f: f[0].start)
-    pieces = [(slice(max(own.start, r.start) - r.start, min(own.stop, r.stop) - r.start), s) for r, s in found]
+    cuts = [slice(max(own.start, r.start) - r.start, min(own.stop, r.stop) - r.start) for r, _ in found]
 
-    def join(tensor: str, *path: Any) -> Tensor:
-        values = []
-        for cut, value in pieces:
-            for key in path:
-                value = value[key]
-            if tensor in SHARED or value.ndim == 0:
-                return value
-            values.append((value.t() if tensor == "W_enc" else value)[cut])  # W_enc lies transposed in memory
-        return torch.cat(values).t() if tensor == "W_enc" else torch.cat(values)
+    def join(values: Sequence[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, dict):
+            return {k: first[k] if k in WHOLE else join([value[k] for value in values]) for k in first}
+        if isinstance(first, list):
+            return [join(items) for items in zip(*values, strict=True)]
+        if isinstance(first, Tensor) and first.ndim:
+            return torch.cat([value[cut] for value, cut in zip(values, cuts, strict=True)])
+        return first
 
-    first = found[0][1]
-    state = {**first, "totals": {**first["totals"], "fired": join("", "totals", "fired")}}
-    for counts in ("tokens_since_fired", "feature_counts", "rate", "listed"):
-        state[counts] = join("", counts)
-    for group in ("sae_state_dict", "average"):
-        state[group] = {tensor: join(tensor, group, tensor) for tensor in first[group]}
-    state["optimizer_state_dict"] = []
-    for i, (names, optimizer) in enumerate(zip(first["optimizer_names"], first["optimizer_state_dict"], strict=True)):
-        at = ("optimizer_state_dict", i, "state")
+    return join([state for _, state in found])
+
+
+WHOLE = (*SHARED, *Window.WHOLE, "groups")
+
+
+def _from_older(state: dict[str, Any]) -> dict[str, Any]:
+    """A learner's state as FORMAT has it, from the one of OLDER."""
+    turned = lambda tensors: {n.replace("W_enc", "encoder"): x.t() if n == "W_enc" else x for n, x in tensors.items()}
+    flip = lambda name, x: x.t() if name == "W_enc" and isinstance(x, Tensor) and x.ndim == 2 else x
+    parts = []
+    for names, part in zip(state["optimizer_names"], state["optimizer_state_dict"], strict=True):
         moments = {
-            j: {k: join(names[j], *at, j, k) if isinstance(v, Tensor) else v for k, v in of_one.items()}
-            for j, of_one in optimizer["state"].items()
+            names[i].replace("W_enc", "encoder"): {key: flip(names[i], x) for key, x in one.items()}
+            for i, one in part["state"].items()
         }
-        state["optimizer_state_dict"].append({**optimizer, "state": moments})
-    return state
+        parts.append({"state": moments, "groups": part["param_groups"]})
+    totals = dict(state["totals"])
+    fired = totals.pop("fired")
+    average = {"average": turned(state["average"]), "n_averaged": state["n_updates"]}
+    return {
+        **state,
+        "sae": turned(state["sae_state_dict"]),
+        "optimizer": {"parts": parts, **average},
+        "firing": {name: state[name] for name in ("tokens_since_fired", "feature_counts", "rate", "listed")},
+        "window": {"totals": totals, "fired": fired, "sums": state["sums"], "n_steps": state["n_sums"]},
+    }

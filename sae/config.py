@@ -22,7 +22,23 @@ from sae.flags import read_json as read_json
 VERSION = "0.1.0"
 
 ModelDtype = Literal["float32", "bfloat16", "float16"]
-PENALISED = ("relu", "gated", "jumprelu")  # sparse through a penalty; the other kinds keep k by selection
+# The kinds of SAE by the name that --activation takes: classes of models.py, which register themselves. Their class
+# attributes (base.py) say which settings they have; where models.py is not loaded, nothing is known of kinds.
+KINDS: dict[str, Any] = {}
+
+
+def kind_of(c: SAEConfig) -> Any:
+    """The class of the kind that a config asks for. Raises UserError for an unknown one."""
+    if c.activation not in KINDS:
+        names = ", ".join(KINDS)
+        near = did_you_mean(c.activation, KINDS)
+        raise UserError(f"activation={c.activation!r}; one of {names} was wanted{near}")
+    return KINDS[c.activation]
+
+
+def kinds_with(flag: str) -> str:
+    """The kinds that a setting does something for, in words."""
+    return ", ".join(name for name, kind in KINDS.items() if flag in kind.flags)
 
 
 def at_least(config: Any, least: float, *names: str) -> None:
@@ -50,8 +66,10 @@ class SAEConfig:
         None, "number of latents (default: d_in * expansion_factor)", alias=("num_latents", "n_dirs"), sweep=True
     )
     d_out: int | None = knob(None, "width of what a transcoder predicts (found from the data when left out)")
-    activation: Literal["topk", "batchtopk", "groupmax", "abstopk", "relu", "gated", "jumprelu", "matryoshka"] = knob(
-        "topk", "how latents are made sparse", sweep=True
+    activation: str = knob(
+        "topk",
+        "how latents are made sparse: topk, batchtopk, groupmax, abstopk, relu, gated, jumprelu, matryoshka",
+        sweep=True,
     )
     expansion_factor: int = knob(8, "latents per input dimension", sweep=True)
     k: int = knob(32, "latents kept per token (on average over a batch: batchtopk, matryoshka)", sweep=True)
@@ -175,23 +193,36 @@ class SAEConfig:
         require(self.ema is None or 0 < self.ema < 1, f"ema={self.ema}; it must lie between 0 and 1, such as 0.999")
         self._check_shape()
         self._check_combinations()
+        if KINDS:
+            self._check_kind()
 
     def _check_shape(self) -> None:
-        known = self.d_sae is not None or self.d_in is not None
-        n = (self.d_sae or (self.d_in or 0) * self.expansion_factor) if known else self.k
-        selects = self.activation not in PENALISED
-        require(not selects or self.k <= n, f"k={self.k} exceeds d_sae={n}; lower --k or raise --expansion_factor")
-        if self.activation == "groupmax":
-            require(n % self.k == 0, f"groupmax needs k groups of equal size; d_sae={n} is no multiple of k={self.k}")
-        if self.activation == "matryoshka":
-            good = all(0 < p < 1 for p in self.matryoshka_prefixes)
-            require(good, f"matryoshka_prefixes={self.matryoshka_prefixes}; parts between 0 and 1 were wanted")
         if not self.transcode:
             require(not self.skip_connection, "--skip_connection is for transcoders; give --transcode too")
             require(
                 self.d_out in (None, self.d_in),
                 f"d_out={self.d_out}, but an SAE gives back what it reads; leave it out, or train a --transcode",
             )
+
+    def _check_kind(self) -> None:
+        """Raise UserError for settings that this kind of SAE cannot have."""
+        kind = kind_of(self)
+        kind.check(self)
+        if kind.penalised:
+            require(
+                self.target_l0 is None or self.l1_coefficient is None,
+                "--target_l0 finds the penalty's weight by itself; drop --l1_coefficient",
+            )
+        else:
+            known = self.d_sae is not None or self.d_in is not None
+            n = (self.d_sae or (self.d_in or 0) * self.expansion_factor) if known else self.k
+            require(self.k <= n, f"k={self.k} exceeds d_sae={n}; lower --k or raise --expansion_factor")
+            require(
+                self.target_l0 is None,
+                f"{self.activation} keeps k latents by selection; give --k instead of --target_l0",
+            )
+        for flag in said(self, "multi_topk", "p_anneal"):
+            require(flag in kind.flags, f"--{flag} is for --activation {kinds_with(flag)}")
 
     def _check_combinations(self) -> None:
         forbid = lambda bad, message: require(not bad, message)
@@ -210,16 +241,6 @@ class SAEConfig:
             self.normalize_activations == "layer_norm" and self.transcode,
             "layer norm cannot be undone on a transcoder's output; choose another --normalize_activations",
         )
-        forbid(
-            self.activation in PENALISED and self.target_l0 is not None and self.l1_coefficient is not None,
-            "--target_l0 finds the penalty's weight by itself; drop --l1_coefficient",
-        )
-        forbid(
-            self.activation not in PENALISED and self.target_l0 is not None,
-            f"{self.activation} keeps k latents by selection; give --k instead of --target_l0",
-        )
-        forbid(self.multi_topk and self.activation != "topk", "--multi_topk is for --activation topk")
-        forbid(self.p_anneal is not None and self.activation != "relu", "--p_anneal is for --activation relu")
         thresholds = (self.dead_feature_threshold, self.dead_percentage_threshold, self.dead_latent_threshold)
         forbid(
             sum(v is not None for v in thresholds) > 1,
@@ -315,14 +336,6 @@ class HookConfig:
         require(not idle, "--hook_type goes with layers; --hookpoints name their places themselves")
 
 
-# Kinds of SAE that a setting does something for.
-ONLY_FOR = {
-    "l1_coefficient": PENALISED, "l1_weighting": ("relu",), "jumprelu_penalty": ("jumprelu",),
-    "bandwidth": ("jumprelu",), "matryoshka_prefixes": ("matryoshka",), "matryoshka_base": ("matryoshka",),
-    "k_decay_steps": ("topk", "batchtopk", "abstopk", "matryoshka"),
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class TrainConfig(SAEConfig, DataConfig, HookConfig):
     """One training run: what is learned (SAEConfig), from which activations, and where the results go."""
@@ -399,11 +412,11 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
         """Raise UserError for a setting that would do nothing; of a new run: those from before this was asked go on."""
         self.check_place()
         given = {*self.sweep, *said(self, *(f.name for f in dataclasses.fields(self) if f.name != "sweep"))}
-        trained, text = self.sweep.get("activation", (self.activation,)), self.dataset or self.activations
-        for name in sorted(given & ONLY_FOR.keys()):
-            kinds = ONLY_FOR[name]
-            fits = not set(kinds).isdisjoint(trained)
-            require(fits, f"--{name} is for --activation {', '.join(kinds)}, not {self.activation}")
+        text = self.dataset or self.activations
+        trained = [KINDS[name].flags for name in self.sweep.get("activation", (self.activation,))]
+        for name in sorted(given & frozenset().union(*(kind.flags for kind in KINDS.values()))):
+            fits = any(name in flags for flags in trained)
+            require(fits, f"--{name} is for --activation {kinds_with(name)}, not {self.activation}")
         for name, does, other in (
             ("fvu_coefficient", self.loss_fn in ("ce", "kl"), "--loss_fn ce or kl; fvu and mse are that error"),
             ("val_split", self.activations, "--activations; of text another part is held out"),

@@ -28,6 +28,7 @@ T = TypeVar("T")
 TIMEOUT_S = 600  # a process that says nothing for so long is given up; one that ends is noticed at once
 DIGIT_BITS = (11, 11, 10)  # how kth_largest cuts a float's 32 bits
 HASH_BY = 0x9E3779B1
+CAPACITY = 4  # times its fair share of the k largest latents that a shard offers at first
 
 
 def _together(collective: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -97,18 +98,17 @@ class Axis:
         return x
 
     def sum_all_(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor (contiguous, or a transposed matrix) summed over the axis, in place, all under way at once."""
+        """Each contiguous tensor summed over the axis, in place, all under way at once."""
         if self.size == 1:
             return
-        flat = [x if x.is_contiguous() else x.t() for x in tensors]
-        works = [_together(dist.all_reduce, x, group=self.group, async_op=True) for x in flat]
+        works = [_together(dist.all_reduce, x, group=self.group, async_op=True) for x in tensors]
         for work in works:
             _together(work.wait)
 
     def broadcast_(self, x: Tensor) -> Tensor:
         """The first process's x, everywhere."""
         if self.size > 1:
-            _together(dist.broadcast, x if x.is_contiguous() else x.t(), src=self.ranks[0], group=self.group)
+            _together(dist.broadcast, x, src=self.ranks[0], group=self.group)
         return x
 
     def barrier(self) -> None:
@@ -225,7 +225,7 @@ class Axis:
 
 def _hash(x: Tensor) -> Tensor:
     """An int64 scalar that depends on every bit of x and on where it stands."""
-    x = (x if x.is_contiguous() else x.t()).detach().reshape(-1)
+    x = x.detach().reshape(-1)
     bits = x.view(torch.int32) if x.element_size() % 4 == 0 else x.float().view(torch.int32)
     width = 1 << (len(bits).bit_length() // 2)
     whole = bits[: len(bits) // width * width].view(-1, width)
@@ -233,6 +233,30 @@ def _hash(x: Tensor) -> Tensor:
     sums = (whole.sum(0, dtype=torch.int64), whole.sum(1, dtype=torch.int64), rest)
     weigh = lambda s: (s * (torch.arange(len(s), device=s.device) * HASH_BY + 1)).sum()
     return weigh(torch.cat(sums))
+
+
+def largest_of_shards(
+    shards: Axis, offer: Callable[[int], tuple[Tensor, Tensor]], k: int, *, absolute: bool, allowed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the k largest values of each token over all shards, those here: indices, values (n,), and offsets (B,).
+
+    offer(room): (B, <= room) indices and values of the largest here. allowed: the latents here that may win. A shard
+    offers CAPACITY times its fair share; where all of these win for a token it may have more, and offers k.
+    """
+    for room in sorted({min(k, -(-CAPACITY * k // shards.size)), k}):
+        indices, values = offer(room)
+        size = values.abs() if absolute else values
+        if allowed is not None:
+            size = size.masked_fill(~allowed[indices], -torch.inf)
+        size = torch.nn.functional.pad(size, (0, room - size.shape[1]), value=-torch.inf)
+        offered = shards.gather(size).transpose(0, 1)  # (B, S, room)
+        best = offered.flatten(1).topk(min(k, offered[0].numel()), sorted=False).indices
+        chosen = torch.zeros_like(offered, dtype=torch.bool).flatten(1).scatter_(1, best, True).view(offered.shape)
+        if room == k or not bool(chosen.all(-1).any()):
+            break
+    here = chosen[:, shards.rank, : values.shape[1]]
+    n = here.sum(1)
+    return indices[here], values[here], n.cumsum(0) - n
 
 
 class World:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae import hooks
+from sae.base import Losses, Output, layer_norm
 from sae.config import UserError
 from sae.data.activations import ModelSource, gather
 from sae.distributed import ALONE, World
@@ -130,7 +131,7 @@ class EndToEnd:
                 inputs, targets = x.flatten(0, 1)[at].float(), y.flatten(0, 1)[at].float()
                 if learner not in terms:
                     terms[learner] = learner.terms(step, inputs, [inputs])
-                x_hat, target, out, losses = learner.stand_in(inputs, targets, terms[learner])
+                x_hat, target, out, losses = _reconstruct(learner, inputs, targets, terms[learner])
                 sides.append((learner, target, out, losses))
                 return y.flatten(0, 1).index_copy(0, at, x_hat.to(y.dtype)).view_as(y)
 
@@ -193,6 +194,16 @@ class EndToEnd:
         if clean is None:
             return F.nll_loss(pick(logits), ids[:, 1:].flatten()[at], reduction="sum")
         return divergence(pick(logits), pick(clean)).sum()
+
+
+def _reconstruct(learner: Learner, x: Tensor, y: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Output, Losses]:
+    """For raw activations (n, D): the raw reconstruction, the scaled target, the output and the SAE's own losses."""
+    inner, target = learner.normalise(x, y)
+    out, losses = learner.forward(inner, target.detach(), terms)
+    if learner.config.normalize_activations == "layer_norm":
+        _, mean, std = layer_norm(x)
+        return out.x_hat * std + mean, target.detach(), out, losses
+    return out.x_hat / learner.scale_out, target.detach(), out, losses
 
 
 def _counted(rows: Rows) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sae import hooks, log
 from sae.base import reconstruct
-from sae.config import PENALISED, SAEConfig, UserError, require
+from sae.config import KINDS, SAEConfig, UserError, require
 from sae.data.activations import ModelSource, gather
 from sae.data.datasets import Dataset
 from sae.data.tokens import TokenRows, kept_positions
@@ -232,7 +232,7 @@ def _report(
         }
     return Report(
         hookpoint=hookpoint, model=lm.name, dataset=dataset.name, architecture=sae.config.activation,
-        k=None if sae.config.activation in PENALISED else sae.config.k, d_in=sae.d_in, d_sae=sae.d_sae,
+        k=None if sae.penalised else sae.config.k, d_in=sae.d_in, d_sae=sae.d_sae,
         n_mean_tokens=n_mean_tokens, **fields,
     )  # fmt: skip
 
@@ -320,7 +320,7 @@ def _verdict(good: bool, fair: bool = False) -> Verdict:
 
 def _fewer_or_more(m: Mapping[str, Any], more: bool) -> str:
     """The flag that sets how many latents are active."""
-    if m["architecture"] in PENALISED:
+    if KINDS[m["architecture"]].penalised:
         return (
             "raise --target_l0 (or lower --l1_coefficient)" if more else "lower --target_l0 (or raise --l1_coefficient)"
         )
@@ -361,7 +361,7 @@ def _dead(m: Mapping[str, Any]) -> Check:
     """
     value = 100 * m["dead_fraction"]
     verdict = _verdict(value <= 10, value <= 20)
-    revive = "give --resample_every 1000" if m["architecture"] in PENALISED else "raise --auxk_alpha"
+    revive = "give --resample_every 1000" if KINDS[m["architecture"]].penalised else "raise --auxk_alpha"
     advice = f"lower --expansion_factor, {revive}, or train on more (--max_tokens)"
     firings = m["n_tokens"] * m["l0"] / m["d_sae"]
     if firings < ENOUGH_FIRINGS:

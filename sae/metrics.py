@@ -129,6 +129,52 @@ class Totals:
         return self.fired.double() / max(1, self.n)
 
 
+class Window:
+    """Sums over the steps between two lines of the log, kept on the device: Totals, and means over steps.
+
+    The partial ones are sums over the tokens of this process; the others are the same in all processes.
+    """
+
+    PARTIAL = ("loss", "objective", "sparsity", "aux")
+    NAMES = (*PARTIAL, "grad_norm", "penalty_weight")
+    WHOLE = ("totals",)  # the parts of its state that have no axis of latents
+
+    def __init__(self, d_out: int, n_latents: int, device: torch.device, world: World = ALONE):
+        self.totals = Totals(d_out, n_latents, device=device, world=world)
+        self.sums = {name: torch.zeros((), device=device) for name in self.NAMES}
+        self.n_steps, self.data = 0, world.data
+
+    def add(self, **values: Tensor) -> None:
+        """Add to the sums by name."""
+        for name, value in values.items():
+            self.sums[name] += value
+
+    def whole(self) -> dict[str, Tensor]:
+        """The sums over the tokens of all processes."""
+        partial = self.data.sum_(torch.stack([self.sums[name] for name in self.PARTIAL]))
+        return self.sums | dict(zip(self.PARTIAL, partial, strict=True))
+
+    def read(self) -> dict[str, float]:
+        """Means over the steps, and the metrics that the log shows (reads the device)."""
+        metrics = {name: float(value) / max(1, self.n_steps) for name, value in self.whole().items()}
+        totals = self.totals.reduced().metrics()
+        return metrics | {name: totals[name] for name in ("fvu", "explained_variance", "l0", "cosine", "mse")}
+
+    def state_dict(self) -> dict[str, Any]:
+        totals = self.totals.reduced().state_dict()
+        fired = totals.pop("fired")
+        return {"totals": totals, "fired": fired, "sums": self.whole(), "n_steps": self.n_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a window's sums; the first process has those that all had together."""
+        self.n_steps = state["n_steps"]
+        self.sums = {name: value.to(self.sums[name].device) for name, value in state["sums"].items()}
+        if self.data.rank == 0:
+            self.totals.load_state_dict({**state["totals"], "fired": state["fired"]})
+        else:
+            self.sums |= {name: torch.zeros_like(self.sums[name]) for name in self.PARTIAL}
+
+
 def divergence(new: Tensor, clean: Tensor) -> Tensor:
     """(n,): KL(clean || new) of log-probabilities (n, V). A token that clean rules out (-inf) has no share in it."""
     return torch.where(clean != -torch.inf, clean.exp() * (clean - new), 0.0).sum(-1)

@@ -1,6 +1,7 @@
 """The SAE architectures: how each chooses latents, and the terms it adds to the shared loss (base.py).
 
-To add one: a subclass with `codes` and, if need be, `penalty` or `extra`, and a line in KINDS.
+To add one: a subclass with `kind="its name"`, `codes` and, if need be, `penalty` or `extra`. Class attributes (base.py)
+say which settings it has, how it is saved, and the other facts that settings and files need.
 
 Letters: B tokens in a batch, D width, F latents, K kept latents.
 """
@@ -8,16 +9,19 @@ Letters: B tokens in a batch, D width, F latents, K kept latents.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sae.base import SAE as SAE
 from sae.base import Output as Output
-from sae.config import SAEConfig, require
+from sae.config import KINDS as KINDS
+from sae.config import SAEConfig, kind_of, require
 from sae.distributed import ALONE, World
 from sae.kernels import selection, sparse
 from sae.kernels.sparse import Codes
+from sae.schedules import n_latents
 
 REVIVE = 0.02  # by which the threshold of a dead JumpReLU latent falls in a step
 K_MULTI = 4  # multi-TopK: the second reconstruction keeps 4k latents (Gao et al. 2024, 5.1), with weight 1/8
@@ -26,68 +30,61 @@ K_MULTI = 4  # multi-TopK: the second reconstruction keeps 4k latents (Gao et al
 # kinds that select
 
 
-class TopK(SAE):
+class TopK(SAE, kind="topk"):
     """The k largest pre-activations of a token, then ReLU, so fewer than k may be active (Gao et al. 2024, 2.3)."""
+
+    flags = frozenset({"k_decay_steps", "multi_topk"})
+    saelens: ClassVar[str | None] = "topk"
 
     @property
     def independent(self) -> bool:
         return False
 
     def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Codes | None]:
-        x, k = self._held_centre(x), k or self.config.k
+        x, k = self.centred(x, held=True), k or self.config.k
         if not (self.config.multi_topk and self.training):
             return self._codes(x, k, whole), None
+        wide = self._wide(k)
         if self.world.latents.size > 1:  # the largest of a shard need not be those of all
-            return self._codes(x, k, whole), self._codes(x, self._wide, whole)
-        most = self._codes(x, max(k, self._wide), whole)
-        return most.strongest(k), most.strongest(self._wide)
+            return self._codes(x, k, whole), self._codes(x, wide, whole)
+        most = self._codes(x, wide, whole)
+        return most.strongest(k), most.strongest(wide)
 
-    @property
-    def _wide(self) -> int:
-        return min(K_MULTI * self.config.k, self.d_sae)
+    def _wide(self, k: int) -> int:
+        return min(K_MULTI * k, self.d_sae)
 
     def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
         """The latents that the centred x (B, D) keeps and their pre-activations, flat with offsets if there are any."""
-        return self._largest(x, self.W_enc, self.b_enc, k, packed=self.packed)
+        return self.largest(x, self.W_enc, self.b_enc, k)
 
     def _codes(self, x: Tensor, k: int, whole: Tensor | None) -> Codes:
         """Codes of the centred x (B, D), with a graph."""
         indices, values, offsets = self._choose(x, k, whole)
-        pre = sparse.gather_pre(x, self.W_enc, self.b_enc, values, indices, offsets, centre=self._centre_of_inputs)
+        pre = sparse.gather_pre(x, self.W_enc, self.b_enc, values, indices, offsets, centre=self.centre)
         return Codes(indices, pre if self.signed else pre.relu(), offsets)
 
     def extra(self, x: Tensor, y: Tensor, out: Output) -> Tensor:
         if not self.config.multi_topk:
             return out.x_hat.new_zeros(())
-        wide = out.source if out.source is not None else self.codes(x, k=self._wide)[0]
-        return sparse.square_norms(self._predict(x, wide) - y).mean() / 8
+        wide = out.source if out.source is not None else self.codes(x, k=self._wide(self.config.k))[0]
+        return sparse.square_norms(self.predict(x, wide) - y).mean() / 8
 
 
-class AbsTopK(TopK):
-    """The k pre-activations of largest size, with their sign: a direction and its opposite share a latent."""
-
-    signed = True
-
-
-class GroupMax(TopK):
-    """Latents in k groups; the largest of each group, then ReLU (sparsify)."""
-
-    def _check_shards(self) -> None:
-        super()._check_shards()
-        n, k = self.world.latents.size, self.config.k
-        require(k % n == 0, f"groupmax keeps whole groups on a process; k={k} is no multiple of --shard_latents {n}")
-
-    def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
-        return *selection.choose_group_max(x, self.W_enc, self.b_enc, self.d_sae // self.config.k), None
-
-
-class BatchTopK(TopK):
+class BatchTopK(TopK, kind="batchtopk"):
     """The k * B largest pre-activations of a batch; a learned threshold at inference (Bussmann et al. 2024,
     arxiv.org/abs/2412.06410).
 
     threshold (F,): running mean of the smallest activation that was kept, the same for all latents, so that a saved
     SAE is a JumpReLU one.
     """
+
+    flags = frozenset({"k_decay_steps"})
+    saelens = "jumprelu"
+    threshold: Tensor
+
+    @classmethod
+    def needs_batch(cls, c: SAEConfig) -> bool:  # noqa: ARG003
+        return True
 
     @property
     def independent(self) -> bool:
@@ -119,7 +116,7 @@ class BatchTopK(TopK):
         for room in sorted({min(n, -(-2 * n // team.size)), n}):
             best = parts[0].new_empty(0)
             for x in parts:
-                best = torch.cat((best, selection.choose_batch_top_k(self._centre(x), self.W_enc, self.b_enc, room)[1]))
+                best = torch.cat((best, selection.choose_batch_top_k(self.centred(x), self.W_enc, self.b_enc, room)[1]))
                 best = best.topk(min(room, len(best)), sorted=False).values
             least = team.kth_largest(best, n)
             if room == n or not team.any((best > least).all() & (len(best) == room)):
@@ -132,21 +129,65 @@ class BatchTopK(TopK):
         weight = max(1 / (step + 1), 0.05)
         self.threshold.copy_(torch.where(least.isfinite(), torch.lerp(self.threshold, least, weight), self.threshold))
 
-    def _scaled_biases(self) -> tuple[str, ...]:
-        return ("b_enc", "threshold")
+    scaled_biases = ("b_enc", "threshold")
 
 
-class Matryoshka(BatchTopK):
+class GroupMax(TopK, kind="groupmax"):
+    """Latents in k groups; the largest of each group, then ReLU (sparsify)."""
+
+    flags = frozenset()
+    saelens = None
+
+    @classmethod
+    def check(cls, c: SAEConfig) -> None:
+        n = n_latents(c) if c.d_sae or c.d_in else c.k
+        require(n % c.k == 0, f"groupmax needs k groups of equal size; d_sae={n} is no multiple of k={c.k}")
+
+    def _check_shards(self) -> None:
+        super()._check_shards()
+        n, k = self.world.latents.size, self.config.k
+        require(k % n == 0, f"groupmax keeps whole groups on a process; k={k} is no multiple of --shard_latents {n}")
+
+    def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
+        return *selection.choose_group_max(x, self.W_enc, self.b_enc, self.d_sae // self.config.k), None
+
+
+class AbsTopK(TopK, kind="abstopk"):
+    """The k pre-activations of largest size, with their sign: a direction and its opposite share a latent."""
+
+    flags = frozenset({"k_decay_steps"})
+    saelens = "abstopk"
+    # AuxK is a linear autoencoder of latents with a sign: it learns what all residuals share, and harms early on
+    firings_to_die = 256
+    signed = True
+
+
+class Matryoshka(BatchTopK, kind="matryoshka"):
     """Nested dictionaries: each prefix of the latents must reconstruct alone, so that the first ones learn the
     general features (Bussmann et al. 2025, arxiv.org/abs/2503.17547). The loss is the sum over prefixes and the whole.
     """
 
+    flags = frozenset({"k_decay_steps", "matryoshka_prefixes", "matryoshka_base"})
+
+    @classmethod
+    def check(cls, c: SAEConfig) -> None:
+        good = all(0 < p < 1 for p in c.matryoshka_prefixes)
+        require(good, f"matryoshka_prefixes={c.matryoshka_prefixes}; parts between 0 and 1 were wanted")
+
+    @classmethod
+    def needs_batch(cls, c: SAEConfig) -> bool:
+        return c.matryoshka_base != "topk"
+
+    @classmethod
+    def saved_as(cls, c: SAEConfig) -> str:
+        return "jumprelu" if cls.needs_batch(c) else "topk"
+
     @property
     def independent(self) -> bool:
-        return self.config.matryoshka_base != "topk"
+        return self.needs_batch(self.config)
 
     def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.config.matryoshka_base == "topk":
+        if not self.needs_batch(self.config):
             return TopK._choose(self, x, k, whole)
         return super()._choose(x, k, whole)
 
@@ -155,10 +196,10 @@ class Matryoshka(BatchTopK):
         return sorted({max(1, round(part * self.d_sae)) for part in self.config.matryoshka_prefixes})
 
     def survey(self, parts: list[Tensor], k: int | None = None, n_tokens: int | None = None) -> Tensor | None:
-        return None if self.config.matryoshka_base == "topk" else super().survey(parts, k, n_tokens)
+        return None if not self.needs_batch(self.config) else super().survey(parts, k, n_tokens)
 
     def observe_(self, out: Output, step: int, whole: Tensor | None = None) -> None:
-        if self.config.matryoshka_base != "topk":
+        if self.needs_batch(self.config):
             super().observe_(out, step, whole)
 
     def partial(self, codes: Codes, n: int) -> Tensor:
@@ -179,25 +220,30 @@ class Matryoshka(BatchTopK):
 class Penalised(SAE):
     """What these share: pre-activations are needed only from a little below a latent's threshold on."""
 
+    penalised = True
+
     def _above(self, x: Tensor, bias: Tensor, floor: Tensor) -> Codes:
         """x's pre-activations, with a graph: all that exceed floor (F,) at least; all of them, dense, where most do or
         where finding them would make the device wait."""
-        inner = self._held_centre(x)
+        inner = self.centred(x, held=True)
         found = selection.choose_above_if_few(inner, self.W_enc, bias, floor, packed=self.packed)
         if found is None:
-            return Codes(None, torch.addmm(bias, self._centre(x), self.W_enc))
+            return Codes(None, torch.addmm(bias, self.centred(x), self.W_enc))
         indices, values, offsets = found
-        centre = self._centre_of_inputs
+        centre = self.centre
         pre = sparse.gather_pre(inner, self.W_enc, bias, values, indices, offsets, centre=centre)
         return Codes(indices, pre, offsets)
 
 
-class ReLU(Penalised):
+class ReLU(Penalised, kind="relu"):
     """ReLU latents, sparse through an L1 penalty weighted by decoder norms (Anthropic, April 2024 update), or plain.
 
     With p below 1 the penalty is sum f^p, closer to a count (p-annealing: Karvonen et al., arxiv.org/abs/2408.00113).
     """
 
+    flags = frozenset({"l1_coefficient", "l1_weighting", "p_anneal"})
+    saelens = "standard"
+    l1_start = 0.1
     uses_auxk = False
     unit_transcoder = True
 
@@ -219,13 +265,17 @@ class ReLU(Penalised):
         self.b_enc.sub_(by)
 
 
-class Gated(Penalised):
+class Gated(Penalised, kind="gated"):
     """A gate chooses latents, a magnitude path sizes them (Rajamanoharan et al. 2024, arxiv.org/abs/2404.16014).
 
     The gate is a step function without gradient; it learns through the penalty on relu(gate) and through the
     auxiliary reconstruction from relu(gate) with a frozen decoder, so both are part of the loss.
     """
 
+    flags = frozenset({"l1_coefficient"})
+    saelens = "gated"
+    n_biases = 3
+    l1_start = 0.15
     uses_auxk = False
     unit_transcoder = True
 
@@ -249,7 +299,7 @@ class Gated(Penalised):
         # The decoder is held fixed here, or it would be bent towards the gate's unscaled values (eq. 8).
         assert out.source is not None
         gate = out.source._replace(values=out.source.values.relu())
-        x_hat = self._times(gate, self.W_dec.detach(), self.b_dec.detach())
+        x_hat = self.times(gate, self.W_dec.detach(), self.b_dec.detach())
         if self.config.skip_connection:
             x_hat = x_hat + x @ self.W_skip.detach().t()
         return sparse.square_norms(x_hat - y).mean()
@@ -259,15 +309,15 @@ class Gated(Penalised):
         self.b_gate.sub_(by)
         self.b_mag.sub_(by)
 
-    def _encoder_bias(self) -> Tensor:
+    @property
+    def encoder_bias(self) -> Tensor:
         return self.b_gate
 
-    def _shift_biases_(self, by: Tensor) -> None:
+    def shift_biases_(self, by: Tensor) -> None:
         self.b_gate.add_(by)
         self.b_mag.add_(by)
 
-    def _scaled_biases(self) -> tuple[str, ...]:
-        return ("b_gate", "b_mag")
+    scaled_biases = ("b_gate", "b_mag")
 
 
 class _Jump(torch.autograd.Function):
@@ -303,12 +353,21 @@ class _Step(torch.autograd.Function):
         return None, -near / ctx.bandwidth, None
 
 
-class JumpReLU(Penalised):
+class JumpReLU(Penalised, kind="jumprelu"):
     """Latents above their own learned threshold pass unshrunk (Rajamanoharan et al. 2024, arxiv.org/abs/2407.14435).
 
     The threshold is a plain parameter: as a logarithm it hardly moves under Adam. Penalties: the number of active
     latents (step), tanh(4 f |W_dec|) (Anthropic, January 2025 update), or (L0 / target - 1)^2 (Gemma Scope 2).
     """
+
+    flags = frozenset({"l1_coefficient", "jumprelu_penalty", "bandwidth"})
+    saelens = "jumprelu"
+    n_biases = 2
+    l1_start = 0.001
+
+    @classmethod
+    def needs_batch(cls, c: SAEConfig) -> bool:
+        return c.jumprelu_penalty == "quadratic"
 
     def _make_biases(self, F: int) -> None:
         super()._make_biases(F)
@@ -356,14 +415,7 @@ class JumpReLU(Penalised):
     def observe_(self, out: Output, step: int, whole: Tensor | None = None) -> None:  # noqa: ARG002
         self.threshold.clamp_(min=0)  # below 0 it would do nothing and have no gradient
 
-    def _scaled_biases(self) -> tuple[str, ...]:
-        return ("b_enc", "threshold")
-
-
-KINDS: dict[str, type[SAE]] = {
-    "topk": TopK, "batchtopk": BatchTopK, "groupmax": GroupMax, "abstopk": AbsTopK, "matryoshka": Matryoshka,
-    "relu": ReLU, "gated": Gated, "jumprelu": JumpReLU,
-}  # fmt: skip
+    scaled_biases = ("b_enc", "threshold")
 
 
 def create_sae(config: SAEConfig, *, generator: torch.Generator | None = None, world: World = ALONE) -> SAE:
@@ -373,4 +425,4 @@ def create_sae(config: SAEConfig, *, generator: torch.Generator | None = None, w
     """
     if generator is None:  # not the seed itself: toy data drawn from it would begin with the very directions drawn here
         generator = torch.Generator().manual_seed((config.seed + 1) * 1_000_003)
-    return KINDS[config.activation](config, generator=generator, world=world)
+    return kind_of(config)(config, generator=generator, world=world)

@@ -26,7 +26,7 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
     """Sign descent under schedule-free averaging (Defazio et al. 2024, arxiv.org/abs/2405.15682): no decay is needed.
 
     Parameters hold y, where gradients are taken; state holds z, which takes the steps; x = (y - (1 - m) z) / m, their
-    running average, is what to use. Written out here because schedulefree's wrapper cannot take transposed matrices.
+    running average, is the one to use.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
@@ -65,18 +65,18 @@ def clip_gradients_(
     return norm
 
 
-def own_layout(p: nn.Parameter) -> Tensor:
-    """The gradient of p in the memory layout of p: torch's fused Adam on CPUs mixes up two different ones, and so would
-    a sum over processes. Zeros where there is none."""
+def grad_of(p: nn.Parameter) -> Tensor:
+    """The gradient of p, contiguous as p is: a sum over processes and torch's fused Adam want it so. Zeros where there
+    is none."""
     if p.grad is None:
         p.grad = torch.zeros_like(p)
-    elif p.grad.stride() != p.stride():
-        p.grad = torch.empty_like(p).copy_(p.grad)
+    elif not p.grad.is_contiguous():
+        p.grad = p.grad.contiguous()
     return p.grad
 
 
 class Adam(torch.optim.Adam):
-    """torch's Adam, same states and same steps, which on CPUs copies transposed matrices; this does not.
+    """torch's Adam, same states and same steps, in our own fused pass where that is quicker.
 
     moments: their dtype. In bfloat16 they are rounded up or down at random, in proportion to what is near, or small
     changes of large moments would be lost every time.
@@ -97,7 +97,7 @@ class Adam(torch.optim.Adam):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    own_layout(p)
+                    grad_of(p)
         if self.moments is torch.float32 and (closure is not None or not self.is_ours()):
             return super().step(closure)
         return self.descend()
@@ -197,16 +197,17 @@ def _dots(g: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of each of tensors of one shape and layout at a time; of W_enc (D, F), rows are what lies together."""
-    rows = [t.detach() if t.is_contiguous() else t.detach().t() for t in tensors]
+    """Some rows of each of several tensors of one shape at a time."""
+    rows = [t.detach() for t in tensors]
     size = max(1, AT_ONCE * len(rows[0]) // max(1, rows[0].numel())) if rows[0].ndim else 1
     yield from zip(*(t.split(size) for t in rows), strict=True)
 
 
 class Optimizer:
-    """One or two torch optimisers over an SAE's parameters, whose step sizes move together.
+    """One or two torch optimisers over an SAE's parameters, whose step sizes move together, and the averaged weights.
 
-    The weights in the SAE are those that gradients are taken at; `averaged` gives those to use, where they differ.
+    The weights in the SAE are those that gradients are taken at. Those to use differ from them under --ema (a running
+    average, corrected for its start at 0) and under schedule-free optimisers (their own average).
     """
 
     def __init__(self, sae: SAE, c: SAEConfig, n_steps: int, device: torch.device):
@@ -214,6 +215,8 @@ class Optimizer:
         self.shared = [p for name, p in sae.named_parameters() if name in SHARED]
         self.most = c.clip_norm if c.clip_norm is not None else math.inf
         self.parts = BUILDERS[c.optimizer](sae, c, n_steps, device)
+        self.ema, self.n_averaged = c.ema, 0
+        self.average = {n: torch.zeros_like(p) for n, p in sae.named_parameters()} if c.ema else {}
 
     def step(self, lr: float, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """One update of the SAE at this step size, through the gradient scaler if there is one; returns the norm of
@@ -248,7 +251,7 @@ class Optimizer:
         rest: Tensor | float = 0.0
         for p in self.sae.parameters():
             if p.grad is not None:
-                square = squares(own_layout(p), unit if p is unit else None)
+                square = squares(grad_of(p), unit if p is unit else None)
                 total += square
                 rest += square if any(p is one for one in self.shared) else 0.0
         shards = self.sae.world.latents
@@ -263,22 +266,56 @@ class Optimizer:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
-    def names(self, sae: nn.Module) -> list[list[str]]:
-        """The parameters that the numbers in state_dict stand for."""
-        known = {id(p): name for name, p in sae.named_parameters()}
-        return [[known[id(p)] for group in part.param_groups for p in group["params"]] for part in self.parts]
+    def state_dict(self) -> dict[str, Any]:
+        """parts: for each optimiser its state by parameter name, and its settings."""
+        known = {id(p): name for name, p in self.sae.named_parameters()}
+        parts = []
+        for part in self.parts:
+            names = [known[id(p)] for group in part.param_groups for p in group["params"]]
+            state = part.state_dict()
+            parts.append({"state": {names[i]: s for i, s in state["state"].items()}, "groups": state["param_groups"]})
+        return {"parts": parts, "average": self.average, "n_averaged": self.n_averaged}
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        return [part.state_dict() for part in self.parts]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        known = {id(p): name for name, p in self.sae.named_parameters()}
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            names = [known[id(p)] for group in part.param_groups for p in group["params"]]
+            numbered = {names.index(name): s for name, s in saved["state"].items()}
+            part.load_state_dict({"state": numbered, "param_groups": saved["groups"]})
+        for name, average in self.average.items():
+            average.copy_(state["average"][name])
+        self.n_averaged = state["n_averaged"]
 
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
+    @torch.no_grad()
+    def renew_(self, name: str, p: nn.Parameter, rows: Tensor) -> None:
+        """Forget what was learned of some rows of a parameter, which have just got new values."""
+        for state in (part.state[p] for part in self.parts if p in part.state):
+            for key, moment in state.items():
+                if isinstance(moment, Tensor) and moment.shape == p.shape:
+                    moment[rows] = p[rows] if key == "z" else 0.0
+        if self.average:
+            self.average[name][rows] = p[rows] * self._seen
 
-    def moments(self, p: Tensor) -> list[Tensor]:
-        """The optimiser's tensors that go with a parameter, element by element."""
-        states = [part.state[p] for part in self.parts if p in part.state]
-        return [v for state in states for v in state.values() if isinstance(v, Tensor) and v.shape == p.shape]
+    @property
+    def _seen(self) -> float:
+        """The share of the running average that is not its start at 0."""
+        return 1 - (self.ema or 0.0) ** self.n_averaged
+
+    @torch.no_grad()
+    def average_(self) -> None:
+        """Add the weights of a finished step to the running average."""
+        for name, p in self.sae.named_parameters() if self.average else ():
+            self.average[name].lerp_(self._scheduled(p), 1 - (self.ema or 0.0))
+        self.n_averaged += 1
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor] | None:
+        """The weights to use, by name; None where they are the SAE's own."""
+        if self.average and self.n_averaged:
+            return {name: value / self._seen for name, value in self.average.items()}
+        if not any("z" in state for part in self.parts for state in part.state.values()):
+            return None
+        return {name: self._scheduled(p) for name, p in self.sae.named_parameters()}
 
     @torch.no_grad()
     def _rescale_rows_(self, p: Tensor, factors: Tensor) -> None:
@@ -287,9 +324,8 @@ class Optimizer:
             if "z" in part.state.get(p, {}):
                 part.state[p]["z"].mul_(factors)
 
-    @torch.no_grad()
-    def averaged(self, p: Tensor) -> Tensor:
-        """The weights to use for parameter p: schedule-free's running average x, else p itself."""
+    def _scheduled(self, p: Tensor) -> Tensor:
+        """Parameter p as schedule-free's running average x has it, else p itself."""
         for part in self.parts:
             z = part.state.get(p, {}).get("z")
             if z is not None:

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from sae.base import CAPACITY
 from sae.config import SAEConfig, TrainConfig, UserError
-from sae.distributed import DIGIT_BITS
+from sae.distributed import CAPACITY, DIGIT_BITS
 from sae.files import beside
 from sae.kernels.sparse import tokens_at_once
 from sae.lm.language_model import PYGPT, LanguageModel, read_plain

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import typing
+from typing import NamedTuple, TypeVar
 
-from sae.config import PENALISED, SAEConfig, require
+from sae.config import SAEConfig, kind_of, require
 
 
 def n_latents(c: SAEConfig) -> int:
@@ -69,12 +70,12 @@ def k_at(step: int, c: SAEConfig) -> int:
         return c.k
     start = max(c.k, min(c.d_in or c.k, n_latents(c)))
     k = round(start + (c.k - start) * step / c.k_decay_steps)
-    return k if c.activation != "groupmax" else c.k
+    return k if "k_decay_steps" in kind_of(c).flags else c.k
 
 
 def target_l0(c: SAEConfig) -> float | None:
     """The L0 that the penalty's weight is steered to: as given, k where no weight is given, None where one is."""
-    if c.activation not in PENALISED or c.l1_coefficient is not None:
+    if not kind_of(c).penalised or c.l1_coefficient is not None:
         return None
     return c.target_l0 if c.target_l0 is not None else float(c.k)
 
@@ -84,15 +85,35 @@ def usual_l0(c: SAEConfig) -> float:
     return target_l0(c) or float(c.k)
 
 
-# The penalty is counted in units of the activations' own spread (models.py), so that one value serves models of
-# different scale; a controller starts from these.
-L1_START = {"relu": 0.1, "gated": 0.15, "jumprelu": 0.001}
-
-
 def sparsity_at(step: int, c: SAEConfig, n_steps: int) -> float:
     """Ramp of the penalty's weight, 0..1: rises linearly over the first part of the run."""
     ramp = c.sparsity_warmup * n_steps
     return min(1.0, (step + 1) / ramp) if ramp >= 1 else 1.0
+
+
+# What a step does per error of log L0: to thresholds, to the drift of thresholds, to the log of the weight.
+STEER, STEER_DRIFT, STEER_WEIGHT = 0.2, 0.004, 0.01
+Scalar = TypeVar("Scalar", bound=typing.Any)  # a float or a tensor without axes
+
+
+class Steered(NamedTuple):
+    """One move of the L0 controller: by how much thresholds rise now, the new drift, the new log of the weight."""
+
+    rise: typing.Any
+    drift: typing.Any
+    log_weight: typing.Any
+
+
+def steered(error: Scalar, drift: Scalar, log_weight: Scalar, share: float) -> Steered:
+    """Keep L0 at its target: thresholds follow the error at once, the penalty's weight follows slowly.
+
+    error: log(L0 / target), clamped. share: the step size over its peak. The weight alone acts through many steps of
+    learning, and overshoots; thresholds act on the next batch. The integral of the error is the drift of thresholds,
+    scaled by the step size, since learning causes it. The drift turns the weight until the drift is gone: thresholds
+    that rise for ever fight the SAE's learning.
+    """
+    drift = drift + STEER_DRIFT * error
+    return Steered(STEER * error + drift * share, drift, log_weight + STEER_WEIGHT * error + drift * share)
 
 
 def p_at(step: int, c: SAEConfig, n_steps: int) -> float:
@@ -104,15 +125,11 @@ def p_at(step: int, c: SAEConfig, n_steps: int) -> float:
 
 
 def dead_after_tokens(c: SAEConfig) -> int:
-    """Tokens without firing until a latent counts as dead: as given, or in which an average one fires 16 times.
-
-    A fixed 10M tokens, as is usual, is longer than many runs; AuxK then never acts. Latents with a sign wait 16 times
-    as long: AuxK is a linear autoencoder of them, which learns what all residuals share, and does harm early on.
-    """
+    """Tokens without firing until a latent counts as dead: as given, or in which an average one fires 16 times (of
+    some kinds more often). A fixed 10M tokens, as is usual, is longer than many runs; AuxK then never acts."""
     if c.dead_feature_threshold is not None:
         return c.dead_feature_threshold
-    firings = 256 if c.activation == "abstopk" else 16
-    return min(10_000_000, int(firings * n_latents(c) / usual_l0(c)))
+    return min(10_000_000, int(kind_of(c).firings_to_die * n_latents(c) / usual_l0(c)))
 
 
 def dead_below(c: SAEConfig) -> float | None:

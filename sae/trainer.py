@@ -334,7 +334,7 @@ class SAETrainer:
         """config.json: settings as given, the values derived from them, and what the run ran on."""
         derived = {
             name: {
-                "learning_rate": sched.peak_lr(x.config), "dead_after_tokens": x.dead_after,
+                "learning_rate": sched.peak_lr(x.config), "dead_after_tokens": x.firing.dead_after,
                 "target_l0": sched.target_l0(x.config), "d_in": x.sae.d_in, "d_sae": x.sae.d_sae,
             }
             for name, x in self.learners.items()
@@ -381,7 +381,7 @@ class SAETrainer:
         if self.save_dir is None or self.world.data.rank > 0:
             return
         sae, path = learner.finished(), self.folder(name) / "best_model.pt"
-        weights = {**sae.state_dict(), "feature_counts": learner.feature_counts.cpu()}
+        weights = {**sae.state_dict(), "feature_counts": learner.firing.feature_counts.cpu()}
         if self.world.latents.size > 1:  # put together on disk, since one process may not hold all
             file = path.with_suffix(".safetensors")
             store.write_shards(weights, sae, file)

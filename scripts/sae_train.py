@@ -250,7 +250,7 @@ def pretrained_saes(c: TrainConfig, saes: dict[str, SAE | None]) -> dict[str, SA
                     f"the SAE in '{c.finetune}' has {what}={got} and {wanted} is asked for; set --{what} {got}"
                 )
         _refuse_other_scale(c, sae, fresh)
-        fresh.load_state_dict(fresh.part_of(sae.state_dict()))
+        fresh.take_(sae.tensors())
         found[name] = fresh
     return found
 

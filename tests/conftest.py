@@ -106,5 +106,5 @@ def some_sae(activation="topk", d_in=32):
     """96 latents on the tiny GPT's stream after block 1, two of them dead."""
     sae = create_sae(SAEConfig(d_in=d_in, d_sae=96, activation=activation, k=5))
     with torch.no_grad():
-        sae._encoder_bias()[list(DEAD)] = -1e4
+        sae.encoder_bias[list(DEAD)] = -1e4
     return sae

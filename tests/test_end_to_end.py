@@ -107,13 +107,13 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(lm, text_file, activat
     for size in (64, 2):
         one = learner(fvu_coefficient=0.3, activation=activation)
         one.sae.b_dec.data += 0.1
-        one.tokens_since_fired[:20] = one.dead_after + 1
-        one.list_dead()
+        one.firing.tokens_since_fired[:20] = one.firing.dead_after + 1
+        one.firing.list_()
         one.n_updates, one.residual = 1, torch.tensor(2.0)  # before the first update each part has its own
         EndToEnd(lm, "kl", [], model_batch_size=size).learn(batch(lm, text_file), {HOOK: one}, 0)
         if one.spare is not None:  # what AuxK learned, of all parts
             one.sae.add_gradients_(one.spare)
-        found.append(({n: p.grad for n, p in one.sae.named_parameters()}, one.sums["loss"], one.counts))
+        found.append(({n: p.grad for n, p in one.sae.named_parameters()}, one.window.sums["loss"], one.counts))
     (whole, loss, counts), (parts, loss_, counts_) = found
     for name, grad in whole.items():
         torch.testing.assert_close(parts[name], grad, rtol=1e-4, atol=1e-6)

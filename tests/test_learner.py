@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sae.config import SAEConfig, UserError
+from sae.dead import Spare, add_gradients_
 from sae.kernels import native
 from sae.learner import Learner
 from sae.models import KINDS, create_sae
@@ -63,7 +64,7 @@ def test_accumulated_gradients_are_the_whole_batchs(activation, parts):
                     p[:16] = -100.0  # dead
         one.learn({"": x}, 0)
         one.update(0)
-        one.list_dead()
+        one.firing.list_()
         with torch.no_grad():
             for name, p in one.sae.named_parameters():
                 if name in ("b_enc", "b_gate"):
@@ -72,12 +73,12 @@ def test_accumulated_gradients_are_the_whole_batchs(activation, parts):
         runs.append((grads(one), one))
     a, b = runs
     if KINDS[activation].uses_auxk:
-        assert a[1].n_dead > 0 and float(a[1].sums["aux"]) > 0
+        assert a[1].firing.n_dead > 0 and float(a[1].window.sums["aux"]) > 0
     for name, g in a[0].items():
         scale = max(1e-3, float(g.abs().max()))
         assert float((g - b[0][name]).abs().max()) <= 1e-6 * max(1.0, scale) + 2e-6 * scale, name
-    assert torch.equal(a[1].tokens_since_fired, b[1].tokens_since_fired)
-    torch.testing.assert_close(a[1].sums["loss"], b[1].sums["loss"])
+    assert torch.equal(a[1].firing.tokens_since_fired, b[1].firing.tokens_since_fired)
+    torch.testing.assert_close(a[1].window.sums["loss"], b[1].window.sums["loss"])
 
 
 # Bounds on FVU below: the worst of three seeds of data and weights as measured, plus 20% of it.
@@ -153,7 +154,7 @@ def test_learning_does_not_depend_on_when_the_log_is_written():
             one.update(step)
             if (step + 1) % every == 0:
                 one.read_window()
-        assert one.n_dead >= 10
+        assert one.firing.n_dead >= 10
         weights.append(one.sae.state_dict())
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
@@ -175,9 +176,9 @@ def test_dead_by_tokens_by_share_and_by_rate():
             one.update(0)
             with torch.no_grad():
                 one.sae.b_enc[:10] = -100.0
-        assert one.is_dead()[:10].all(), fields
-        assert not one.is_dead()[one.tokens_since_fired == 0].any(), fields
-    assert float(one.rate[:10].max()) < 0.05 * 4 / 48
+        assert one.firing.is_dead()[:10].all(), fields
+        assert not one.firing.is_dead()[one.firing.tokens_since_fired == 0].any(), fields
+    assert float(one.firing.rate[:10].max()) < 0.05 * 4 / 48
 
 
 @pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu", "gated"])
@@ -192,28 +193,26 @@ def test_resampling_points_dead_latents_at_bad_tokens_and_resets_their_moments(a
         one.learn({"": x[:64]}, step)
         one.update(step)
     alive = {n: p.detach().clone() for n, p in one.sae.named_parameters()}
-    dead = one.is_dead().nonzero()[:, 0].tolist()
+    dead = one.firing.is_dead().nonzero()[:, 0].tolist()
     assert set(range(6)) <= set(dead) and len(dead) < 48
     assert one.resample({"": x}, torch.Generator().manual_seed(0)) == len(dead)
     left = [i for i in range(48) if i not in dead]
     sae = one.sae
     torch.testing.assert_close(sae.W_dec[dead].norm(dim=1), torch.ones(len(dead)))
-    ratio = sae.W_enc[:, dead].norm(dim=0) / alive["W_enc"][:, left].norm(dim=0).mean()
+    ratio = sae.encoder[dead].norm(dim=1) / alive["encoder"][left].norm(dim=1).mean()
     torch.testing.assert_close(ratio, torch.full((len(dead),), 1.0 if KINDS[activation].uses_auxk else 0.2))
     for name, p in sae.named_parameters():
         if name in ("b_dec",):
             assert torch.equal(p, alive[name])
             continue
-        at = (slice(None), left) if name == "W_enc" else left
-        assert torch.equal(p[at], alive[name][at]), name
-        moments = one.optimizer.moments(p)
+        assert torch.equal(p[left], alive[name][left]), name
+        moments = [m for m in one.optimizer.parts[0].state[p].values() if m.shape == p.shape]
         assert len(moments) == 2
-        at = (slice(None), dead) if name == "W_enc" else dead
-        assert all(float(m[at].abs().max()) == 0 for m in moments), name
-    assert not one.is_dead()[dead].any()
-    assert torch.equal(one.deployable().b_dec, one.average["b_dec"] / (1 - 0.9**3))
+        assert all(float(m[dead].abs().max()) == 0 for m in moments), name
+    assert not one.firing.is_dead()[dead].any()
+    assert torch.equal(one.deployable().b_dec, one.optimizer.average["b_dec"] / (1 - 0.9**3))
     one.learn({"": x}, 3)
-    fired = one.tokens_since_fired[dead] == 0
+    fired = one.firing.tokens_since_fired[dead] == 0
     assert fired.float().mean() > 0.5  # random kaiming columns of the wrong size, as elsewhere, would not
 
 
@@ -251,7 +250,7 @@ def test_signum_is_schedule_free_sign_descent():
     from sae.optim import ScheduleFreeSignum
 
     g = torch.Generator().manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(3, 4, generator=g, dtype=torch.float64).t())  # transposed, like W_enc
+    p = torch.nn.Parameter(torch.randn(3, 4, generator=g, dtype=torch.float64))
     optimizer = ScheduleFreeSignum([p], lr=0.1, momentum=0.9)
     z = x = p.detach().clone()
     total = 0.0
@@ -342,7 +341,7 @@ def test_every_kind_learns_also_tied_and_with_multi_topk(activation, fields, bou
     assert t.val_losses[-1]["fvu"] < bound
     assert t.val_losses[-1]["l0"] == pytest.approx(4, rel=0.2)
     if "tied" in fields:
-        assert "W_enc" not in dict(sae.named_parameters())
+        assert "encoder" not in dict(sae.named_parameters())
         assert torch.equal(sae.W_enc, sae.W_dec.t())
 
 
@@ -374,8 +373,8 @@ def test_dead_jumprelu_latents_fire_again():
     for step in range(400):
         learner.learn({"": x[step % 4 :: 4]}, step)
         learner.update(step)
-        learner.list_dead()  # as the log does now and then
-    assert learner.totals.fired[:32].count_nonzero() >= 30
+        learner.firing.list_()  # as the log does now and then
+    assert learner.window.totals.fired[:32].count_nonzero() >= 30
     before = learner.sae.threshold.clone()
     learner.sae.revive_(torch.arange(64) < 10)
     assert (learner.sae.threshold < before).nonzero()[:, 0].tolist() == list(range(10))
@@ -390,19 +389,21 @@ def test_auxk_through_copies_of_the_dead_gives_the_gradient_of_the_whole(how):
     learner.start_from(acts)
     with torch.no_grad():
         learner.sae.W_dec[:] = torch.randn(48, 12, generator=torch.Generator().manual_seed(1))
-    learner.tokens_since_fired[:20] = learner.dead_after + 1
-    dead = learner.is_dead()
+    learner.firing.tokens_since_fired[:20] = learner.firing.dead_after + 1
+    dead = learner.firing.is_dead()
     assert int(dead.sum()) == 20
-    learner.list_dead()
+    learner.firing.list_()
 
     x_in, y = learner.normalise(acts[learner.reads], acts[""])
-    losses = learner.forward(x_in, y, learner.terms(0, x_in if y is None else y, [x_in])._replace(spare=None))[1]
+    sae, ids = learner.sae, torch.arange(20)
+    direct = Spare(ids, dead[ids], sae.encoder_rows[ids], sae.encoder_bias[ids], sae.W_dec[ids], 20)
+    losses = learner.forward(x_in, y, learner.terms(0, y, [x_in])._replace(spare=direct))[1]
     assert losses.aux.detach() > 0
     losses.total.backward()
     want = {name: p.grad.clone() for name, p in learner.sae.named_parameters()}
     learner.sae.zero_grad()
     learner.learn(acts, 0)
-    learner.sae.add_gradients_(learner.spare)
+    add_gradients_(learner.sae, learner.spare)
     for name, p in learner.sae.named_parameters():
         torch.testing.assert_close(p.grad, want[name], rtol=1e-4, atol=1e-6, msg=name)
     assert float(want["b_enc"][:20].abs().sum()) > 0
@@ -439,6 +440,6 @@ def test_moments_in_bfloat16_come_back_from_a_checkpoint_to_the_bit():
         for learner in (one, two) if step >= 3 else (one,):
             learner.learn({"": x}, step)
             learner.update(step)
-    moments = two.optimizer.moments(two.sae.W_dec)
-    assert [m.dtype for m in moments] == [torch.bfloat16] * 2
+    state = two.optimizer.parts[0].state[two.sae.W_dec]
+    assert [state[name].dtype for name in ("exp_avg", "exp_avg_sq")] == [torch.bfloat16] * 2
     assert torch.equal(one.sae.W_dec, two.sae.W_dec)

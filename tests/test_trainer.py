@@ -268,11 +268,11 @@ def test_dead_latents_are_counted_and_revived():
     for step in range(12):
         learner.learn(next(t.stream), step)
         learner.update(step)
-        learner.list_dead()
+        learner.firing.list_()
         if step == 2:
-            assert learner.n_dead == 0  # 192 tokens are not yet over the threshold
-    assert learner.n_dead >= 20
-    assert int(learner.tokens_since_fired[0]) == 12 * 64
+            assert learner.firing.n_dead == 0  # 192 tokens are not yet over the threshold
+    assert learner.firing.n_dead >= 20
+    assert int(learner.firing.tokens_since_fired[0]) == 12 * 64
     with torch.no_grad():
         learner.sae.b_enc[:20] = 0.0  # they may be chosen now: AuxK shapes them
     learner.learn(next(t.stream), 12)
@@ -415,12 +415,3 @@ def test_float64_and_float16_activations():
         sae, t = train_sae_from_activations(x.to(dtype), config(), verbose=False)
         assert sae.encode(x[:2].to(dtype)).dtype == torch.float32
         assert t.val_losses[-1]["fvu"] < 0.45  # measured: 0.38 at most, of three seeds
-
-
-def test_auxk_is_for_kinds_whose_dead_latents_still_rank():
-    dead = torch.ones(48, dtype=torch.bool)
-    x, _ = planted(64, 16, 32, 3)
-    for activation in ALL:
-        sae = create_sae(config(activation=activation))
-        with_it, without = (sae.loss(x, sae(x), variance=1.0, dead=d).total.item() for d in (dead, None))
-        assert (with_it != without) == (activation not in ("relu", "gated"))

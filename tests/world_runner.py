@@ -186,7 +186,8 @@ def options(folder):
         alone = make(c, ALONE.everyone, 1, 1, False, steps=15)
         alone.train(verbose=False)
         ours, whole = t.learners["a"].sae, alone.learners["a"].sae
-        wanted, got = ours.part_of(whole.state_dict()), ours.state_dict()
+        own = slice(ours.own.start, ours.own.stop)
+        wanted, got = {n: x if n in base.SHARED else x[own] for n, x in whole.tensors().items()}, ours.tensors()
         apart = {n: float((got[n] - x).norm() / x.norm().clamp(min=1e-6)) for n, x in wanted.items()}
         for key in ("loss", "aux", "grad_norm"):
             pairs = zip(t.train_losses, alone.train_losses, strict=True)
@@ -262,7 +263,7 @@ def differing(folder):
 def crowded(folder):
     """All of a token's largest latents on one shard of four, which offers too few at first."""
     everyone = meet([0, 1, 2, 3])
-    base.CAPACITY = 1
+    distributed.CAPACITY = 1
     x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     level = create_sae(SAEConfig(d_in=16, d_sae=64, k=8, kernels="plain"), world=World(everyone, (1, 1, 4)))
     with torch.no_grad():

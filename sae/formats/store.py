@@ -282,7 +282,7 @@ def _from_saelens(cfg: dict[str, Any], weights: dict[str, Tensor], where: Path) 
         if bias == "b_gate":
             weights["b_mag"] = weights["b_mag"] + shift * weights["r_mag"].exp()
     config = SAEConfig(
-        d_in=cfg["d_in"], d_out=sizes["d_out"], d_sae=cfg["d_sae"], activation=READS[base], k=cfg.get("k", 32),  # type: ignore[arg-type]
+        d_in=cfg["d_in"], d_out=sizes["d_out"], d_sae=cfg["d_sae"], activation=READS[base], k=cfg.get("k", 32),
         normalize_decoder=bool(((norms - 1).abs() < 1e-3).all()), transcode=transcode, skip_connection=skip,
         normalize_activations="layer_norm" if cfg.get("normalize_activations") == "layer_norm" else "unit",
     )  # fmt: skip
