@@ -293,8 +293,8 @@ class SAE(nn.Module):
     # unit norm, scale, parts
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by their own names: latents are the first axis of all that SHARED does not name."""
-        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        """Parameters and buffers, detached, by their own names: latents are the first axis, but of those in SHARED."""
+        return {name: x.detach() for name, x in (*self.named_parameters(), *self.named_buffers())}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -14,6 +14,7 @@ from sae.config import SAEConfig, UserError
 from sae.data.activations import ModelSource
 from sae.data.datasets import open_dataset
 from sae.data.tokens import TokenRows
+from sae.dead import add_gradients_
 from sae.end_to_end import EndToEnd, Rows, RowStream, held_out
 from sae.formats import store
 from sae.learner import Learner
@@ -112,7 +113,7 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(lm, text_file, activat
         one.n_updates, one.residual = 1, torch.tensor(2.0)  # before the first update each part has its own
         EndToEnd(lm, "kl", [], model_batch_size=size).learn(batch(lm, text_file), {HOOK: one}, 0)
         if one.spare is not None:  # what AuxK learned, of all parts
-            one.sae.add_gradients_(one.spare)
+            add_gradients_(one.sae, one.spare)
         found.append(({n: p.grad for n, p in one.sae.named_parameters()}, one.window.sums["loss"], one.counts))
     (whole, loss, counts), (parts, loss_, counts_) = found
     for name, grad in whole.items():
