@@ -1,6 +1,6 @@
-"""What a person or a file is told: text, the progress bar, metrics.jsonl, wandb. The only file in sae/ that prints.
+"""Output: text, the progress bar, metrics.jsonl, wandb, how a script ends. The only file in sae/ that prints.
 
-Computes nothing. On several processes only rank 0 speaks, but of errors that are another's.
+Of several processes only rank 0 speaks, except for an error that another one has.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sae.flags import Lost, UserError
 if TYPE_CHECKING:
     import torch
 
-PATIENCE_S = 10.0  # until a process says what the first one should have said; torchrun stops it long before
+PATIENCE_S = 10.0  # before a process reports an error that rank 0 should report; torchrun stops it long before that
 _said: set[str] = set()
 
 
@@ -49,22 +49,14 @@ def once(text: str) -> None:
 
 
 def progress(total: int | None, what: str, *, initial: int = 0, unit: str = "tok", quiet: bool = False) -> tqdm:
-    """A bar with rate and time left, redrawn rarely where no terminal watches; only on rank 0."""
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=what,
-        unit=unit,
-        unit_scale=True,
-        smoothing=0.05,
-        mininterval=0.5 if sys.stderr.isatty() else 15,
-        disable=quiet or not speaks(),
-        dynamic_ncols=True,
-    )
+    """A bar with rate and time left, on rank 0 only; redrawn rarely if stderr is no terminal."""
+    every = 0.5 if sys.stderr.isatty() else 15
+    how: Any = {"unit_scale": True, "smoothing": 0.05, "mininterval": every, "dynamic_ncols": True}
+    return tqdm(total=total, initial=initial, desc=what, unit=unit, disable=quiet or not speaks(), **how)
 
 
 def wandb_module() -> Any:
-    """The wandb package; UserError where it is missing. For a script to call before an hour of work."""
+    """The wandb package. Raises UserError if it is missing: scripts call this before an hour of work."""
     try:
         return importlib.import_module("wandb")
     except ImportError as e:
@@ -72,11 +64,11 @@ def wandb_module() -> Any:
 
 
 class MetricLog:
-    """Appends one json object a line. A resumed run first drops the lines its checkpoint does not know.
+    """Appends one json object a line. A resumed run first drops the lines that are newer than its checkpoint.
 
-    wandb: what wandb.init is to get (project, name, config, ...), to send every record there too; whether online,
-    offline or not at all is WANDB_MODE's to say. The run's id is kept beside `path` as wandb_run_id, so that a resumed
-    run goes on as the same one. Leaving the `with` (or close) ends it. Raises UserError if wandb is missing or fails.
+    wandb: arguments of wandb.init (project, name, config, ...), to send every record there too; WANDB_MODE says whether
+    online, offline or not at all. The run's id is kept beside `path` as wandb_run_id, so that a resumed run continues
+    the same one. Leaving the `with` (or close) ends it. Raises UserError if wandb is missing or fails.
     """
 
     def __init__(self, path: Path | None, *, resume_step: int | None = None, wandb: dict[str, Any] | None = None):
@@ -84,15 +76,8 @@ class MetricLog:
         self._run = _wandb_run(wandb, self.path, bool(resume_step)) if wandb is not None and speaks() else None
         if self.path is None:
             return
-        kept = []
-        if resume_step is not None and self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= resume_step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError):
-                    continue  # a line torn by a kill; its step is logged again
-        self.path.write_text("".join(kept))
+        old = self.path.read_text().splitlines() if resume_step is not None and self.path.exists() else []
+        self.path.write_text("".join(line + "\n" for line in old if _step_of(line) <= (resume_step or 0)))
 
     def write(self, record: dict[str, Any]) -> None:
         if self.path is not None:
@@ -114,8 +99,16 @@ class MetricLog:
         self.close(exit_code=int(kind is not None))
 
 
+def _step_of(line: str) -> float:
+    """The step that a line of metrics is about; infinity if a kill tore the line: its step is logged again."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")
+
+
 def _wandb_run(settings: dict[str, Any], path: Path | None, resumed: bool) -> Any:
-    """A wandb run: the one whose id lies beside `path` if resumed, else a new one whose id is then kept there."""
+    """A wandb run: the one whose id is beside `path` if resumed, else a new one whose id is then written there."""
     module = wandb_module()
     file = path.with_name("wandb_run_id") if path is not None else None
     name = settings.get("id") or secrets.token_hex(4)
@@ -132,9 +125,11 @@ def _wandb_run(settings: dict[str, Any], path: Path | None, resumed: bool) -> An
 
 
 def _wandb_log(run: Any, record: dict[str, Any]) -> None:
-    """Send a record; several SAEs share a step, so their metrics are named {metric}/{hookpoint}."""
+    """Send a record; several SAEs share a step, so their metrics are named {metric}/{hookpoint}.
+
+    A resumed run repeats the steps after its checkpoint; wandb has those and would warn about each.
+    """
     step, hookpoint = record["step"], record.get("hookpoint")
-    # A run resumed from before its last lines repeats steps that wandb has and would refuse with a warning each.
     if step >= run.starting_step:
         place = f"/{hookpoint}" if hookpoint else ""
         run.log({f"{k}{place}": v for k, v in record.items() if k not in ("step", "hookpoint")}, step=step)
@@ -142,9 +137,8 @@ def _wandb_log(run: Any, record: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def stop_asked(*, listen: bool = True) -> Iterator[Callable[[], bool]]:
-    """Within the block the first Ctrl-C interrupts nothing: the function given says whether it came. The second does.
-
-    Not if listen is False, outside of the main thread, or where somebody else handles it.
+    """Within the block the first Ctrl-C interrupts nothing; the function yielded says whether it came. The second one
+    interrupts. Has no effect if listen is False, outside of the main thread, or if somebody else handles Ctrl-C.
     """
     asked: list[int] = []
 
@@ -173,7 +167,7 @@ def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None)
         main(sys.argv[1:] if argv is None else argv)
     except UserError as e:
         rank = int(os.environ.get("RANK", "0"))
-        if rank > int(isinstance(e, Lost)):  # what all have to say the first says, or the second if the first is lost
+        if rank > int(isinstance(e, Lost)):  # all may have this error: rank 0 reports it, or rank 1 if rank 0 is lost
             time.sleep(PATIENCE_S)
         who = "error" if rank == 0 else f"error (process {rank})"
         print(f"{who}: {' '.join(str(e).split())}", file=sys.stderr)
@@ -182,21 +176,21 @@ def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None)
         if speaks():
             print("stopped", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left: not our error
+    except BrokenPipeError:  # the reader of our output has left, which is no error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 class Stopwatch:
-    """Seconds that a device spends in `with` blocks, added up. Never makes the device wait: devices that work behind
-    the program's back note the time themselves, and are asked when `seconds` is called."""
+    """Seconds that a device spends in `with` blocks, added up. Never makes the device wait: CUDA and MPS note the time
+    in their own queue, and are asked for it when `seconds` is called."""
 
     def __init__(self, device: torch.device):
         import torch  # here, so that commands that need no torch start without it
 
         self.event: Any = {"cuda": torch.cuda.Event, "mps": torch.mps.event.Event}.get(device.type)
         self.total = 0.0
-        self.open: list[tuple[Any, Any]] = []  # events of a device that is not asked yet
+        self.open: list[tuple[Any, Any]] = []  # events of a device that were not read yet
 
     def _now(self) -> Any:
         if self.event is None:
@@ -221,7 +215,7 @@ class Stopwatch:
         self.total += start.elapsed_time(end) / 1e3
 
     def seconds(self) -> float:
-        """The sum so far; waits for blocks that are not through."""
+        """The sum so far; waits for blocks that the device has not finished."""
         while self.open:
             self.open[0][1].synchronize()
             self._take()

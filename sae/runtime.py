@@ -203,20 +203,20 @@ class Steering(Block):
     def __init__(self, live: InterpretableModel, edits: Sequence[Edit], stop: Sequence[Condition]):
         self.live = live
         place = lambda e: live.name_of(e.hookpoint, e.latent)
-        self._edits: dict[str, list[Edit]] = defaultdict(list)
+        self.edits: dict[str, list[Edit]] = defaultdict(list)
         for e in edits:
-            self._edits[place(e)].append(e)
+            self.edits[place(e)].append(e)
         self._stop = [(place(c), c) for c in stop]
         needs: dict[str, list[int]] = defaultdict(list)  # by SAE, the latents whose activation must be read
         read: list[Edit | Condition] = [e for e in edits if e.reads]
         for one in (*read, *stop, *(e.when for e in edits if e.when is not None)):
             needs[place(one)].append(one.latent)
         self._needs = {name: list(dict.fromkeys(latents)) for name, latents in needs.items()}
-        self.names = [name for name in live.saes if name in self._edits or name in self._needs]
+        self.names = [name for name in live.saes if name in self.edits or name in self._needs]
         self._readers = {name: _chosen(live.saes[name], latents) for name, latents in self._needs.items()}
         self._coefficients = {
             name: Coefficients.of(es, [live.strength(e, name) for e in es], live.saes[name].W_dec)
-            for name, es in self._edits.items()
+            for name, es in self.edits.items()
         }
         self._history = History() if stop or any(e.at != "all" for e in edits) else None
         self.stopped: Tensor | None = None
@@ -249,11 +249,9 @@ class Steering(Block):
             self.stopped = met if before is None or before.shape != met.shape else before | met
 
     @torch.no_grad()
-    def delta(self, name: str, y: Tensor, unit: Tensor | None) -> Tensor | None:
+    def delta(self, name: str, y: Tensor, unit: Tensor | None) -> Tensor:
         """What to add to y (N, T, D), which an SAE's decoder writes to. unit (B, 1): the SAE's unit at each token."""
-        if name not in self._edits:
-            return None
-        edits, coefficients = self._edits[name], self._coefficients[name]
+        edits, coefficients = self.edits[name], self._coefficients[name]
         flat, f = y.reshape(-1, y.shape[-1]).to(coefficients.rows.dtype), None
         if any(e.reads for e in edits):
             zero = flat.new_zeros(len(flat))
@@ -401,38 +399,35 @@ class InterpretableModel:
         wanted = {name for block in blocks for name in block.names}
         if not wanted:
             return
-        sees: dict[str, list[Callable[[Tensor], Tensor | None]]] = {}
-        for name in (n for n in self.saes if n in wanted):
-            reads, writes = self.places(name)
-            sees.setdefault(reads, []).append(functools.partial(self._see, name, reads == writes))
-            if writes != reads:
-                sees.setdefault(writes, []).append(functools.partial(self._write, name))
         begin = self.module.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._hooks.callback(begin.remove)
-        self._hooks.enter_context(hooks.hooked(self.module, {at: _in_turn(fs) for at, fs in sees.items()}))
+        for name in (n for n in self.saes if n in wanted):  # of several at one place each sees what the last one made
+            reads, writes = self.places(name)
+            sees = {writes: functools.partial(self._write, name), reads: functools.partial(self._see, name)}
+            self._hooks.enter_context(hooks.hooked(self.module, sees))
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         self._now = Forward.of(args, kwargs)
         for steering in self._steerings:
             steering.begin(self._now)
 
-    def _see(self, name: str, writes: bool, x: Tensor) -> Tensor | None:
+    def _see(self, name: str, x: Tensor) -> Tensor | None:
         for steering in self._steerings:
             steering.read(name, x)
-        new = self._write(name, x) if writes else None
+        reads, writes = self.places(name)
+        new = self._write(name, x) if reads == writes else None
         for track in self._tracks:
             if name in track.names:
                 track.add(name, x if new is None else new, self._now.past)
         return new
 
     def _write(self, name: str, y: Tensor) -> Tensor | None:
-        active = [s for s in self._steerings if name in s.names]
-        if not active:
+        steerings = [s for s in self._steerings if name in s.edits]
+        if not steerings:
             return None
         with torch.no_grad():
             unit = self.saes[name].unit(y)
-        deltas = [d for d in (s.delta(name, y, unit) for s in active) if d is not None]
-        return functools.reduce(torch.add, deltas, y) if deltas else None
+        return functools.reduce(torch.add, (s.delta(name, y, unit) for s in steerings), y)
 
 
 def _named_ids(module: nn.Module) -> set[int]:
@@ -443,16 +438,3 @@ def _named_ids(module: nn.Module) -> set[int]:
             ids = getattr(config, f"{kind}_token_id", None)
             found += ids if isinstance(ids, list) else [ids]
     return {i for i in found if type(i) is int}
-
-
-def _in_turn(sees: Sequence[Callable[[Tensor], Tensor | None]]) -> Callable[[Tensor], Tensor | None]:
-    """Several SAEs at one place: each sees what the one before made of it."""
-
-    def see(x: Tensor) -> Tensor | None:
-        first = x
-        for one in sees:
-            new = one(x)
-            x = x if new is None else new
-        return None if x is first else x
-
-    return see if len(sees) > 1 else sees[0]

@@ -141,17 +141,16 @@ def answer(chat: Conversation, ask: Ask) -> Iterator[Event]:
     yield {"end": "length" if len(ids) == ask.max_new_tokens else "done", "text": chat.lm.tokenizer.decode(ids)}
 
 
-def explanation(chat: Conversation, ask: Ask, token: int, ids: list[int]) -> Iterator[Event]:
-    """Why the last of the answer's ids is this token."""
-    yield {"end": "done", **chat.explain(ask, token, ids, place=max(0, len(ids) - 1))}
+def once(find: Callable[[], dict[str, Any]]) -> Iterator[Event]:
+    """A single event, found in the writer's thread."""
+    yield {"end": "done", **find()}
 
 
-def feature(chat: Conversation, name: str, latent: int) -> Iterator[Event]:
+def known_of(chat: Conversation, name: str, latent: int) -> dict[str, Any]:
     """What is known of a latent: its record, and the tokens whose logits its direction moves most."""
     record = chat.notes[name].record(latent)
     ends = dict(zip(("promoted", "suppressed"), chat.tokens_of(name, latent), strict=True))
-    ends = {key: record.get(key) or tokens for key, tokens in ends.items()}
-    yield {"end": "done", **record, **ends, "latent": latent, "sae": name}
+    return {**record, **{key: record.get(key) or found for key, found in ends.items()}, "latent": latent, "sae": name}
 
 
 def about(chat: Conversation, most_tokens: int, start: Ask) -> dict[str, Any]:
@@ -302,14 +301,15 @@ class App:
             raise UserError("a token's id, the answer's ids up to it and its question were wanted")
         n, ask = self.chat.lm.tokenizer.vocab_size, self._question(value.get("ask"))
         require(all(type(i) is int and 0 <= i < n for i in (token, *ids)), f"a token is a number from 0 to {n - 1}")
-        return Events(self.writer, explanation(self.chat, ask, token, ids), brief=True)
+        why = lambda: self.chat.explain(ask, token, ids, place=max(0, len(ids) - 1))
+        return Events(self.writer, once(why), brief=True)
 
     async def feature(self, request: Request) -> Events:
         name, latent = self._sae(request), request.query_params.get("latent", "")
         n = len(self.chat.notes[name].largest)
         good = latent.isascii() and latent.isdigit() and len(latent) < 12 and int(latent) < n
         require(good, f"latents are numbered 0 to {n - 1}")
-        return Events(self.writer, feature(self.chat, name, int(latent)), brief=True)
+        return Events(self.writer, once(lambda: known_of(self.chat, name, int(latent))), brief=True)
 
     async def search(self, request: Request) -> JSONResponse:
         notes = self.chat.notes[self._sae(request)]
