@@ -135,7 +135,7 @@ def fill(n_latents: int, n_tokens: int) -> None:
 def peers(sae_path: str, python: str, n_features: int = 512, n_sequences: int = 96) -> dict[str, Any]:
     """The same SAE, tokens and features; ours without labels, which the other does not make."""
     lm, sae = load_language_model("pygpt", device="cpu"), store.load_sae(sae_path)
-    ids, _ = TokenRows(lm, open_dataset(), "val", 256).take(n_sequences)
+    ids, *_ = TokenRows(lm, open_dataset(), "val", 256).take(n_sequences)
     keep = kept_positions(lm, ids, torch.ones_like(ids, dtype=torch.bool))
     config = VizConfig(eval_tokens=int(keep.sum()), feature=tuple(range(n_features)), labels=False)
     visualizer = lambda: FeatureVisualizer(sae, config, lm=lm, hookpoint=HOOKPOINT)

@@ -9,7 +9,7 @@ Letters: N sequences, T positions, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +19,12 @@ from sae import hooks
 from sae.base import Losses, Output, layer_norm
 from sae.config import UserError
 from sae.data.activations import ModelSource, gather
+from sae.data.tokens import Rows
 from sae.distributed import ALONE, World
 from sae.hooks import Acts
 from sae.learner import Learner, Terms
 from sae.lm.language_model import LanguageModel
 from sae.metrics import divergence
-
-
-class Rows(NamedTuple):
-    """Sequences: ids (N, T), which positions are real, and which of those train and count."""
-
-    ids: Tensor
-    valid: Tensor
-    keep: Tensor
 
 
 class RowStream:
@@ -72,16 +65,16 @@ class RowStream:
         return acts
 
     def __next__(self) -> Rows:
-        ids, valid = self.rows.take(self.n_rows)
-        while len(ids) < self.n_rows:  # a batch may span the end of the data and its beginning
+        rows = self.rows.take(self.n_rows)
+        while len(rows.ids) < self.n_rows:  # a batch may span the end of the data and its beginning
             self.rows.rewind()
             self.n_passes += 1
-            more, more_valid = self.rows.take(self.n_rows - len(ids))
-            if not len(more):
+            more = self.rows.take(self.n_rows - len(rows.ids))
+            if not len(more.ids):
                 raise UserError("the dataset is empty, or too short for one sequence; give a longer text")
-            ids, valid = torch.cat((ids, more)), torch.cat((valid, more_valid))
+            rows = Rows(*map(torch.cat, zip(rows, more, strict=True)))
         self.n_given += self.batch_size
-        return Rows(ids, valid, self.source.kept(ids, valid))
+        return rows
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows.state_dict(), "n_given": self.n_given, "n_passes": self.n_passes}
@@ -216,9 +209,9 @@ def held_out(source: ModelSource, n_tokens: int) -> list[Rows]:
     found: list[Rows] = []
     n = 0
     while n < n_tokens:
-        ids, valid = source.rows.take(source.model_batch_size)
-        if not len(ids):
+        rows = source.rows.take(source.model_batch_size)
+        if not len(rows.ids):
             break
-        found.append(Rows(ids, valid, source.kept(ids, valid)))
-        n += int(found[-1].keep.sum())
+        found.append(rows)
+        n += int(rows.keep.sum())
     return found

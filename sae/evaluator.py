@@ -23,7 +23,7 @@ from sae.base import reconstruct
 from sae.config import KINDS, SAEConfig, UserError, require
 from sae.data.activations import ModelSource, gather
 from sae.data.datasets import Dataset
-from sae.data.tokens import TokenRows, kept_positions
+from sae.data.tokens import Rows, TokenRows
 from sae.distributed import ALONE, World
 from sae.lm.language_model import LanguageModel
 from sae.metrics import Totals, divergence
@@ -127,10 +127,8 @@ def evaluate(
     with the batches and get the same report.
     """
     reads = f"{hookpoint}@in" if sae.config.transcode else hookpoint
-    source = lambda: ModelSource(
-        lm, TokenRows(lm, dataset, "val", ctx_len), list({reads: 0, hookpoint: 0}),
-        model_batch_size=model_batch_size, skip_first=skip_first, exclude_tokens=exclude_tokens,
-    )  # fmt: skip
+    text = lambda: TokenRows(lm, dataset, "val", ctx_len, skip_first=skip_first, exclude_tokens=exclude_tokens)
+    source = lambda: ModelSource(text(), list({reads: 0, hookpoint: 0}), model_batch_size=model_batch_size)
     for name, does, wanted in ((reads, "reads", sae.d_in), (hookpoint, "predicts", sae.d_out)):
         width = source().widths[name]
         if width != wanted:
@@ -139,24 +137,15 @@ def evaluate(
     mean = world.data.mean((head.cpu() if world.data.size == 1 else head).double())
     totals = Totals(sae.d_out, sae.d_sae, device=sae.W_dec.device, mean=mean, world=world)
     losses = {name: _Loss() for name in ("clean", "sae", "zero", "mean")}
-    n_counted = n_seen = turn = 0
+    n_counted = 0
     bar = log.progress(n_tokens, "evaluating")
-    rows = TokenRows(lm, dataset, "val", ctx_len)
     was_training = sae.training
     sae.eval()
     try:
-        while n_seen < n_tokens:
-            ids, valid = rows.take(model_batch_size)
-            if len(ids) == 0:
-                break
-            keep = kept_positions(lm, ids, valid, skip_first=skip_first, exclude_tokens=exclude_tokens)
-            # up to the sequence in which n_tokens is reached, so that batches of any size see the same sequences
-            n = int((keep.sum(1).cumsum(0) < n_tokens - n_seen).sum()) + 1
-            part = (ids[:n], valid[:n], keep[:n])
+        for turn, rows in enumerate(text().until(n_tokens, model_batch_size)):
             if turn % world.data.size == world.data.rank:
-                n_counted += _evaluate_rows(lm, sae, hookpoint, part, mean.float().to(lm.device), totals, losses)
-            bar.update(int(part[2].sum()))
-            n_seen, turn = n_seen + int(part[2].sum()), turn + 1
+                n_counted += _evaluate_rows(lm, sae, hookpoint, rows, mean.float().to(lm.device), totals, losses)
+            bar.update(int(rows.keep.sum()))
     finally:
         sae.train(was_training)
         bar.close()
@@ -169,7 +158,7 @@ def evaluate(
 
 @torch.no_grad()
 def _evaluate_rows(
-    lm: LanguageModel, sae: SAE, hookpoint: str, rows: tuple[Tensor, Tensor, Tensor], mean: Tensor,
+    lm: LanguageModel, sae: SAE, hookpoint: str, rows: Rows, mean: Tensor,
     totals: Totals, losses: dict[str, _Loss],
 ) -> int:  # fmt: skip
     """One batch of sequences: add to totals and losses; returns how many positions the losses counted."""

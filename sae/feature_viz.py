@@ -15,7 +15,7 @@ from torch import Tensor
 from sae import log
 from sae.config import VizConfig, require
 from sae.data.datasets import Dataset, open_dataset
-from sae.data.tokens import TokenRows, kept_positions
+from sae.data.tokens import TokenRows
 from sae.distributed import ALONE, Axis
 from sae.kernels.sparse import Codes
 from sae.lm.language_model import LanguageModel
@@ -188,20 +188,17 @@ class FeatureVisualizer:
         """From one pass: whole sequences until config.eval_tokens counted tokens are seen or the text ends."""
         c = self.config
         tables = FeatureTables(self.sae, c.feature, top_k=c.top_k, context_tokens=c.context_tokens)
-        text = TokenRows(self.lm, self.dataset, "train" if c.train_text else "val", self.ctx_len)
+        text = TokenRows(
+            self.lm, self.dataset, "train" if c.train_text else "val", self.ctx_len,
+            skip_first=self.skip_first, exclude_tokens=self.exclude_tokens,
+        )  # fmt: skip
         bar, was_training = log.progress(c.eval_tokens, "reading"), self.sae.training
         self.sae.eval()
-        n_tokens = n_sequences = turn = 0
-        while n_tokens < c.eval_tokens:
-            ids, valid = text.take(c.model_batch_size)
-            if len(ids) == 0:
-                break
-            keep = kept_positions(self.lm, ids, valid, skip_first=self.skip_first, exclude_tokens=self.exclude_tokens)
-            counts = keep.sum(1)
-            n = int((n_tokens + counts.cumsum(0) - counts < c.eval_tokens).sum())  # the same however it is batched
+        n_tokens = n_sequences = 0
+        for turn, rows in enumerate(text.until(c.eval_tokens, c.model_batch_size)):
             if turn % self.axis.size == self.axis.rank:
-                self._read(tables, ids[:n], valid[:n], keep[:n], first=n_sequences)
-            n_tokens, n_sequences, turn = n_tokens + int(counts[:n].sum()), n_sequences + n, turn + 1
+                self._read(tables, *rows, first=n_sequences)
+            n_tokens, n_sequences = n_tokens + int(rows.keep.sum()), n_sequences + len(rows.ids)
             bar.update(n_tokens - bar.n)
         bar.close()
         self.sae.train(was_training)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from sae import hooks, log
 from sae.config import CollectConfig, UserError, from_cli
@@ -26,12 +25,13 @@ def main(argv: list[str]) -> None:
         pairs = [(module, f"{module}@in") for module, _ in map(hooks.split, hookpoints)]
         hookpoints = list(dict.fromkeys(name for pair in pairs for name in pair))
     dataset = open_dataset(c.dataset, text_column=c.text_column, split=c.split, streaming=c.streaming)
-    rows = TokenRows(lm, dataset, "train", c.ctx_len, n_threads=c.data_preprocessing_num_proc)
-    left_out: Any = {"skip_first": c.skip_first, "exclude_tokens": c.exclude_tokens}
-    source = ModelSource(lm, rows, hookpoints, model_batch_size=c.model_batch_size, **left_out)
-    made_from = cache.provenance(lm, dataset, ctx_len=c.ctx_len, **left_out)
+    rows = TokenRows(
+        lm, dataset, "train", c.ctx_len,
+        skip_first=c.skip_first, exclude_tokens=c.exclude_tokens, n_threads=c.data_preprocessing_num_proc,
+    )  # fmt: skip
+    source = ModelSource(rows, hookpoints, model_batch_size=c.model_batch_size)
     manifest = cache.write_cache(
-        folder, source, made_from, n_tokens=c.max_tokens, dtype=c.storage_dtype,
+        folder, source, n_tokens=c.max_tokens, dtype=c.storage_dtype,
         shard_tokens=c.shard_tokens, overwrite=c.overwrite,
     )  # fmt: skip
     log.say(f"{manifest['n_tokens']:,} tokens of {', '.join(hookpoints)} in {folder}")

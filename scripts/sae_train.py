@@ -52,16 +52,17 @@ def live_data(c: TrainConfig, lm: LanguageModel, hookpoints: list[str]) -> Data:
     left_out: Any = {"skip_first": c.skip_first, "exclude_tokens": c.exclude_tokens}
 
     def source(split: str) -> ModelSource:
-        rows = TokenRows(lm, dataset, split, c.ctx_len, n_threads=c.data_preprocessing_num_proc)
-        return ModelSource(lm, rows, hookpoints, model_batch_size=c.model_batch_size, **left_out)
+        rows = TokenRows(lm, dataset, split, c.ctx_len, **left_out, n_threads=c.data_preprocessing_num_proc)
+        return ModelSource(rows, hookpoints, model_batch_size=c.model_batch_size)
 
+    train = source("train")
     origin = {
-        "provenance": cache.provenance(lm, dataset, ctx_len=c.ctx_len, **left_out),
+        "provenance": train.rows.provenance(),
         "model_name": lm.name, "model_dtype": lm.dtype, "dataset_path": dataset.name,
         "text_column": dataset.text_column, "split": dataset.split, "streaming": dataset.streaming,
         "context_size": min(c.ctx_len, lm.max_len), **left_out,
     }  # fmt: skip
-    return Data(source("train"), source("val"), c.max_tokens, c.num_epochs, origin)
+    return Data(train, source("val"), c.max_tokens, c.num_epochs, origin)
 
 
 def cached_data(c: TrainConfig) -> Data:
@@ -132,7 +133,7 @@ def cache_origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
     else:
         refuse_other(c, manifest, lm.max_len)
         left_out: Any = {key: manifest[key] for key in ("skip_first", "exclude_tokens")}
-        made_from = cache.provenance(lm, opened, ctx_len=manifest["ctx_len"], **left_out)
+        made_from = TokenRows(lm, opened, "train", manifest["ctx_len"], **left_out).provenance()
         cache.refuse_stale(manifest, made_from, c.activations)
     return {
         "provenance": {key: manifest[key] for key in ("model_hash", "dataset_hash", "n_tokens")},

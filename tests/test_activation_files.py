@@ -478,9 +478,7 @@ def test_a_run_on_collected_activations_resumes_to_the_bit(here, gpt_path, text_
 
 
 def test_an_sae_from_a_file_is_evaluated_in_the_model_it_names(here, gpt_path, text_file, lm, capsys):
-    rows = gather(
-        ModelSource(lm, TokenRows(lm, open_dataset(str(text_file)), "train", 32), ["transformer.h.1"]), 2000, "t"
-    )
+    rows = gather(ModelSource(TokenRows(lm, open_dataset(str(text_file)), "train", 32), ["transformer.h.1"]), 2000, "t")
     write(here / "acts.npy", rows["transformer.h.1"])
     assert call(sae_train, "--activations", "acts.npy", *SMALL, "--hook_point", "blocks.1.hook_resid_post") == 0
     model = ["--model", gpt_path, "--dataset", text_file, "--eval_tokens", 200]
@@ -528,7 +526,7 @@ def test_collecting_for_transcoders_takes_what_goes_in_too(here, gpt_path, text_
     names = ["transformer.h.0", "transformer.h.0@in", "transformer.h.1.mlp", "transformer.h.1.mlp@in"]
     assert sorted(source.widths) == names
     got = gather(source, 500, "t")
-    want = gather(ModelSource(lm, TokenRows(lm, open_dataset(str(text_file)), "train", 256), names), 500, "t")
+    want = gather(ModelSource(TokenRows(lm, open_dataset(str(text_file)), "train", 256), names), 500, "t")
     assert all(torch.equal(got[n], want[n]) for n in names)
     with torch.no_grad():
         again = lm.module.transformer.h[1].mlp(got["transformer.h.1.mlp@in"])

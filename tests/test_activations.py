@@ -12,7 +12,7 @@ import torch
 from sae.config import UserError
 from sae.data import cache
 from sae.data.activations import ActivationCollector, ModelSource, Stream, TensorSource, gather
-from sae.data.cache import CacheSource, provenance, read_manifest, refuse_stale, write_cache
+from sae.data.cache import CacheSource, read_manifest, refuse_stale, write_cache
 from sae.data.datasets import open_dataset
 from sae.data.tokens import TokenRows, kept_positions
 
@@ -20,7 +20,7 @@ HOOK = "transformer.h.1"
 
 
 def model_source(lm, text_file, hookpoints=(HOOK,), **kwargs):
-    return ModelSource(lm, TokenRows(lm, open_dataset(str(text_file)), "train", 32), list(hookpoints), **kwargs)
+    return ModelSource(TokenRows(lm, open_dataset(str(text_file)), "train", 32, **kwargs), list(hookpoints))
 
 
 def numbered(n, d=3):
@@ -83,7 +83,7 @@ def test_sample_draws_nothing(lm, text_file):
 
 def test_special_tokens_and_the_first_position_are_left_out(lm, text_file):
     rows = TokenRows(lm, open_dataset(str(text_file)), "train", 32)
-    ids, valid = rows.take(16)
+    ids, valid, _ = rows.take(16)
     keep = kept_positions(lm, ids, valid)
     acts = lm.hidden(ids, valid, [HOOK])[HOOK]
     got = gather(model_source(lm, text_file), int(keep.sum()), "t")[HOOK]
@@ -129,11 +129,9 @@ def test_nan_and_empty_are_refused(lm, text_file, tmp_path):
 @pytest.fixture
 def collected(lm, text_file, tmp_path):
     dataset = open_dataset(str(text_file))
-    made_from = provenance(lm, dataset, ctx_len=32, skip_first=False)
+    made_from = TokenRows(lm, dataset, "train", 32).provenance()
     names = ["transformer.h.0", HOOK]
-    manifest = write_cache(
-        tmp_path / "cache", model_source(lm, text_file, names), made_from, n_tokens=3000, shard_tokens=1100
-    )
+    manifest = write_cache(tmp_path / "cache", model_source(lm, text_file, names), n_tokens=3000, shard_tokens=1100)
     return tmp_path / "cache", manifest, made_from
 
 
@@ -171,9 +169,8 @@ def test_cache_streams_and_resumes(collected):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_caches(lm, text_file, tmp_path, dtype):
-    made_from = provenance(lm, open_dataset(str(text_file)), ctx_len=32, skip_first=False)
-    write_cache(tmp_path / "c", model_source(lm, text_file), made_from, n_tokens=500, dtype=dtype)
     want = gather(model_source(lm, text_file), 400, "t")[HOOK]
+    write_cache(tmp_path / "c", model_source(lm, text_file), n_tokens=500, dtype=dtype)
     got = gather(CacheSource(tmp_path / "c", val_split=0.0), 400, "t")[HOOK]
     assert torch.equal(got, want.to(cache.DTYPES[dtype]).float())
 
@@ -190,7 +187,7 @@ def test_a_stale_or_foreign_cache_is_refused(lm, text_file, collected, tmp_path)
     changed.write_text(text_file.read_text() + "x")
     assert open_dataset(str(changed)).fingerprint() != made_from["dataset_hash"]
     with pytest.raises(UserError, match="exists"):
-        write_cache(folder, model_source(lm, text_file), made_from, n_tokens=10)
+        write_cache(folder, model_source(lm, text_file), n_tokens=10)
     with pytest.raises(UserError, match="collect that hookpoint first"):
         CacheSource(folder, hookpoints=["transformer.h.2"])
 
@@ -219,7 +216,7 @@ def test_nothing_is_left_of_a_cache_that_failed(lm, text_file, tmp_path, monkeyp
     source = model_source(lm, text_file)
     monkeypatch.setattr(source, "read_numbered", lambda: (_ for _ in ()).throw(UserError("boom")))
     with pytest.raises(UserError, match="boom"):
-        write_cache(tmp_path / "c", source, {}, n_tokens=10)
+        write_cache(tmp_path / "c", source, n_tokens=10)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -260,8 +257,8 @@ def test_collecting_never_deletes_what_is_no_cache(lm, text_file, tmp_path):
     (tmp_path / "c.tmp").mkdir()
     for folder in (precious, precious / "sub" / "thesis.tex"):
         with pytest.raises(UserError, match="which no cache does"):
-            write_cache(folder, model_source(lm, text_file), {}, n_tokens=10, overwrite=True)
-    write_cache(tmp_path / "c", model_source(lm, text_file), {}, n_tokens=10)
+            write_cache(folder, model_source(lm, text_file), n_tokens=10, overwrite=True)
+    write_cache(tmp_path / "c", model_source(lm, text_file), n_tokens=10)
     assert (precious / "sub" / "thesis.tex").read_text() == "x"
     assert (tmp_path / "c.tmp").is_dir()
 

@@ -119,7 +119,7 @@ def test_the_embedded_corpus(lm):
     dataset = open_dataset()
     assert dataset.has_split
     assert next(dataset.documents("train")) != next(dataset.documents("val"))
-    ids, valid = TokenRows(lm, dataset, "val", 32).take(20)
+    ids, valid, _ = TokenRows(lm, dataset, "val", 32).take(20)
     assert ids.shape == (20, 32)
     assert valid.all()
     assert dataset.name == "embedded"

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def source(lm, text_file, split="train", names=(HOOK,), **fields):
-    return ModelSource(lm, TokenRows(lm, open_dataset(str(text_file)), split, 32), list(names), **fields)
+    return ModelSource(TokenRows(lm, open_dataset(str(text_file)), split, 32, **fields), list(names))
 
 
 def config(**fields):

@@ -126,7 +126,7 @@ def test_losses_equal_a_plain_computation(lm, text_file):
     """Clean, zero and mean ablation written out by hand on the same rows."""
     r = run(lm, Zero(SAEConfig(d_in=32, k=4)), text_file, n_tokens=300)
     dataset = open_dataset(str(text_file))
-    ids, valid = TokenRows(lm, dataset, "val", 32).take(10)
+    ids, valid, _ = TokenRows(lm, dataset, "val", 32).take(10)
     assert int(kept_positions(lm, ids, valid).sum()) == r.n_tokens  # whole sequences, until 300 are seen
     gpt = lm.module
 

@@ -40,7 +40,7 @@ def rows_of_text(lm, sae, dataset, n_tokens, ctx_len, skip_first=False):
     """Sequence by sequence: ids (t,), which count (t,), dense activations (t, F)."""
     text, rows, n = TokenRows(lm, dataset, "val", ctx_len), [], 0
     while n < n_tokens:
-        ids, valid = text.take(1)
+        ids, valid, _ = text.take(1)
         if len(ids) == 0:
             break
         keep = kept_positions(lm, ids, valid, skip_first=skip_first)[valid]

@@ -40,7 +40,7 @@ def all_rows(rows, n=7):
     """All that is left, as lists without padding."""
     out = []
     while len((batch := rows.take(n))[0]):
-        out += [ids[valid].tolist() for ids, valid in zip(*batch, strict=True)]
+        out += [ids[valid].tolist() for ids, valid, _ in zip(*batch, strict=True)]
     return out
 
 
@@ -185,18 +185,18 @@ def test_an_error_comes_when_its_document_does(lm, tmp_path, n_threads):
 
 def test_an_endless_text_needs_no_length(lm):
     endless = Dataset("e", False, lambda _: (f"alpha {i}. " * 200 for i in itertools.count()), lambda: "")
-    source = ModelSource(lm, TokenRows(lm, endless, "train", 32, n_threads=2), ["transformer.h.0"])
+    source = ModelSource(TokenRows(lm, endless, "train", 32, n_threads=2), ["transformer.h.0"])
     stream = Stream(source, n_tokens=2000, batch_size=100, buffer_tokens=400)
     assert sum(len(batch["transformer.h.0"]) for batch in stream) == 2000
     assert stream.n_passes == 0
-    val = ModelSource(lm, TokenRows(lm, endless, "val", 32), ["transformer.h.0"])
+    val = ModelSource(TokenRows(lm, endless, "val", 32), ["transformer.h.0"])
     assert len(gather(val, 500, "t")["transformer.h.0"]) == 500
 
 
 def test_passes_over_the_data_are_counted(lm):
     document = "alpha beta " * 40
     n = len(lm.tokenizer.encode(document))
-    source = lambda: ModelSource(lm, TokenRows(lm, dataset_of(document), "train", 64), ["transformer.h.0"])
+    source = lambda: ModelSource(TokenRows(lm, dataset_of(document), "train", 64), ["transformer.h.0"])
     for n_tokens, n_passes in ((n, 0), (n + 1, 1), (3 * n, 2), (3 * n + 1, 3)):
         stream = Stream(source(), n_tokens=n_tokens, batch_size=1, buffer_tokens=8)
         assert sum(1 for _ in stream) == n_tokens
@@ -330,7 +330,7 @@ def test_encoding_is_transformers_own(make):
 
 def test_an_encoder_gets_wrapped_pieces(minilm_path):
     lm = load_language_model(minilm_path, device="cpu")
-    ids, valid = TokenRows(lm, dataset_of("one two three four five six seven", "eight"), "train", 6).take(10)
+    ids, valid, _ = TokenRows(lm, dataset_of("one two three four five six seven", "eight"), "train", 6).take(10)
     assert ids[0, 0] == 101
     assert ids[0, 5] == 102
     assert [int(v.sum()) for v in valid] == [6, 5, 3]  # 4 + 3 words, then the other document by itself
@@ -360,7 +360,7 @@ def test_padding_that_is_also_the_end_of_a_text_never_counts():
     lm = LanguageModel(module=module, tokenizer=HFTokenizer(tokenizer), **parts)
     documents = ["alpha beta gamma delta", "epsilon zeta"]
     want = [t for d in documents for t in [end, *lm.tokenizer.encode(d)]]
-    ids, valid = TokenRows(lm, dataset_of(*documents), "train", len(want) + 5).take(3)
+    ids, valid, _ = TokenRows(lm, dataset_of(*documents), "train", len(want) + 5).take(3)
     assert ids.shape == (1, len(want) + 5)
     assert ids[0, len(want) :].tolist() == [end] * 5
     assert valid[0].tolist() == [True] * len(want) + [False] * 5
@@ -394,14 +394,14 @@ def test_kept_positions(lm):
 
 def test_excluded_tokens_are_neither_trained_on_nor_measured(lm, text_file):
     dataset, hook = open_dataset(str(text_file)), "transformer.h.1"
-    ids, valid = TokenRows(lm, dataset, "val", 32).take(20)
+    ids, valid, _ = TokenRows(lm, dataset, "val", 32).take(20)
     token = int(ids.flatten().mode().values)
     options = {"n_tokens": 500, "ctx_len": 32, "mean_tokens": 100}
     sae = create_sae(SAEConfig(d_in=32, k=4, hook_point=hook))
     all_of, without = (evaluate(lm, sae, hook, dataset, **options, exclude_tokens=x)[0] for x in ((), (token,)))
     assert without.n_tokens >= 500
     assert without.explained_variance != all_of.explained_variance
-    source = ModelSource(lm, TokenRows(lm, dataset, "val", 32), [hook], model_batch_size=20, exclude_tokens=(token,))
+    source = ModelSource(TokenRows(lm, dataset, "val", 32, exclude_tokens=(token,)), [hook], model_batch_size=20)
     keep = kept_positions(lm, ids, valid) & (ids != token)
     torch.testing.assert_close(source.read(0)[hook], lm.hidden(ids, valid, [hook])[hook][keep])
 

@@ -96,7 +96,7 @@ def test_several_hookpoints_train_as_they_would_alone(lm, text_file, tmp_path):
     )
 
     def run(names, save_dir=None, resume=False):
-        source = ModelSource(lm, TokenRows(lm, open_dataset(str(text_file)), "train", 32), names)
+        source = ModelSource(TokenRows(lm, open_dataset(str(text_file)), "train", 32), names)
         stream = Stream(source, n_tokens=640, batch_size=64, buffer_tokens=256)
         saes = {n: create_sae(replace(c, d_in=32)) for n in names}
         t = SAETrainer(saes, c, stream, {n: torch.randn(50, 32) for n in names}, save_dir=save_dir)
@@ -390,7 +390,7 @@ def test_epochs_of_the_call_are_those_of_a_config(tmp_path):
 def test_overwriting_takes_the_old_runs_hookpoints_away(lm, text_file, tmp_path):
     def run(names, **kwargs):
         c = TrainConfig(k=4, batch_size=64, buffer_tokens=256, max_tokens=640)
-        source = ModelSource(lm, TokenRows(lm, open_dataset(str(text_file)), "train", 32), names)
+        source = ModelSource(TokenRows(lm, open_dataset(str(text_file)), "train", 32), names)
         stream = Stream(source, n_tokens=640, batch_size=64, buffer_tokens=256)
         saes = {n: create_sae(replace(c, d_in=32)) for n in names}
         SAETrainer(saes, c, stream, save_dir=tmp_path / "m", **kwargs).train(verbose=False)

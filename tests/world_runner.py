@@ -303,7 +303,7 @@ def text(folder, gpt, corpus):
     hookpoint = "transformer.h.1"
 
     def batches(world):
-        source = ModelSource(lm, TokenRows(lm, dataset, "train", 32), [hookpoint], model_batch_size=3)
+        source = ModelSource(TokenRows(lm, dataset, "train", 32), [hookpoint], model_batch_size=3)
         stream = Stream(source, n_tokens=900, batch_size=61, buffer_tokens=256, world=world)
         return [world.everyone.objects(b[hookpoint].tolist()) for b in stream]
 
@@ -334,7 +334,7 @@ def end_to_end(folder, gpt, corpus):
         return
     lm, dataset = load_language_model(gpt, device="cpu"), open_dataset(corpus)
     names = ["transformer.h.0", "transformer.h.1"]
-    source = lambda split: ModelSource(lm, TokenRows(lm, dataset, split, 32), names, model_batch_size=3)
+    source = lambda split: ModelSource(TokenRows(lm, dataset, split, 32), names, model_batch_size=3)
 
     def run(world, kind, activation):
         c = config(activation, d_in=32, batch_size=160, loss_fn=kind, fvu_coefficient=0.3, **PLAIN)

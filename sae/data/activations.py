@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from sae import hooks, log
 from sae.config import UserError
 from sae.data.buffer import Buffer
-from sae.data.tokens import HOLD_OUT, PIECE_CHARS, TokenRows, kept_positions
+from sae.data.tokens import HOLD_OUT, PIECE_CHARS, Rows, TokenRows
 from sae.distributed import ALONE, World
 from sae.files import read_safetensors, write_safetensors
 from sae.hooks import Acts as Acts
-from sae.lm.language_model import LanguageModel
 from sae.log import Stopwatch
 from sae.metrics import check_finite
 
@@ -53,19 +52,11 @@ class Source(Protocol):
 class ModelSource:
     """Activations of a live language model; the forward stops after the last hookpoint."""
 
-    def __init__(
-        self, lm: LanguageModel, rows: TokenRows, hookpoints: Sequence[str],
-        *, model_batch_size: int = 16, skip_first: bool = False, exclude_tokens: Sequence[int] = (),
-    ):  # fmt: skip
-        self.lm, self.rows, self.hookpoints = lm, rows, list(hookpoints)
+    def __init__(self, rows: TokenRows, hookpoints: Sequence[str], *, model_batch_size: int = 16):
+        self.lm, self.rows, self.hookpoints = rows.lm, rows, list(hookpoints)
         self.model_batch_size = model_batch_size
-        self.skip_first, self.exclude_tokens = skip_first, tuple(exclude_tokens)
-        self.widths = lm.widths(self.hookpoints)
-        self.watch = Stopwatch(lm.device)  # of the forwards
-
-    def kept(self, ids: Tensor, valid: Tensor) -> Tensor:
-        """(N, T) bool: the positions that train and count."""
-        return kept_positions(self.lm, ids, valid, skip_first=self.skip_first, exclude_tokens=self.exclude_tokens)
+        self.widths = self.lm.widths(self.hookpoints)
+        self.watch = Stopwatch(self.lm.device)  # of the forwards
 
     def read(self, n: int) -> Acts:
         del n  # one forward's worth; the buffer keeps what it has no room for
@@ -85,15 +76,14 @@ class ModelSource:
 
     def skip(self, n: int) -> int:
         del n
-        return int(self._take()[2].sum())
+        return int(self._take().keep.sum())
 
-    def _take(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The next sequences with a position to keep: ids, valid, keep (N, T); N is 0 at the end of a pass."""
+    def _take(self) -> Rows:
+        """The next sequences with a position to keep; none at the end of a pass."""
         while True:
-            ids, valid = self.rows.take(self.model_batch_size)
-            keep = self.kept(ids, valid)
-            if len(ids) == 0 or keep.any():
-                return ids, valid, keep
+            rows = self.rows.take(self.model_batch_size)
+            if len(rows.ids) == 0 or rows.keep.any():
+                return rows
 
     def rewind(self) -> None:
         self.rows.rewind()

@@ -26,9 +26,7 @@ from torch import Tensor
 from sae import log
 from sae.config import UserError, read_json, require
 from sae.data.activations import ModelSource
-from sae.data.datasets import Dataset
 from sae.hooks import Acts
-from sae.lm.language_model import LanguageModel
 
 CACHE_VERSION = 2
 CACHE_FILE = re.compile(r"manifest\.json|\d{5}_(\d\d|seq)\.bin")
@@ -138,21 +136,9 @@ def first_held_out(n: int, share: float) -> int:
 # writing a cache
 
 
-def provenance(
-    lm: LanguageModel, dataset: Dataset, *, ctx_len: int, skip_first: bool, exclude_tokens: Sequence[int] = ()
-) -> dict[str, Any]:
-    """What decides activations, as a cache's manifest records it."""
-    return {
-        "model": lm.name, "model_dtype": lm.dtype, "model_hash": lm.weights_hash,
-        "tokenizer_hash": lm.tokenizer.content_hash(), "dataset": dataset.name, "dataset_hash": dataset.fingerprint(),
-        "text_column": dataset.text_column, "split": dataset.split, "streaming": dataset.streaming,
-        "ctx_len": min(ctx_len, lm.max_len), "skip_first": skip_first, "exclude_tokens": sorted(exclude_tokens),
-    }  # fmt: skip
-
-
 def write_cache(
-    folder: Path, source: ModelSource, made_from: dict[str, Any], *, n_tokens: int, dtype: str = "float32",
-    shard_tokens: int = 262_144, overwrite: bool = False,
+    folder: Path, source: ModelSource, *, n_tokens: int, dtype: str = "float32", shard_tokens: int = 262_144,
+    overwrite: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the next n_tokens rows of a source to `folder`, whole or not at all; returns the manifest.
 
@@ -190,7 +176,7 @@ def write_cache(
         bar.close()
         require(done >= 2, "the dataset gave no tokens to collect; give a longer text")
         manifest = {
-            "version": CACHE_VERSION, **made_from, "dtype": dtype, "n_tokens": done, "shards": shards,
+            "version": CACHE_VERSION, **source.rows.provenance(), "dtype": dtype, "n_tokens": done, "shards": shards,
             "hookpoints": {name: {"d_in": d, "file": f"{i:02d}"} for i, (name, d) in enumerate(source.widths.items())},
         }  # fmt: skip
         (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))

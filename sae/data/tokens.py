@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -126,6 +126,14 @@ def _in_order(work: Callable[[Any], Any], items: Iterable[Any], n_threads: int) 
 # token rows
 
 
+class Rows(NamedTuple):
+    """Sequences: ids (N, T) int64, which positions are real, and which of those train and count (bool)."""
+
+    ids: Tensor
+    valid: Tensor
+    keep: Tensor
+
+
 class TokenRows:
     """Documents cut into rows of T tokens, from any place on: `state_dict` is a place.
 
@@ -134,11 +142,16 @@ class TokenRows:
     that are token ids are taken as they are. The last row may be short; `take` pads it and says which positions are
     real, which no token id does: padding and the end of a text are one token in many models.
 
-    n_threads encode ahead of `take`; the rows are the same for any number.
+    skip_first, exclude_tokens: positions that do not count (kept_positions). n_threads encode ahead of `take`; the rows
+    are the same for any number.
     """
 
-    def __init__(self, lm: LanguageModel, dataset: Dataset, split: str, ctx_len: int, *, n_threads: int = 1):
+    def __init__(
+        self, lm: LanguageModel, dataset: Dataset, split: str, ctx_len: int,
+        *, skip_first: bool = False, exclude_tokens: Sequence[int] = (), n_threads: int = 1,
+    ):  # fmt: skip
         self.lm, self.dataset, self.split, self.n_threads = lm, dataset, split, n_threads
+        self.skip_first, self.exclude_tokens = skip_first, tuple(exclude_tokens)
         self.ctx_len = min(ctx_len, lm.max_len)
         if lm.wrap is not None and self.ctx_len < 3:
             raise UserError(f"ctx_len={self.ctx_len} has no room between an encoder's [CLS] and [SEP]; raise --ctx_len")
@@ -165,8 +178,8 @@ class TokenRows:
         batches = _in_order(lambda batch: [self._encode(d) for d in batch], _batches(documents), self.n_threads)
         self._encoded = chain.from_iterable(batches)
 
-    def take(self, n: int) -> tuple[Tensor, Tensor]:
-        """The next n rows, fewer at the end of the data: ids (n, T) int64 and valid (n, T) bool."""
+    def take(self, n: int) -> Rows:
+        """The next n rows, fewer at the end of the data."""
         rows: list[list[int]] = []
         while len(rows) < n and self._ready():
             rows.append(self.queue.popleft())
@@ -176,7 +189,35 @@ class TokenRows:
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
             valid[i, : len(row)] = True
-        return ids, valid
+        keep = kept_positions(self.lm, ids, valid, skip_first=self.skip_first, exclude_tokens=self.exclude_tokens)
+        return Rows(ids, valid, keep)
+
+    def until(self, n_tokens: int, n: int) -> Iterator[Rows]:
+        """Whole sequences, n at a time, until n_tokens that count were seen; the same sequences for any n."""
+        n_seen = 0
+        while n_seen < n_tokens and len((rows := self.take(n)).ids):
+            counts = rows.keep.sum(1)
+            some = int((n_seen + counts.cumsum(0) - counts < n_tokens).sum())
+            yield Rows(*(x[:some] for x in rows))
+            n_seen += int(counts[:some].sum())
+
+    def provenance(self) -> dict[str, Any]:
+        """What decides activations of these rows, as a cache's manifest records it."""
+        lm, dataset = self.lm, self.dataset
+        return {
+            "model": lm.name,
+            "model_dtype": lm.dtype,
+            "model_hash": lm.weights_hash,
+            "tokenizer_hash": lm.tokenizer.content_hash(),
+            "dataset": dataset.name,
+            "dataset_hash": dataset.fingerprint(),
+            "text_column": dataset.text_column,
+            "split": dataset.split,
+            "streaming": dataset.streaming,
+            "ctx_len": self.ctx_len,
+            "skip_first": self.skip_first,
+            "exclude_tokens": sorted(self.exclude_tokens),
+        }
 
     def _ready(self) -> bool:
         """Whether a row is in the queue, after reading on if need be."""
