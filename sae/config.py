@@ -21,19 +21,24 @@ from sae.flags import read_json as read_json
 
 VERSION = "0.1.0"
 
+MODEL_ALIASES = "checkpoint model_name"
 ModelDtype = Literal["float32", "bfloat16", "float16"]
+BUILT_IN = ("topk", "batchtopk", "groupmax", "abstopk", "relu", "gated", "jumprelu", "matryoshka")  # for --help
 # The kinds of SAE by the name that --activation takes: classes of models.py, which register themselves. Their class
 # attributes (base.py) say which settings they have; where models.py is not loaded, nothing is known of kinds.
 KINDS: dict[str, Any] = {}
 
 
 def kind_of(c: SAEConfig) -> Any:
-    """The class of the kind that a config asks for. Raises UserError for an unknown one."""
-    if c.activation not in KINDS:
-        names = ", ".join(KINDS)
-        near = did_you_mean(c.activation, KINDS)
-        raise UserError(f"activation={c.activation!r}; one of {names} was wanted{near}")
-    return KINDS[c.activation]
+    """The class of the kind that a config asks for."""
+    return kind_named(c.activation)
+
+
+def kind_named(name: str) -> Any:
+    """The class of a kind. Raises UserError for an unknown one."""
+    known = f"one of {', '.join(KINDS)} was wanted{did_you_mean(name, KINDS)}"
+    require(name in KINDS, f"activation={name!r}; {known}")
+    return KINDS[name]
 
 
 def kinds_with(flag: str) -> str:
@@ -61,134 +66,109 @@ class SAEConfig:
     """
 
     # what an SAE is
-    d_in: int | None = knob(None, "width of the activations (found from the data when left out)")
-    d_sae: int | None = knob(
-        None, "number of latents (default: d_in * expansion_factor)", alias=("num_latents", "n_dirs"), sweep=True
-    )
-    d_out: int | None = knob(None, "width of what a transcoder predicts (found from the data when left out)")
-    activation: str = knob(
-        "topk",
-        "how latents are made sparse: topk, batchtopk, groupmax, abstopk, relu, gated, jumprelu, matryoshka",
-        sweep=True,
-    )
+    d_in: int | None = knob(None, "width of the activations (default: found from the data)")
+    d_sae: int | None = knob(None, "latents (default: d_in * expansion_factor)", "num_latents n_dirs", sweep=True)
+    d_out: int | None = knob(None, "width of a transcoder's output (default: found from the data)")
+    activation: str = knob("topk", f"how latents are made sparse: {', '.join(BUILT_IN)}", sweep=True)
     expansion_factor: int = knob(8, "latents per input dimension", sweep=True)
-    k: int = knob(32, "latents kept per token (on average over a batch: batchtopk, matryoshka)", sweep=True)
-    transcode: bool = knob(False, "predict a module's output from its input (a transcoder)")
+    k: int = knob(32, "latents kept per token (batchtopk, matryoshka: on average over a batch)", sweep=True)
+    transcode: bool = knob(False, "train a transcoder: predict a module's output from its input")
     skip_connection: bool = knob(False, "add a linear map from input to output (a skip transcoder)")
-    tied: bool = knob(False, "the encoder is the decoder transposed, one matrix")
-    matryoshka_prefixes: tuple[float, ...] = knob(
-        (0.0625, 0.25), "parts of the latents that must also reconstruct alone, beside all of them (matryoshka)"
-    )
+    tied: bool = knob(False, "share one matrix: the encoder is the decoder transposed")
+    matryoshka_prefixes: tuple[float, ...] = knob((0.0625, 0.25), "parts of the latents that must reconstruct alone too")
     matryoshka_base: Literal["batchtopk", "topk"] = knob("batchtopk", "how matryoshka chooses latents")
     normalize_activations: Literal["unit", "none", "expected_norm", "layer_norm"] = knob(
-        "unit", "scale of what is trained on: unit mean square per dimension around the mean, none, mean length "
-        "sqrt(d), or layer norm of each token; saved SAEs take raw activations"
-    )  # fmt: skip
+        "unit", "scale in training: unit variance, none, mean norm sqrt(d), layer norm; saved SAEs take raw activations"
+    )
     normalize_decoder: bool | None = knob(
         None, "keep decoder rows at unit norm (default: yes; of transcoders, relu and gated)"
     )
 
     # what it learns from
     loss_fn: Literal["fvu", "mse", "ce", "kl"] = knob(
-        "fvu", "error over the data's variance (fvu, mse: OpenAI's), or the model's own loss end to end (ce, kl)"
+        "fvu", "error over the data's variance (fvu; mse as OpenAI), or the model's own loss, end to end (ce, kl)"
     )
     fvu_coefficient: float = knob(0.0, "weight of the reconstruction error beside ce or kl")
     l1_coefficient: float | None = knob(
-        None,
-        "weight of the sparsity penalty (relu, gated, jumprelu; default: found by aiming at --target_l0)",
-        sweep=True,
+        None, "weight of the sparsity penalty (default: found by aiming at --target_l0)", sweep=True
     )
     target_l0: float | None = knob(
-        None, "active latents per token that the penalty's weight is steered to (default: k, unless l1_coefficient)",
-        sweep=True,
-    )  # fmt: skip
-    l1_weighting: Literal["decoder", "plain"] = knob(
-        "decoder", "L1 of latents times decoder norms, or of latents (relu)"
+        None, "active latents per token to aim the penalty's weight at (default: k, unless l1_coefficient)", sweep=True
     )
-    p_anneal: float | None = knob(None, "exponent the penalty f^p ends at, from 1, over the last half (relu)")
+    l1_weighting: Literal["decoder", "plain"] = knob("decoder", "penalise latents times decoder norms, or latents")
+    p_anneal: float | None = knob(None, "exponent that the penalty f^p falls to, from 1, over the last half")
     jumprelu_penalty: Literal["step", "tanh", "quadratic"] = knob(
-        "step", "L0 through the threshold's gradient, tanh of latents, or (L0 / target - 1)^2 (jumprelu)"
+        "step", "L0 through the threshold's gradient, tanh of latents, or (L0 / target - 1)^2"
     )
-    bandwidth: float = knob(0.1, "width of the window in which the threshold has a gradient (jumprelu, scaled units)")
-    multi_topk: bool = knob(False, "also reconstruct from 4k latents, with weight 1/8 (topk)")
+    bandwidth: float = knob(0.1, "width of the window in which a threshold has a gradient (jumprelu, scaled units)")
+    multi_topk: bool = knob(False, "also reconstruct from 4k latents, with weight 1/8")
     k_decay_steps: int = knob(0, "steps over which k falls to --k from min(d_in, d_sae) (topk family)")
-    auxk_alpha: float = knob(
-        1 / 32, "weight of the AuxK loss that revives dead latents", alias=("auxk_coef",), sweep=True
-    )
+    auxk_alpha: float = knob(1 / 32, "weight of the AuxK loss, which revives dead latents", "auxk_coef", sweep=True)
     dead_feature_threshold: int | None = knob(
-        None, "tokens without firing until a latent is dead (default: 16 d_sae / k, at most 10M)",
-        alias=("dead_toks_threshold",),
+        None, "a latent is dead after this many tokens without firing (default: 16 d_sae / k, at most 10M)",
+        "dead_toks_threshold",
     )  # fmt: skip
     dead_percentage_threshold: float | None = knob(
-        None, "dead instead: fires at less than this share of the rate k / d_sae that all would have by fair shares"
+        None, "instead: a latent is dead if it fires at less than this share of the mean rate k / d_sae"
     )
-    dead_latent_threshold: float | None = knob(None, "dead instead: fires on less than this share of the tokens")
+    dead_latent_threshold: float | None = knob(
+        None, "instead: a latent is dead if it fires on less than this share of tokens"
+    )
     resample_every: int | None = knob(
-        None, "steps between resamplings of dead latents from badly explained tokens, in the first half of the run",
-        alias=("resample_interval",),
-    )  # fmt: skip
+        None, "steps between resamplings of dead latents, in the first half of the run", "resample_interval"
+    )
 
     # how it learns
-    b_dec_init: Literal["mean", "geometric_median", "zeros"] = knob("mean", "what the decoder bias starts at")
-    scale_encoder: bool = knob(
-        True, "scale the encoder at the start so that reconstructions err least, in kinds that keep k latents"
-    )
+    b_dec_init: Literal["mean", "geometric_median", "zeros"] = knob("mean", "start of the decoder bias")
+    scale_encoder: bool = knob(True, "scale W_enc at the start to minimise the error (kinds that keep k latents)")
     optimizer: Literal["adam", "adam8bit", "muon", "signum", "sgd"] = knob("adam", "optimiser", sweep=True)
     optimizer_dtype: Literal["float32", "bfloat16"] = knob(
-        "float32", "what Adam keeps its moments in; bfloat16 halves them, and is rounded at random"
+        "float32", "dtype of Adam's moments; bfloat16 takes half the memory, with stochastic rounding"
     )
     learning_rate: float | None = knob(
-        None, "peak step size (default: by optimiser, falls as 1/sqrt(d_sae))", alias=("lr",), sweep=True
+        None, "peak step size (default: by optimiser, falls as 1/sqrt(d_sae))", "lr", sweep=True
     )
     weight_decay: float = knob(0.0, "decoupled weight decay")
     lr_schedule: Literal["linear", "cosine", "constant"] = knob("linear", "how the step size falls at the end")
     warmup_steps: int | None = knob(
-        None, "steps of linear warm-up (default: 5% of the run, at most 1000)", alias=("lr_warmup_steps",)
+        None, "steps of linear warm-up (default: 5% of the run, at most 1000)", "lr_warmup_steps"
     )
-    decay_fraction: float = knob(0.4, "last part of the run over which the step size falls to 0")
-    sparsity_warmup: float = knob(0.2, "first part of the run over which the penalty rises from 0")
-    clip_norm: float | None = knob(1.0, "largest gradient norm, or none", alias=("clip_grad",))
+    decay_fraction: float = knob(0.4, "last part of the run, over which the step size falls to 0")
+    sparsity_warmup: float = knob(0.2, "first part of the run, over which the penalty rises from 0")
+    clip_norm: float | None = knob(1.0, "largest gradient norm, or none", "clip_grad")
     ema: float | None = knob(
-        None,
-        "decay per step of averaged weights, which are then the ones evaluated and saved",
-        alias=("ema_multiplier",),
+        None, "decay per step of averaged weights, which are then evaluated and saved", "ema_multiplier"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = knob(
-        "float32", "dtype of the matrix products (weights stay float32; float16 with a gradient scaler)"
+        "float32", "dtype of matrix products (weights stay float32; float16 uses a gradient scaler)"
     )
     kernels: Literal["auto", "plain"] = knob("auto", "the fastest kernels that run here, or plain torch")
-    batch_size: int = knob(1024, "tokens per step", alias=("bs",))
-    grad_acc_steps: int = knob(1, "a step takes this many times batch_size tokens, in as many passes")
-    micro_acc_steps: int = knob(1, "each of these passes is cut into this many, to save memory")
-    num_epochs: int = knob(1, "how often each activation is trained on (the model computes it once)")
-    seed: int = knob(0, "seed of initialisation, and of shuffling", alias=("init_seeds",), sweep=True)
+    batch_size: int = knob(1024, "tokens per step", "bs")
+    grad_acc_steps: int = knob(1, "batches of batch_size tokens that a step adds up")
+    micro_acc_steps: int = knob(1, "parts that each of these batches is cut into, to save memory")
+    num_epochs: int = knob(1, "times that each activation is trained on (the model computes it once)")
+    seed: int = knob(0, "seed of initialisation and of shuffling", "init_seeds", sweep=True)
     shuffle_seed: int | None = knob(None, "seed of shuffling (default: the first seed)")
     val_split: float = knob(0.05, "part of collected activations held out for validation")
     eval_every: int = knob(100, "steps between validations")
     save_every: int = knob(500, "steps between checkpoints")
     save_best: bool = knob(True, "keep the best SAE by validation loss as best_model.pt")
-    log_every: int = knob(10, "steps between lines of metrics.jsonl", alias=("wandb_log_frequency",))
-    hook_point: str = knob("", "where the activations come from, for the record (filled in by sae_train)")
+    log_every: int = knob(10, "steps between lines of metrics.jsonl", "wandb_log_frequency")
+    hook_point: str = knob("", "where the activations come from, for the record (sae_train fills it in)")
 
     def __post_init__(self) -> None:
         check_types(self)
         require(0 <= self.seed < 2**31, f"seed={self.seed}; it must lie in 0..{2**31 - 1}")
-        at_least(
-            self, 1, "expansion_factor", "k", "batch_size", "num_epochs", "eval_every", "save_every", "log_every",
-            "d_in", "d_out", "d_sae", "dead_feature_threshold", "grad_acc_steps", "micro_acc_steps", "resample_every",
-        )  # fmt: skip
-        at_least(
-            self, 0, "auxk_alpha", "warmup_steps", "k_decay_steps", "fvu_coefficient", "weight_decay", "shuffle_seed"
-        )
-        _share(
-            self, "decay_fraction", "sparsity_warmup", "dead_percentage_threshold", "dead_latent_threshold", "p_anneal"
-        )
+        at_least(self, 1, *"expansion_factor k batch_size num_epochs eval_every save_every log_every d_in".split())
+        at_least(self, 1, *"d_out d_sae dead_feature_threshold grad_acc_steps micro_acc_steps resample_every".split())
+        at_least(self, 0, *"auxk_alpha warmup_steps k_decay_steps fvu_coefficient weight_decay shuffle_seed".split())
+        _share(self, "decay_fraction", "sparsity_warmup", "dead_percentage_threshold", "dead_latent_threshold")
+        _share(self, "p_anneal")
         require(0 <= self.val_split < 1, f"val_split={self.val_split}; it must lie in 0..1, below 1")
         for name in ("learning_rate", "l1_coefficient", "clip_norm", "target_l0", "weight_decay", "fvu_coefficient"):
             value = getattr(self, name)
-            require(
-                value is None or (math.isfinite(value) and value >= 0), f"{name}={value}; it must be finite and >= 0"
-            )
+            good = value is None or (math.isfinite(value) and value >= 0)
+            require(good, f"{name}={value}; it must be finite and >= 0")
         require(self.bandwidth > 0, f"bandwidth={self.bandwidth}; it must be above 0")
         require(self.ema is None or 0 < self.ema < 1, f"ema={self.ema}; it must lie between 0 and 1, such as 0.999")
         self._check_shape()
@@ -225,32 +205,34 @@ class SAEConfig:
             require(flag in kind.flags, f"--{flag} is for --activation {kinds_with(flag)}")
 
     def _check_combinations(self) -> None:
-        forbid = lambda bad, message: require(not bad, message)
-        forbid(
-            self.optimizer_dtype != "float32"
-            and (self.optimizer != "adam" or self.weight_decay > 0 or self.dtype == "float16"),
-            "--optimizer_dtype bfloat16 is for --optimizer adam without --weight_decay or --dtype float16; drop one",
-        )
-        forbid(
-            self.tied and self.transcode, "--tied shares one matrix between spaces that differ; drop it or --transcode"
-        )
-        forbid(
-            self.tied and self.normalize_decoder is False, "--tied wants unit decoder rows; drop --no-normalize_decoder"
-        )
-        forbid(
-            self.normalize_activations == "layer_norm" and self.transcode,
-            "layer norm cannot be undone on a transcoder's output; choose another --normalize_activations",
-        )
-        thresholds = (self.dead_feature_threshold, self.dead_percentage_threshold, self.dead_latent_threshold)
-        forbid(
-            sum(v is not None for v in thresholds) > 1,
-            "several dead-latent thresholds were given; choose one of --dead_feature_threshold, "
-            "--dead_percentage_threshold and --dead_latent_threshold",
-        )  # fmt: skip
-        forbid(
-            self.loss_fn in ("ce", "kl") and (self.resample_every is not None or self.dtype == "float16"),
-            f"--loss_fn {self.loss_fn} trains on whole sequences; it goes with neither --resample_every nor float16",
-        )
+        moments = self.optimizer == "adam" and self.weight_decay == 0 and self.dtype != "float16"
+        norm, end_to_end = self.normalize_activations, self.loss_fn in ("ce", "kl")
+        dead = said(self, "dead_feature_threshold", "dead_percentage_threshold", "dead_latent_threshold")
+        for bad, message in (
+            (
+                self.optimizer_dtype != "float32" and not moments,
+                "--optimizer_dtype bfloat16 is for --optimizer adam without --weight_decay or --dtype float16; drop one",
+            ),
+            (self.tied and self.transcode, "--tied shares one matrix between spaces that differ; drop it or --transcode"),
+            (
+                self.tied and self.normalize_decoder is False,
+                "--tied wants unit decoder rows; drop --no-normalize_decoder",
+            ),
+            (
+                norm == "layer_norm" and self.transcode,
+                "layer norm cannot be undone on a transcoder's output; choose another --normalize_activations",
+            ),
+            (
+                len(dead) > 1,
+                "several dead-latent thresholds were given; choose one of --dead_feature_threshold, "
+                "--dead_percentage_threshold and --dead_latent_threshold",
+            ),
+            (
+                end_to_end and (self.resample_every is not None or self.dtype == "float16"),
+                f"--loss_fn {self.loss_fn} trains on whole sequences; it goes with neither --resample_every nor float16",
+            ),
+        ):
+            require(not bad, message)
 
     @classmethod
     def from_model(cls, model: Any, layer_idx: int, hook_type: str = "resid_post", **fields: Any) -> SAEConfig:
@@ -278,16 +260,12 @@ class DataConfig:
     """Which model reads which text."""
 
     model: str = knob(
-        "pygpt",
-        "pygpt, a nanoGPT ckpt.pt, nanochat:sft/d12, a nanochat checkpoint folder, or a HuggingFace folder or id",
-        alias=("checkpoint", "model_name"),
+        "pygpt", "pygpt, nanoGPT's ckpt.pt, nanochat:sft/d12 or its folder, a HuggingFace folder or id", MODEL_ALIASES
     )
     dataset: str | None = knob(
-        None,
-        "text, jsonl, parquet or .bin file, a folder of them, a nanoGPT data folder, or a HuggingFace dataset "
-        "(name, name:config, or saved to disk) (default: the embedded corpus)",
-        alias=("dataset_name",),
-    )
+        None, "text, jsonl, parquet or .bin file, a folder of them, a nanoGPT data folder, or a HuggingFace dataset: name, "
+        "name:config, or saved to disk (default: the embedded corpus)", "dataset_name",
+    )  # fmt: skip
     split: str = knob("train", "split of a HuggingFace dataset")
     streaming: bool = knob(False, "read a HuggingFace dataset over the network as it is needed")
     text_column: str | None = knob(None, "field that holds the text or the chat (default: found by name and content)")
@@ -343,7 +321,7 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
     max_tokens: int = knob(
         1_000_000,
         "tokens to train on; text that ends sooner is repeated, collected activations are not",
-        alias=("num_activations",),
+        "num_activations",
     )
     model_device: str | None = knob(
         None, "device of the language model, whose forwards then run beside the SAEs' steps (default: --device)"
@@ -359,7 +337,7 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
     distribute_modules: bool = knob(False, "give whole hookpoints to processes (with several processes)")
     shard_latents: int = knob(1, "processes that share the latents of every SAE (with several processes)")
     plan: bool = knob(False, "say what the run would take (memory, time, disk) and start nothing")
-    save_dir: str = knob("sae_models", "folder of all runs", alias=("output_dir",))
+    save_dir: str = knob("sae_models", "folder of all runs", "output_dir")
     run_name: str | None = knob(None, "name of this run's folder (default: layer_10 or the hookpoint)")
     resume: bool = knob(
         False, "go on from a run's newest checkpoint, with its settings (of --run_name or --layer, else the newest run)"
@@ -459,17 +437,17 @@ class EvalConfig:
     """sae_eval: how good a trained SAE is, on held-out text."""
 
     sae_path: str | None = knob(
-        None, "a run, a hookpoint folder or a weights file (default: the newest run in sae_models)", alias=("sae_dir",)
+        None, "a run, a hookpoint folder or a weights file (default: the newest run in sae_models)", "sae_dir"
     )
     model: str | None = knob(
-        None, "the language model (default: the one the SAE was trained on)", alias=("checkpoint", "model_name")
+        None, "the language model (default: the one the SAE was trained on)", MODEL_ALIASES
     )
-    dataset: str | None = knob(None, "the text (default: held-out text of the SAE's own)", alias=("dataset_name",))
+    dataset: str | None = knob(None, "the text (default: held-out text of the SAE's own)", "dataset_name")
     eval_tokens: int = knob(
-        131_072, "tokens to evaluate on (special tokens not counted)", alias=("num_test_samples", "max_tokens")
+        131_072, "tokens to evaluate on (special tokens not counted)", "num_test_samples max_tokens"
     )
     mean_tokens: int = knob(16_384, "leading tokens that give the mean used by mean ablation")
-    ctx_len: int | None = knob(None, "tokens per sequence (default: as in training)", alias=("context_length",))
+    ctx_len: int | None = knob(None, "tokens per sequence (default: as in training)", "context_length")
     model_batch_size: int = knob(16, "sequences per forward of the language model")
     model_dtype: ModelDtype | None = knob(None, "what the language model computes in (default: as in training)")
     device: str | None = knob(None, "cpu, cuda, cuda:1, mps (default: the best there is)")
@@ -484,7 +462,7 @@ class EvalConfig:
 class VizConfig(EvalConfig):
     """sae_viz: what each feature means, as pages that open in a browser."""
 
-    eval_tokens: int = knob(131_072, "tokens to look for contexts in", alias=("num_samples", "max_tokens"))
+    eval_tokens: int = knob(131_072, "tokens to look for contexts in", "num_samples max_tokens")
     feature: tuple[int, ...] = knob((), "only these features")
     all_features: bool = knob(False, "a page for every feature (default: the first 1000 that fire)")
     top_k: int = knob(20, "contexts per feature")
@@ -516,11 +494,11 @@ class VizConfig(EvalConfig):
 class CollectConfig(DataConfig, HookConfig):
     """sae_collect: write activations to disk once, to train on many times."""
 
-    max_tokens: int = knob(1_000_000, "tokens to collect", alias=("num_activations",))
+    max_tokens: int = knob(1_000_000, "tokens to collect", "num_activations")
     transcode: bool = knob(False, "collect what goes into each module too, for transcoders")
     storage_dtype: Literal["float32", "bfloat16", "float16"] = knob("float32", "dtype on disk")
     shard_tokens: int = knob(262_144, "tokens per file")
-    output_dir: str = knob("activations/default", "folder to write", alias=("save_dir",))
+    output_dir: str = knob("activations/default", "folder to write", "save_dir")
     overwrite: bool = knob(False, "replace an existing folder")
 
     def __post_init__(self) -> None:
@@ -535,7 +513,7 @@ class UploadConfig:
     """sae_upload: publish features on Neuronpedia. Without --upload everything is checked and nothing is sent."""
 
     sae_path: str | None = knob(
-        None, "a run or a hookpoint folder (default: the newest run in sae_models)", alias=("sae_dir",)
+        None, "a run or a hookpoint folder (default: the newest run in sae_models)", "sae_dir"
     )
     features: str | None = knob(None, "the features.jsonl (default: the one that sae_viz wrote beside the SAE)")
     dry_run: bool = knob(False, "only check, and show what would be sent; what happens without --upload, too")
@@ -566,10 +544,10 @@ class ChatConfig:
 
     sae_path: str | None = knob(
         None, "a run, all of whose SAEs take part, or a weights file (default: the newest run in sae_models)",
-        alias=("sae_dir",),
+        "sae_dir",
     )  # fmt: skip
     model: str | None = knob(
-        None, "the language model (default: the one the SAE was trained on)", alias=("checkpoint", "model_name")
+        None, "the language model (default: the one the SAE was trained on)", MODEL_ALIASES
     )
     dataset: str | None = knob(None, "where a nanoGPT checkpoint's meta.pkl lies (default: as in training)")
     model_dtype: ModelDtype | None = knob(None, "what the language model computes in (default: as in training)")

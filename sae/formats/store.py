@@ -1,7 +1,4 @@
-"""Files: save and load SAEs (safetensors + json, SAELens's own layout), checkpoints, and every write atomic.
-
-What is read is never executed: .pt files go through weights_only, and a broken file is one sentence.
-"""
+"""Save, find and load SAEs: cfg.json and sae_weights.safetensors in a folder, a best_model.pt, or a hub id."""
 
 from __future__ import annotations
 
@@ -17,22 +14,13 @@ from torch import Tensor
 
 from sae import files
 from sae.base import SHARED
-from sae.config import VERSION, SAEConfig, UserError, read_json, require
+from sae.config import UserError, read_json, require
 from sae.files import read_safetensors, write_json, write_safetensors
+from sae.formats import nanochat, saelens
 from sae.hooks import natural
 from sae.models import SAE, create_sae
 
 WEIGHTS, CFG = "sae_weights.safetensors", "cfg.json"
-# The SAELens whose layout this is; its loader takes the old flat layout for anything below 6.0.
-SAELENS_VERSION = "6.54.12"
-ARCHITECTURES = {
-    "topk": "topk", "abstopk": "abstopk", "relu": "standard", "gated": "gated", "jumprelu": "jumprelu",
-    "batchtopk": "jumprelu", "matryoshka": "jumprelu",
-}  # fmt: skip
-READS = {"topk": "topk", "abstopk": "abstopk", "standard": "relu", "gated": "gated", "jumprelu": "jumprelu"}
-
-# --------------------------------------------------------------------------------------------------
-# atomic writes, safe reads
 
 
 def write_shards(tensors: dict[str, Tensor], sae: SAE, path: Path) -> None:
@@ -82,19 +70,6 @@ def write_shards(tensors: dict[str, Tensor], sae: SAE, path: Path) -> None:
         raise UserError(f"cannot write '{path}': {e.strerror}; choose another folder or free some space") from e
 
 
-# --------------------------------------------------------------------------------------------------
-# SAEs
-
-
-def architecture(c: SAEConfig) -> str:
-    """SAELens's name for an SAE; kinds that it does not have go by our own."""
-    kind = "topk" if c.activation == "matryoshka" and c.matryoshka_base == "topk" else c.activation
-    if not c.transcode:
-        return ARCHITECTURES.get(kind, kind)
-    prefix = {"standard": "", "jumprelu": "jumprelu_"}.get(ARCHITECTURES.get(kind, kind), f"{kind}_")
-    return f"{prefix}{'skip_' if c.skip_connection else ''}transcoder"
-
-
 def save_sae(sae: SAE, folder: str | Path, **metadata: Any) -> None:
     """Write cfg.json and sae_weights.safetensors, which SAELens, SAEBench and SAEDashboard open as they are.
 
@@ -102,30 +77,15 @@ def save_sae(sae: SAE, folder: str | Path, **metadata: Any) -> None:
     hook_name, context_size, dataset_path, ...) for cfg.json's "metadata". Where several processes hold the latents, all
     of them call this.
     """
-    c, folder = sae.config, Path(folder)
-    if "hookpoint" in metadata:
-        at = metadata["hookpoint"]
-        names = {"hook_name": f"{at}@in", "hook_name_out": at} if c.transcode else {"hook_name": at}
-        metadata = {**names, **metadata}
-    about = {"sae_lens_version": SAELENS_VERSION, "nanosae_version": VERSION, **metadata, "nanosae": c.to_dict()}
-    cfg = {
-        "architecture": architecture(c), "d_in": sae.d_in, "d_sae": sae.d_sae,
-        "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": not c.transcode,
-        "normalize_activations": "layer_norm" if sae.layer_norm else "none", "reshape_activations": "none",
-        "metadata": about,
-    }  # fmt: skip
-    if cfg["architecture"] in ("topk", "abstopk"):
-        cfg |= {"k": c.k, "rescale_acts_by_decoder_norm": False}
-    if c.transcode:
-        cfg["d_out"] = sae.d_out
+    folder = Path(folder)
     weights = sae.state_dict()
-    weights = {"W_enc": sae.W_enc, **weights} if c.tied else weights
+    weights = {"W_enc": sae.W_enc, **weights} if sae.config.tied else weights
     if sae.world.latents.size > 1:
         write_shards(weights, sae, folder / WEIGHTS)
     else:
         write_safetensors(weights, folder / WEIGHTS)
     if sae.world.latents.rank == 0:
-        write_json(cfg, folder / CFG)
+        write_json(saelens.cfg_of(sae, metadata), folder / CFG)
 
 
 def load_sae(path: str | Path, *, device: torch.device | str = "cpu") -> SAE:
@@ -135,11 +95,12 @@ def load_sae(path: str | Path, *, device: torch.device | str = "cpu") -> SAE:
     """
     found = find_sae(path)
     if found.suffix == ".pt":
-        sae = _from_nanochat(files.read_torch(found), found)
+        config, weights = nanochat.read(files.read_torch(found), found)
     else:
-        sae = _from_saelens(_read_cfg(found.parent / CFG), read_safetensors(found), found)
-    for name, weights in sae.state_dict().items():  # a latent that is NaN would never be chosen, and hide
-        require(not weights.isnan().any(), f"'{found}': tensor {name} holds NaN; fetch the file again, or train anew")
+        config, weights = saelens.read(_read_cfg(found.parent / CFG), read_safetensors(found), found)
+    sae = _filled(create_sae(config), weights, found)
+    for name, x in sae.state_dict().items():  # a latent that is NaN would never be chosen, and hide
+        require(not x.isnan().any(), f"'{found}': tensor {name} holds NaN; fetch the file again, or train anew")
     return sae.to(device)
 
 
@@ -223,7 +184,7 @@ def _from_hub(name: str) -> Path:
     return find_sae(Path(got) / inside)
 
 
-def _load_strict(sae: SAE, weights: dict[str, Tensor], where: Path) -> SAE:
+def _filled(sae: SAE, weights: dict[str, Tensor], where: Path) -> SAE:
     """Copy weights in, all of them and no others; the SAE comes back ready for use."""
     wanted = {name: tuple(p.shape) for name, p in sae.state_dict().items()}
     weights = {name: w for name, w in weights.items() if not (sae.config.tied and name == "W_enc")}
@@ -237,53 +198,3 @@ def _load_strict(sae: SAE, weights: dict[str, Tensor], where: Path) -> SAE:
         for name, p in sae.state_dict().items():
             p.copy_(weights[name])
     return sae.eval()
-
-
-def _from_nanochat(checkpoint: Any, where: Path) -> SAE:
-    """best_model.pt and checkpoints: {"sae_state_dict", "config", ...}."""
-    if not isinstance(checkpoint, dict) or not {"sae_state_dict", "config"} <= checkpoint.keys():
-        raise UserError(f"'{where}' has no sae_state_dict and config; give a best_model.pt or a run's folder")
-    return _load_strict(create_sae(SAEConfig.from_dict(checkpoint["config"])), checkpoint["sae_state_dict"], where)
-
-
-def _from_saelens(cfg: dict[str, Any], weights: dict[str, Tensor], where: Path) -> SAE:
-    ours = cfg["metadata"].get("nanosae")
-    if isinstance(ours, dict):
-        return _load_strict(create_sae(SAEConfig.from_dict(ours)), weights, where)
-    named = str(cfg.get("architecture"))
-    transcode, skip = named.endswith("transcoder"), named.endswith("skip_transcoder")
-    base = (
-        (named.removesuffix("transcoder").removesuffix("skip_").removesuffix("_") or "standard") if transcode else named
-    )
-    if base not in READS:
-        raise UserError(f"'{where}': architecture {named} is not read yet; only {', '.join(READS)} and transcoders")
-    norms_read = {"normalize_activations": ("none", "layer_norm"), "reshape_activations": ("none",)}
-    for key, fine in norms_read.items():
-        if cfg.get(key, fine[0]) not in fine:
-            raise UserError(f"'{where}': {key}={cfg[key]} is not read yet; only {' or '.join(fine)}")
-    sizes = {name: cfg.get(name, 32) for name in ("d_in", "d_sae", "k")} | {"d_out": cfg.get("d_out", cfg.get("d_in"))}
-    if not all(isinstance(n, int) for n in sizes.values()) or not {"d_in", "d_sae"} <= cfg.keys():
-        raise UserError(f"'{where.parent / CFG}' has d_in, d_sae, k = {sizes}; whole numbers were wanted")
-    biases = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}.get(base, ("b_enc",))
-    needed = {"W_enc", "W_dec", "b_dec", *biases, *(("W_skip",) if skip else ())}
-    if needed - weights.keys():
-        raise UserError(f"'{where}': tensor {min(needed - weights.keys())} is missing; fetch the file again")
-    weights = {name: w.float() for name, w in weights.items()}
-    norms = weights["W_dec"].norm(dim=1)
-    if base in ("topk", "abstopk") and cfg.get("rescale_acts_by_decoder_norm"):
-        # latents are chosen by pre * norm there: fold the norms in and choose by pre
-        weights |= {"W_enc": weights["W_enc"] * norms, "b_enc": weights["b_enc"] * norms}
-        weights["W_dec"] = weights["W_dec"] / norms[:, None]
-        norms = torch.ones(1)
-    if not transcode and not cfg.get("apply_b_dec_to_input", True):
-        bias = "b_gate" if base == "gated" else "b_enc"
-        shift = weights["b_dec"] @ weights["W_enc"]
-        weights[bias] = weights[bias] + shift
-        if bias == "b_gate":
-            weights["b_mag"] = weights["b_mag"] + shift * weights["r_mag"].exp()
-    config = SAEConfig(
-        d_in=cfg["d_in"], d_out=sizes["d_out"], d_sae=cfg["d_sae"], activation=READS[base], k=cfg.get("k", 32),
-        normalize_decoder=bool(((norms - 1).abs() < 1e-3).all()), transcode=transcode, skip_connection=skip,
-        normalize_activations="layer_norm" if cfg.get("normalize_activations") == "layer_norm" else "unit",
-    )  # fmt: skip
-    return _load_strict(create_sae(config), weights, where)
