@@ -75,7 +75,9 @@ class SAEConfig:
     transcode: bool = knob(False, "train a transcoder: predict a module's output from its input")
     skip_connection: bool = knob(False, "add a linear map from input to output (a skip transcoder)")
     tied: bool = knob(False, "share one matrix: the encoder is the decoder transposed")
-    matryoshka_prefixes: tuple[float, ...] = knob((0.0625, 0.25), "parts of the latents that must reconstruct alone too")
+    matryoshka_prefixes: tuple[float, ...] = knob(
+        (0.0625, 0.25), "parts of the latents that must reconstruct alone too"
+    )
     matryoshka_base: Literal["batchtopk", "topk"] = knob("batchtopk", "how matryoshka chooses latents")
     normalize_activations: Literal["unit", "none", "expected_norm", "layer_norm"] = knob(
         "unit", "scale in training: unit variance, none, mean norm sqrt(d), layer norm; saved SAEs take raw activations"
@@ -205,34 +207,21 @@ class SAEConfig:
             require(flag in kind.flags, f"--{flag} is for --activation {kinds_with(flag)}")
 
     def _check_combinations(self) -> None:
+        forbid = lambda bad, message: require(not bad, message)
         moments = self.optimizer == "adam" and self.weight_decay == 0 and self.dtype != "float16"
-        norm, end_to_end = self.normalize_activations, self.loss_fn in ("ce", "kl")
-        dead = said(self, "dead_feature_threshold", "dead_percentage_threshold", "dead_latent_threshold")
-        for bad, message in (
-            (
-                self.optimizer_dtype != "float32" and not moments,
-                "--optimizer_dtype bfloat16 is for --optimizer adam without --weight_decay or --dtype float16; drop one",
-            ),
-            (self.tied and self.transcode, "--tied shares one matrix between spaces that differ; drop it or --transcode"),
-            (
-                self.tied and self.normalize_decoder is False,
-                "--tied wants unit decoder rows; drop --no-normalize_decoder",
-            ),
-            (
-                norm == "layer_norm" and self.transcode,
-                "layer norm cannot be undone on a transcoder's output; choose another --normalize_activations",
-            ),
-            (
-                len(dead) > 1,
-                "several dead-latent thresholds were given; choose one of --dead_feature_threshold, "
-                "--dead_percentage_threshold and --dead_latent_threshold",
-            ),
-            (
-                end_to_end and (self.resample_every is not None or self.dtype == "float16"),
-                f"--loss_fn {self.loss_fn} trains on whole sequences; it goes with neither --resample_every nor float16",
-            ),
-        ):
-            require(not bad, message)
+        needs = "--optimizer adam without --weight_decay or --dtype float16; drop one"
+        forbid(self.optimizer_dtype != "float32" and not moments, f"--optimizer_dtype bfloat16 is for {needs}")
+        apart = "--tied shares one matrix between spaces that differ; drop it or --transcode"
+        forbid(self.tied and self.transcode, apart)
+        free = self.normalize_decoder is False
+        forbid(self.tied and free, "--tied wants unit decoder rows; drop --no-normalize_decoder")
+        undone = "layer norm cannot be undone on a transcoder's output; choose another --normalize_activations"
+        forbid(self.normalize_activations == "layer_norm" and self.transcode, undone)
+        dead = [f"--dead_{name}_threshold" for name in ("feature", "percentage", "latent")]
+        several = len(said(self, *(flag[2:] for flag in dead))) > 1
+        forbid(several, f"several dead-latent thresholds were given; choose one of {', '.join(dead[:2])} and {dead[2]}")
+        whole = f"--loss_fn {self.loss_fn} trains on whole sequences; it goes with neither --resample_every nor float16"
+        forbid(self.loss_fn in ("ce", "kl") and (self.resample_every or self.dtype == "float16"), whole)
 
     @classmethod
     def from_model(cls, model: Any, layer_idx: int, hook_type: str = "resid_post", **fields: Any) -> SAEConfig:
@@ -263,9 +252,11 @@ class DataConfig:
         "pygpt", "pygpt, nanoGPT's ckpt.pt, nanochat:sft/d12 or its folder, a HuggingFace folder or id", MODEL_ALIASES
     )
     dataset: str | None = knob(
-        None, "text, jsonl, parquet or .bin file, a folder of them, a nanoGPT data folder, or a HuggingFace dataset: name, "
-        "name:config, or saved to disk (default: the embedded corpus)", "dataset_name",
-    )  # fmt: skip
+        None,
+        "text, jsonl, parquet or .bin file, a folder of them, nanoGPT's data folder, or a HuggingFace dataset: name, "
+        "name:config, or saved to disk (default: the embedded corpus)",
+        "dataset_name",
+    )
     split: str = knob("train", "split of a HuggingFace dataset")
     streaming: bool = knob(False, "read a HuggingFace dataset over the network as it is needed")
     text_column: str | None = knob(None, "field that holds the text or the chat (default: found by name and content)")
@@ -303,10 +294,9 @@ class HookConfig:
         given = [f"--{n}" for n in said(self, "layer", "layers", "hookpoints")]
         require(len(given) <= 1, f"{' and '.join(given)} were given; choose one of them")
         at_least(self, 1, "layer_stride")
-        require(
-            self.layer_stride == 1 or not (self.layers or self.layer is not None),
-            "--layer_stride goes with all layers or with --hookpoints; with --layers name those you want",
-        )
+        some = self.layers or self.layer is not None
+        clash = "--layer_stride goes with all layers or with --hookpoints; with --layers name those you want"
+        require(self.layer_stride == 1 or not some, clash)
 
     def check_place(self) -> None:
         """Raise UserError for a place in layers where hookpoints are named."""
@@ -319,9 +309,7 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
     """One training run: what is learned (SAEConfig), from which activations, and where the results go."""
 
     max_tokens: int = knob(
-        1_000_000,
-        "tokens to train on; text that ends sooner is repeated, collected activations are not",
-        "num_activations",
+        1_000_000, "tokens to train on; shorter text is repeated, collected activations are not", "num_activations"
     )
     model_device: str | None = knob(
         None, "device of the language model, whose forwards then run beside the SAEs' steps (default: --device)"
@@ -329,9 +317,7 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
     buffer_tokens: int = knob(65_536, "tokens in the mixing buffer (half of it is fresh each time it is refilled)")
     val_tokens: int = knob(32_768, "held-out tokens kept for validation")
     activations: str | None = knob(
-        None,
-        "train on collected activations instead of running the model: a folder written by sae_collect, or a .npy, "
-        ".h5, .pt or .safetensors file",
+        None, "train on collected activations, without the model: sae_collect's folder, or .npy, .h5, .pt, .safetensors"
     )
     finetune: str | None = knob(None, "start from this SAE: a run, a weights file, or a hub id")
     distribute_modules: bool = knob(False, "give whole hookpoints to processes (with several processes)")
@@ -356,31 +342,19 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
         self.check_hooks()
         at_least(self, 1, "max_tokens", "shard_latents")
         least = 2 * self.batch_size * self.grad_acc_steps
-        require(
-            self.buffer_tokens >= least,
-            f"buffer_tokens={self.buffer_tokens} holds less than two batches; "
-            f"raise it to {least} or lower --batch_size",
-        )
-        require(
-            self.batch_size >= 16,
-            f"batch_size={self.batch_size} counts tokens here, not sequences; {self.batch_size} sequences of "
-            f"{self.ctx_len} are --batch_size {self.batch_size * self.ctx_len}",
-        )
+        few = f"buffer_tokens={self.buffer_tokens} holds less than two batches"
+        require(self.buffer_tokens >= least, f"{few}; raise it to {least} or lower --batch_size")
+        n, tokens = self.batch_size, self.batch_size * self.ctx_len
+        counts = f"batch_size={n} counts tokens here, not sequences"
+        require(n >= 16, f"{counts}; {n} sequences of {self.ctx_len} are --batch_size {tokens}")
         at_least(self, 2, "val_tokens")
         require(not (self.resume and self.overwrite), "--resume and --overwrite were both given; choose one")
-        end_to_end = self.loss_fn in ("ce", "kl")
-        require(
-            not (end_to_end and self.activations),
-            f"--loss_fn {self.loss_fn} runs the model; it goes not with --activations",
-        )
-        require(
-            not (end_to_end and self.model_device),
-            f"--loss_fn {self.loss_fn} trains through the model, on one device; give --device alone",
-        )
-        require(
-            not (end_to_end and self.sweep),
-            f"--loss_fn {self.loss_fn} trains one SAE per hookpoint; give one value to each flag",
-        )
+        for clash, why in (
+            (self.activations, "runs the model; it cannot be combined with --activations"),
+            (self.model_device, "trains through the model, on one device; give --device alone"),
+            (self.sweep, "trains one SAE per hookpoint; give one value to each flag"),
+        ):
+            require(not (self.loss_fn in ("ce", "kl") and clash), f"--loss_fn {self.loss_fn} {why}")
         known = {f.name for f in dataclasses.fields(self) if f.metadata.get("sweep")}
         for name, values in self.sweep.items():
             require(name in known, f"'{name}' cannot be swept; choose among {', '.join(sorted(known))}")
@@ -391,7 +365,7 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
         self.check_place()
         given = {*self.sweep, *said(self, *(f.name for f in dataclasses.fields(self) if f.name != "sweep"))}
         text = self.dataset or self.activations
-        trained = [KINDS[name].flags for name in self.sweep.get("activation", (self.activation,))]
+        trained = [kind_of(one).flags for one in variants(self).values()]
         for name in sorted(given & frozenset().union(*(kind.flags for kind in KINDS.values()))):
             fits = any(name in flags for flags in trained)
             require(fits, f"--{name} is for --activation {kinds_with(name)}, not {self.activation}")
@@ -433,24 +407,28 @@ def variants(c: TrainConfig) -> dict[str, TrainConfig]:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """sae_eval: how good a trained SAE is, on held-out text."""
+class TrainedConfig:
+    """A trained SAE and its model, for the commands that take one."""
 
     sae_path: str | None = knob(
         None, "a run, a hookpoint folder or a weights file (default: the newest run in sae_models)", "sae_dir"
     )
-    model: str | None = knob(
-        None, "the language model (default: the one the SAE was trained on)", MODEL_ALIASES
-    )
+    model: str | None = knob(None, "the language model (default: the SAE's own)", MODEL_ALIASES)
     dataset: str | None = knob(None, "the text (default: held-out text of the SAE's own)", "dataset_name")
+    model_dtype: ModelDtype | None = knob(None, "dtype of the language model (default: as in training)")
+    device: str | None = knob(None, "cpu, cuda, cuda:1, mps (default: the best there is)")
+
+
+@dataclass(frozen=True)
+class EvalConfig(TrainedConfig):
+    """sae_eval: how good a trained SAE is, on held-out text."""
+
     eval_tokens: int = knob(
         131_072, "tokens to evaluate on (special tokens not counted)", "num_test_samples max_tokens"
     )
     mean_tokens: int = knob(16_384, "leading tokens that give the mean used by mean ablation")
     ctx_len: int | None = knob(None, "tokens per sequence (default: as in training)", "context_length")
     model_batch_size: int = knob(16, "sequences per forward of the language model")
-    model_dtype: ModelDtype | None = knob(None, "what the language model computes in (default: as in training)")
-    device: str | None = knob(None, "cpu, cuda, cuda:1, mps (default: the best there is)")
     output_dir: str | None = knob(None, "where eval.json and plots/ go (default: beside the SAE)")
 
     def __post_init__(self) -> None:
@@ -468,21 +446,18 @@ class VizConfig(EvalConfig):
     top_k: int = knob(20, "contexts per feature")
     context_tokens: int = knob(24, "tokens shown on each side of the strongest one")
     train_text: bool = knob(False, "read the text for training instead of the held-out one: there is more of it")
-    labels: bool = knob(True, "give each feature a label, a rule that half of the text makes and the other half tests")
+    labels: bool = knob(True, "label each feature by a rule found on half of the text and tested on the other half")
     explainer_url: str | None = knob(
-        None, "base of an OpenAI-compatible API that explains features, such as http://localhost:8000/v1; "
-        "a key, if one is needed, is NANOSAE_API_KEY in the environment",
-    )  # fmt: skip
+        None, "OpenAI-compatible API that explains features: http://localhost:8000/v1 (its key: NANOSAE_API_KEY)"
+    )
     explainer_model: str | None = knob(None, "the model there that explains")
     explainer_limit: int = knob(100, "features it explains in one run, the first that have a page")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "top_k", "context_tokens", "explainer_limit")
-        require(
-            (self.explainer_url is None) == (self.explainer_model is None),
-            "--explainer_url and --explainer_model go together; give both or neither",
-        )
+        both = (self.explainer_url is None) == (self.explainer_model is None)
+        require(both, "--explainer_url and --explainer_model go together; give both or neither")
         require(not (self.feature and self.all_features), "--feature and --all_features were both given; choose one")
         idle = self.explainer_url is None and said(self, "explainer_limit")
         require(not idle, "--explainer_limit goes with --explainer_url and --explainer_model")
@@ -512,9 +487,7 @@ class CollectConfig(DataConfig, HookConfig):
 class UploadConfig:
     """sae_upload: publish features on Neuronpedia. Without --upload everything is checked and nothing is sent."""
 
-    sae_path: str | None = knob(
-        None, "a run or a hookpoint folder (default: the newest run in sae_models)", "sae_dir"
-    )
+    sae_path: str | None = knob(None, "a run or a hookpoint folder (default: the newest run in sae_models)", "sae_dir")
     features: str | None = knob(None, "the features.jsonl (default: the one that sae_viz wrote beside the SAE)")
     dry_run: bool = knob(False, "only check, and show what would be sent; what happens without --upload, too")
     upload: bool = knob(False, "send; the key comes from NEURONPEDIA_API_KEY, or is asked for")
@@ -539,19 +512,13 @@ class UploadConfig:
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(TrainedConfig):
     """chat: talk to a model, see the features on every token, steer them."""
 
     sae_path: str | None = knob(
-        None, "a run, all of whose SAEs take part, or a weights file (default: the newest run in sae_models)",
-        "sae_dir",
-    )  # fmt: skip
-    model: str | None = knob(
-        None, "the language model (default: the one the SAE was trained on)", MODEL_ALIASES
+        None, "a run, all of whose SAEs take part, or a weights file (default: the newest run in sae_models)", "sae_dir"
     )
-    dataset: str | None = knob(None, "where a nanoGPT checkpoint's meta.pkl lies (default: as in training)")
-    model_dtype: ModelDtype | None = knob(None, "what the language model computes in (default: as in training)")
-    device: str | None = knob(None, "cpu, cuda, cuda:1, mps (default: the best there is)")
+    dataset: str | None = knob(None, "folder of a nanoGPT checkpoint's meta.pkl (default: as in training)")
     no_sae: bool = knob(False, "the plain model: nothing watched, nothing steered")
     raw: bool = knob(False, "go on with the text instead of answering it (models without a chat do so anyway)")
     seed: int = knob(0, "seed of the answers")

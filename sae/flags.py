@@ -31,12 +31,12 @@ class Lost(UserError):
     """Another process of the run has ended, or no longer answers."""
 
 
-def knob(default: Any, help: str, *, alias: tuple[str, ...] = (), sweep: bool = False) -> Any:
-    """A config field: its default, one line of help (with the unit), and other names of its flag.
+def knob(default: Any, help: str, alias: str = "", *, sweep: bool = False) -> Any:
+    """A config field: its default, one line of help (with the unit), and other names its flag goes by.
 
     sweep: if the config has a field `sweep`, the flag takes several values, which are kept there under this name.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "alias": alias, "sweep": sweep})
+    return dataclasses.field(default=default, metadata={"help": help, "alias": alias.split(), "sweep": sweep})
 
 
 def require(condition: bool, message: str) -> None:

@@ -204,7 +204,7 @@ def test_settings_that_do_not_go_together():
         (["--p_anneal", "0.5"], "--p_anneal is for"),
         (["--dead_feature_threshold", "5", "--dead_latent_threshold", "0.1"], "choose one of"),
         (["--loss_fn", "kl", "--resample_every", "5"], "whole sequences"),
-        (["--loss_fn", "ce", "--activations", "x"], "goes not with --activations"),
+        (["--loss_fn", "ce", "--activations", "x"], "cannot be combined with --activations"),
         (["--loss_fn", "ce", "--k", "4", "8"], "one value to each flag"),
         (["--batch_size", "4", "--ctx_len", "512"], "--batch_size 2048"),
         (["--layers", "1", "2", "--layer_stride", "2"], "name those you want"),
