@@ -8,10 +8,9 @@ With f the latent's activation, d its decoder row and p = x.d / |d|^2 what x hol
     orthogonal v   12:|8      c = v - p           (the whole direction becomes v; 0 projects it out)
     cap at v       12:<4      c = min(0, v - p)
 
-Nothing else of x moves, so what the SAE does not explain of it (the error term) stays. Edits of several latents are all
-computed from the same x. Behind the value: `max` (in units of the latent's largest activation), `@prompt` or
-`@generated` (only there), `?7>1.5` (only at tokens where latent 7 exceeds 1.5). Before the latent, `HOOKPOINT/`, where
-there is more than one SAE.
+Nothing else of x changes, so the SAE's error term stays. Edits of several latents are computed from the same x.
+After the value: `max` (in units of the latent's largest activation), `@prompt` or `@generated` (only there), `?7>1.5`
+(only at tokens where latent 7 exceeds 1.5). Before the latent: `HOOKPOINT/`, if there are several SAEs.
 
 Letters: B tokens, D width, E edits.
 """
@@ -40,7 +39,7 @@ EDIT = re.compile(
 
 @dataclass(frozen=True)
 class Condition:
-    """True at tokens where the latent's activation exceeds `above`. hookpoint: None where there is one SAE."""
+    """True at tokens where the latent's activation exceeds `above`. hookpoint: None if there is only one SAE."""
 
     latent: int
     above: float
@@ -52,10 +51,10 @@ class Condition:
 
 @dataclass(frozen=True)
 class Edit:
-    """One latent's edit. unit "max": the value counts in the latent's largest activation (not for scale).
+    """One latent's edit. unit "max": the value is in units of the latent's largest activation (not for scale).
 
-    at: prompt tokens, generated ones, or all; special tokens never, unless `specials`. when: only at tokens where it
-    holds. hookpoint: None where there is one SAE.
+    at: prompt tokens, generated ones, or all; special tokens only if `specials`. when: only at tokens where it holds.
+    hookpoint: None if there is only one SAE.
     """
 
     latent: int
@@ -68,10 +67,10 @@ class Edit:
     specials: bool = False
 
     def __post_init__(self) -> None:
-        require(self.latent >= 0, f"latent {self.latent} was asked for; latents are numbered from 0")
-        require(self.op in get_args(Op), f"'{self.op}' is no edit; one of {', '.join(get_args(Op))} was wanted")
-        require(self.at in ("all", "prompt", "generated"), f"at='{self.at}'; all, prompt or generated was wanted")
-        require(abs(self.value) < 1e9, f"value={self.value}; a number of sensible size was wanted")
+        require(self.latent >= 0, f"latent {self.latent}: latents are numbered from 0")
+        require(self.op in get_args(Op), f"'{self.op}' is not an edit; expected one of {', '.join(get_args(Op))}")
+        require(self.at in ("all", "prompt", "generated"), f"at='{self.at}'; expected all, prompt or generated")
+        require(abs(self.value) < 1e9, f"value={self.value}; it must be finite and below 1e9")
         require(self.op != "scale" or self.unit == "absolute", "a scale has no unit; write it without 'max'")
 
     @property
@@ -94,7 +93,9 @@ def parse_edit(text: str) -> Edit:
     """The edit that a text such as `12:+8`, `12:=4`, `12:*0`, `12:+0.5max@generated?7>1.5` means."""
     m = EDIT.fullmatch(text.strip())
     if m is None:
-        raise UserError(f"'{text}' is no edit; write LATENT:+8 to add, :=4 set, :*0 scale, :|0 project out, :<4 cap")
+        raise UserError(
+            f"'{text}' is not a valid edit; write LATENT:+8 to add, :=4 set, :*0 scale, :|0 project out, :<4 cap"
+        )
     value = float(m["value"]) * (-1 if m["sign"] == "-" else 1)
     where: Any = {"unit": "max" if m["unit"] else "absolute", "at": m["at"] or "all"}
     when = _condition(m) if m["above"] else None
@@ -105,7 +106,7 @@ def parse_condition(text: str) -> Condition:
     """The condition that a text such as `45>3` means."""
     m = re.fullmatch(CONDITION, text.strip())
     if m is None:
-        raise UserError(f"'{text}' is no condition; write LATENT>THRESHOLD, such as 45>3")
+        raise UserError(f"'{text}' is not a valid condition; write LATENT>THRESHOLD, such as 45>3")
     return _condition(m)
 
 
@@ -114,9 +115,9 @@ def _condition(m: re.Match[str]) -> Condition:
 
 
 class Coefficients(NamedTuple):
-    """c = start + per_f * f + per_p * p of some edits, at most 0 where capped: (E,) each, with their rows (E, D).
+    """c = start + per_f * f + per_p * p, at most 0 if capped: (E,) each, for edits with decoder rows (E, D).
 
-    along: whether any of them depends on p.
+    along: whether any edit depends on p.
     """
 
     start: Tensor
@@ -128,7 +129,7 @@ class Coefficients(NamedTuple):
 
     @classmethod
     def of(cls, edits: Sequence[Edit], values: Sequence[float], W_dec: Tensor) -> Coefficients:
-        """values: the edits' own, in activation units."""
+        """values: those of the edits, in activation units."""
         new = lambda numbers: W_dec.new_tensor(list(numbers))
         along = [e.op in ("orthogonal", "cap") for e in edits]
         return cls(
@@ -141,7 +142,7 @@ class Coefficients(NamedTuple):
         )
 
     def of_tokens(self, x: Tensor, f: Tensor | None) -> Tensor:
-        """(B, E), or (E,) where they are the same for all tokens. x (B, D); f (B, E), None where no edit reads it."""
+        """(B, E), or (E,) if they are the same for all tokens. x (B, D); f (B, E), None if no edit reads it."""
         c = self.start if f is None else self.start + self.per_f * f
         if self.along:
             p = x @ self.rows.t() / self.rows.square().sum(1).clamp(min=1e-30)

@@ -228,9 +228,9 @@ def test_one_answer_as_text(run, capsys):
     ("flags", "says"),
     [
         (["--json"], "--prompt"),
-        (["--prompt", "x", "--steer", "12:8"], "is no edit"),
+        (["--prompt", "x", "--steer", "12:8"], "not a valid edit"),
         (["--prompt", "x", "--steer", "96:+8"], "0 to 95"),
-        (["--prompt", "x", "--stop_when", "3"], "is no condition"),
+        (["--prompt", "x", "--stop_when", "3"], "not a valid condition"),
         (["--prompt", "x", "--no_sae", "--steer", "1:+2"], "drop --no_sae"),
         (["--prompt", "x", "--port", "9"], "--port goes with --web"),
         (["--prompt", "x", "--explain", ""], "the token to explain is empty; give one, such as --explain"),
@@ -288,7 +288,7 @@ def test_steering_undoing_comparing(terminal):
     assert terminal.does("alpha beta") == plain
     for bad, says in (
         ("/undo", "nothing to take back"),
-        ("/steer 3:9", "no edit"),
+        ("/steer 3:9", "not a valid edit"),
         ("/steer 99:+1", "0 to 95"),
         ("/compare", "nothing is steered"),
     ):

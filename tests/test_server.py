@@ -173,7 +173,7 @@ def test_tokens_features_steering_and_a_reload(open_page, pygpt):
     assert max(shades) > 0.1
     assert min(shades) == 0
     with page.expect_popup() as popup:
-        page.get_by_role("link", name="its dashboard").click()
+        page.get_by_role("link", name="open feature page").click()
     assert popup.value.url.endswith(f"/dashboards/0/index.html#{latent}")
     assert "the dashboard" in popup.value.content()
     popup.value.close()
@@ -219,7 +219,7 @@ def test_finding_features(open_page, pygpt):
     page.get_by_role("button", name="steer it").click()
     expect(page.locator(".edit")).to_contain_text("<script>alert(1)</script>")
     page.get_by_label("find a feature").fill("no such words")
-    expect(page.locator("#found")).to_contain_text("nothing has these words")
+    expect(page.locator("#found")).to_contain_text("no matches")
 
 
 def test_nothing_can_be_asked_before_it_is_known_whom(open_page, pygpt):
@@ -375,9 +375,9 @@ GOOD = question(3, 4)
         (400, "at most 1024", {"body": {**GOOD, "max_new_tokens": 5000}}),
         (400, "max_new_tokens", {"body": {**GOOD, "max_new_tokens": 1e9}}),
         (400, "unknown setting 'colour'", {"body": {**GOOD, "colour": 3}}),
-        (400, "is no edit", {"body": {**GOOD, "steer": ["<script>"]}}),
+        (400, "not a valid edit", {"body": {**GOOD, "steer": ["<script>"]}}),
         (400, "0 to 767", {"body": {**GOOD, "steer": ["768:+1"]}}),
-        (400, "is no edit", {"body": {**GOOD, "steer": ["9" * 5000 + ":+1"]}}),
+        (400, "not a valid edit", {"body": {**GOOD, "steer": ["9" * 5000 + ":+1"]}}),
         (400, "at most 256", {"body": {**GOOD, "steer": ["7:+1"] * 257}}),
         (400, "temperature", {"body": {**GOOD, "temperature": "hot"}}),
         (405, "", {"method": "GET"}),

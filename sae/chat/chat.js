@@ -1,5 +1,5 @@
 "use strict";
-// The chat page. Everything that comes from the model or from people is put in as text, never as html.
+// The chat page. What the model or people write is inserted as text, never as html.
 
 const $ = (id) => document.getElementById(id);
 const KEY = "nanosae-chat";
@@ -26,7 +26,7 @@ const short = (x) => (Math.abs(x) >= 100 ? x.toFixed(0) : Math.abs(x) >= 10 ? x.
 
 function keep() {
   try { localStorage.setItem(KEY, JSON.stringify({ model: about.model, saes: about.saes.map((s) => s.name), ...state })); }
-  catch { tell("this conversation is too long to be kept when the page is reloaded", true); }
+  catch { tell("this conversation is too long to survive a reload of the page", true); }
 }
 
 function recall() {
@@ -43,7 +43,7 @@ function recall() {
 
 function tell(text, bad = false) { $("status").textContent = text; $("status").classList.toggle("bad", bad); }
 
-function learn(token) { // how strong a feature can be, from what is seen
+function learn(token) { // the largest activations seen so far
   for (const f of token.features) {
     const k = key(saeOf(f), f.latent);
     if (!(most.get(k) >= f.activation)) most.set(k, f.activation);
@@ -51,7 +51,7 @@ function learn(token) { // how strong a feature can be, from what is seen
   }
 }
 
-const known = (sae, latent) => about.saes.find((s) => s.name === sae)?.largest?.[latent] || 0; // from text, where sae_viz looked
+const known = (sae, latent) => about.saes.find((s) => s.name === sae)?.largest?.[latent] || 0; // from the text that sae_viz read
 const largest = (sae, latent) => known(sae, latent) || most.get(key(sae, latent)) || 10;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ async function* lines(url, body, signal) {
   }
 }
 
-async function only(url, body) { for await (const event of lines(url, body)) return event; throw new Error("the server said nothing"); }
+async function only(url, body) { for await (const event of lines(url, body)) return event; throw new Error("no response from the server"); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // tokens
@@ -205,7 +205,7 @@ async function openFeature(sae, latent) {
     el("div", { className: "facts dim" }, ...facts.map((text) => el("span", { textContent: text }))),
     el("div", { className: "bar" }, steer),
   ];
-  if (pages) parts.at(-1).append(el("a", { href: `${pages}#${latent}`, target: "_blank", rel: "noopener", textContent: "its dashboard" }));
+  if (pages) parts.at(-1).append(el("a", { href: `${pages}#${latent}`, target: "_blank", rel: "noopener", textContent: "open feature page" }));
   const h = f.histogram;
   if (h && h.counts && h.counts.length) {
     const top = Math.max(...h.counts);
@@ -241,9 +241,9 @@ $("words").addEventListener("input", async () => {
       const r = await fetch(`api/search?sae=${encodeURIComponent(s.name)}&words=${encodeURIComponent(words)}`);
       return (await r.json()).map((f) => ({ ...f, sae: s.name }));
     }))).flat();
-    if (mine !== asked) return; // a later question was answered sooner
+    if (mine !== asked) return; // a newer search has been answered already
     const rows = found.map((f) => el("li", {}, featureButton(f.sae, f.latent, f.label)));
-    const none = about.saes.some((s) => s.labels) ? "nothing has these words" : "features have no labels yet: run sae_viz --all_features; or give a number";
+    const none = about.saes.some((s) => s.labels) ? "no matches" : "features have no labels yet: run sae_viz --all_features, or search by number";
     $("found").replaceChildren(...(rows.length ? rows : [el("li", { className: "dim", textContent: none })]));
   } catch { tell("the server does not answer; is it still running?", true); }
 });
@@ -260,10 +260,10 @@ function addEdit(sae, latent, label) {
   showEdits();
   keep();
   $("edits").lastChild.querySelector("input[type=range]")?.focus();
-  tell(state.turns.length ? "\u201canswer again\u201d shows what it changes" : "it takes effect with the next message");
+  tell(state.turns.length ? "\u201canswer again\u201d shows what it changes" : "it takes effect at the next message");
 }
 
-function fixedEdit(edit) { // one from the command line that no slider can show
+function fixedEdit(edit) { // an edit of the command line that no slider can show
   const drop = el("button", { type: "button", textContent: "\u00d7", title: `stop ${edit.text}` });
   drop.setAttribute("aria-label", `stop ${edit.text}`);
   drop.onclick = () => { state.edits = state.edits.filter((e) => e !== edit); showEdits(); keep(); };
@@ -311,7 +311,7 @@ function showTurn(turn) {
     const box = el("div", { className: `answer${answer.steered ? " steered" : ""}` }, head, tokens);
     answer.show = () => {
       tokens.classList.toggle("writing", answer.state === "writing");
-      const note = { stopped: "stopped", length: "longest allowed", error: answer.error, done: "", writing: "" }[answer.state];
+      const note = { stopped: "stopped", length: "hit length limit", error: answer.error, done: "", writing: "" }[answer.state];
       head.lastChild.textContent = note;
       head.lastChild.classList.toggle("bad", answer.state === "error");
       return tokens;
@@ -440,7 +440,7 @@ async function begin() {
   settings();
   shades();
   showAll();
-  $("message").disabled = $("send").disabled = false; // before, nothing can be asked: whom, is not known
+  $("message").disabled = $("send").disabled = false; // until now it was not known which model answers
   $("message").focus();
 }
 begin();

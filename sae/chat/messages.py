@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sae.config import require
+from sae.config import at_least, require
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A question. raw: go on with the last message's text instead of answering it. steer, stop: as edits.py reads them.
-    sae False: the plain model, nothing watched. temperature 0 takes the best token; top_k draws from the best so many.
+    """A question. raw: continue the last message's text instead of replying. steer, stop: as edits.py reads them.
+
+    sae=False: the plain model, not watched. temperature 0: always the likeliest token; top_k: sample from the top k.
     """
 
     messages: tuple[dict, ...]
@@ -29,21 +30,24 @@ class Ask:
         require(bool(self.messages), "there is no message; write something")
         for m in self.messages:
             good = m.keys() == {"role", "content"} and all(isinstance(v, str) for v in m.values())
-            require(good, "a message was given that is not a role and a content, both text")
-        require(1 <= self.max_new_tokens <= 100_000, f"max_new_tokens={self.max_new_tokens}; 1 to 100000 was wanted")
-        require(0 <= self.temperature <= 100, f"temperature={self.temperature}; 0 to 100 was wanted")
-        require(self.top_k is None or self.top_k >= 1, f"top_k={self.top_k}; at least 1 was wanted")
-        require(1 <= self.top_features <= 100, f"top_features={self.top_features}; 1 to 100 was wanted")
-        require(0 <= self.seed < 2**63, f"seed={self.seed}; a whole number from 0 was wanted")
+            require(good, "each message needs a role and a content, both text")
+        limits = {
+            "max_new_tokens": (1, 100_000),
+            "temperature": (0, 100),
+            "top_features": (1, 100),
+            "seed": (0, 2**63 - 1),
+        }
+        for name, (least, most) in limits.items():
+            value = getattr(self, name)
+            require(least <= value <= most, f"{name}={value}; it must be {least} to {most}")
+        at_least(self, 1, "top_k")
         n = len(self.steer) + len(self.stop)
-        require(n <= 256, f"{n} edits and conditions were given; at most 256 are taken")
-        require(
-            self.sae or not (self.steer or self.stop), "the plain model cannot be steered; drop no_sae or the edits"
-        )
+        require(n <= 256, f"{n} edits and conditions were given; at most 256 are accepted")
+        require(self.sae or n == 0, "the plain model cannot be steered; drop no_sae or the edits")
 
 
 class Feature(NamedTuple):
-    """A latent that is active on a token. hookpoint: None where there is one SAE."""
+    """A latent that is active on a token. hookpoint: None if there is only one SAE."""
 
     latent: int
     activation: float
@@ -55,7 +59,7 @@ class Feature(NamedTuple):
 
 
 class Token(NamedTuple):
-    """A token as exact text, with its strongest features; of the prompt or of the answer."""
+    """A token of the prompt or of the answer: its exact text and its strongest features."""
 
     id: int
     text: str
