@@ -9,11 +9,12 @@ import importlib.util
 import json
 import math
 import os
-import pickle
 import stat
 import sys
 import warnings
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,19 @@ from torch import Tensor
 from sae.flags import UserError
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository that sae/ lies in
+
+
+@contextmanager
+def one_sentence(what: str, todo: str) -> Iterator[None]:
+    """Any error of the block, which reads what others made, becomes a UserError: `what (its first line); todo`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:  # a broken file can raise anything
+        lines = (repr(e) if isinstance(e, LookupError) else str(e)).strip().splitlines() or [type(e).__name__]
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        raise UserError(f"{what} ({reason}); {todo}") from e
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -83,21 +97,21 @@ def write_torch(value: Any, path: Path) -> None:
 
 
 def read_torch(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = False) -> Any:
-    """What a .pt file holds, tensors and plain containers only; anything else is refused unexecuted.
+    """The content of a .pt file: tensors and plain containers. A file with anything else is refused, never executed.
 
-    mmap: read of the tensors only what is used.
+    mmap: read only the parts of tensors that are used.
     """
+    if not Path(path).is_file():
+        raise UserError(f"'{path}' does not exist; give a .pt file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on pickles it then refuses
+            mmap = mmap and zipfile.is_zipfile(path)  # torch's old format cannot be mapped
             return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except FileNotFoundError as e:
-        raise UserError(f"'{path}' does not exist; give a checkpoint or a weights file") from e
-    except pickle.UnpicklingError as e:
-        raise UserError(f"'{path}' is refused: it wants to run code, or is no checkpoint; give another file") from e
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        reason = (str(e).splitlines() or ["it ends too early"])[0]
-        raise UserError(f"'{path}' is damaged or cut short ({reason}); use an older checkpoint") from e
+    except Exception as e:  # a broken file can raise anything
+        if "unsupported global" in str(e).lower():
+            raise UserError(f"'{path}' is refused: it wants to run code; save plain tensors instead") from e
+        raise UserError(f"'{path}' is damaged, cut short or no .pt file of torch's; copy or save it again") from e
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -108,10 +122,8 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UserError(f"'{path}' does not exist; give a safetensors file")
-    try:
+    with one_sentence(f"'{path}' is damaged or no safetensors file", "fetch or write it again"):
         return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as e:
-        raise UserError(f"'{path}' is damaged or no safetensors file ({e}); fetch or write it again") from e
 
 
 def beside(path: str) -> ModuleType:

@@ -17,9 +17,9 @@ import torch
 
 from sae.config import SAEConfig, TrainConfig, UserError
 from sae.distributed import CAPACITY, DIGIT_BITS
-from sae.files import beside
+from sae.files import beside, read_torch
 from sae.kernels.sparse import tokens_at_once
-from sae.lm.language_model import PYGPT, LanguageModel, read_plain
+from sae.lm.language_model import PYGPT, LanguageModel
 from sae.schedules import n_latents, tokens_per_step
 
 BIASES = {"gated": 3, "jumprelu": 2}  # vectors (F,) of a kind that have a gradient; others have one
@@ -32,7 +32,7 @@ def outline(name: str) -> LanguageModel:
     """
     path = PYGPT / "ckpt.pt" if name == "pygpt" else Path(name) / "ckpt.pt" if Path(name).is_dir() else Path(name)
     with torch.device("meta"), redirect_stdout(sys.stderr):
-        if path.is_file() and path.suffix == ".pt" and "model_args" in (found := read_plain(path, mmap=True)):
+        if path.is_file() and path.suffix == ".pt" and "model_args" in (found := read_torch(path, mmap=True)):
             model_py = beside("model.py")
             module = model_py.GPT(model_py.GPTConfig(**found["model_args"]))
             d_model, max_len, forward = (module.config.n_embd, module.config.block_size, lambda m, ids, _: m(ids, ids))

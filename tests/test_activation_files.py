@@ -275,8 +275,8 @@ def bad_files(folder):
         ("pickle.npy", "pickled"),
         ("archive.npy", "it is an archive, not one array"),
         ("empty.npy", "No data left in file"),
-        ("empty.pt", "cannot be read"),
-        ("text.pt", "is refused"),
+        ("empty.pt", "is damaged"),
+        ("text.pt", "is damaged"),
         ("hostile.pt", "is refused: it wants to run code"),
         ("list.pt", "holds a list; a tensor, or a dict of tensors, was wanted"),
         ("no_tensor.pt", "holds a dict; a tensor"),
@@ -291,7 +291,7 @@ def bad_files(folder):
         ("thin.npy", "empty (shape [60, 0])"),
         ("cut.npy", "cannot be read (mmap length is greater than file size)"),
         ("cut.h5", "truncated file"),
-        ("cut.pt", "cannot be read"),
+        ("cut.pt", "is damaged"),
         ("cut.safetensors", "cannot be read"),
         ("unequal.pt", "different lengths ('a' [60, 4], 'b' [30, 4])"),
     ],
@@ -336,7 +336,7 @@ def test_a_file_that_shrinks_while_in_use(tmp_path, ending):
     short = path.read_bytes()[:1000]
     path.unlink()
     path.write_bytes(short)
-    with pytest.raises(UserError, match="cannot be read at row 100") as e:
+    with pytest.raises(UserError, match="cannot be read at row 100|is damaged, cut short") as e:
         source.read(1)
     assert "\n" not in str(e.value)
 

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from sae import hooks
 from sae.config import UserError
 from sae.files import ROOT, beside
-from sae.lm.language_model import HFTokenizer, LanguageModel, best_device, load_language_model
+from sae.lm.language_model import LanguageModel, best_device, load_language_model
+from sae.lm.tokenizers import HFTokenizer
 
 
 def batch(lm, n=2, t=16):

@@ -21,7 +21,8 @@ from sae.data.activations import ModelSource, Stream, gather
 from sae.data.datasets import Dataset, open_dataset
 from sae.data.tokens import HOLD_OUT, TokenRows, documents_of_split, kept_positions
 from sae.evaluator import evaluate
-from sae.lm.language_model import HFTokenizer, LanguageModel, load_language_model
+from sae.lm.language_model import LanguageModel, load_language_model
+from sae.lm.tokenizers import HFTokenizer
 from sae.models import SAEConfig, create_sae
 from tests.conftest import make_text
 

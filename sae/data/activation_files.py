@@ -9,9 +9,7 @@ Letters: N sequences, T positions, D width.
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
-import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,12 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from sae import log
 from sae.config import UserError, require
 from sae.data.cache import BLOCK_ROWS, HOOKPOINT, BlockSource, first_held_out
+from sae.files import one_sentence, read_torch
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 WANTED = f"[sequences, positions, width] or [tokens, width] of {', '.join(FLOATS)} was wanted"
@@ -112,26 +111,13 @@ def _h5(path: Path) -> dict[str, Array]:
 
 
 def _pt(path: Path) -> dict[str, Array]:
-    mmap = zipfile.is_zipfile(path)  # else it is in torch's old format, or damaged
-    tensors = _named(_load(path, mmap), path)
-    if not mmap:
+    tensors = _named(read_torch(path, mmap=True), path)
+    if zipfile.is_zipfile(path):  # mapped for a block at a time, as in _npy
+        open_ = lambda name: _named(read_torch(path, mmap=True), path)[name]
+    else:
         log.once(f"'{path.name}' is in torch's old format and read into memory whole; save it anew to spare that")
-
-    def open_(name: str) -> Tensor:
-        return _named(_load(path, mmap), path)[name] if mmap else tensors[name]
-
+        open_ = tensors.__getitem__
     return {name: Array(tuple(x.shape), _dtype(x), partial(open_, name)) for name, x in tensors.items()}
-
-
-def _load(path: Path, mmap: bool) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks on pickles it then refuses
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, LookupError, AttributeError, TypeError) as e:
-        raise UserError(
-            f"'{path}' is refused: it wants to run code, or is no file of tensors; save plain tensors"
-        ) from e
 
 
 def _named(held: Any, path: Path) -> dict[str, Tensor]:
@@ -188,13 +174,8 @@ def list_arrays(path: Path) -> dict[str, Array]:
     """Everything that a file holds, by name. Raises UserError if it cannot be read."""
     if not path.is_file():
         raise UserError(f"'{path}' does not exist; give a {', '.join(KINDS)} file, or a folder that sae_collect wrote")
-    try:
+    with one_sentence(f"'{path}' cannot be read", f"a whole {path.suffix} file of numbers was wanted"):
         return KINDS[path.suffix](path)
-    except UserError:
-        raise
-    except (OSError, ValueError, EOFError, RuntimeError, SafetensorError) as e:
-        reason = (str(e).splitlines() or ["it ends too early"])[0]
-        raise UserError(f"'{path}' cannot be read ({reason}); a whole {path.suffix} file of numbers was wanted") from e
 
 
 def choose(path: Path, arrays: dict[str, Array], wanted: Sequence[str]) -> dict[str, Array]:

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from sae import log
 from sae.config import UserError, read_json, require
 from sae.data.activations import ModelSource
+from sae.files import one_sentence
 from sae.hooks import Acts
 
 CACHE_VERSION = 2
@@ -97,13 +97,8 @@ class BlockSource:
         rows = self._next()
         if not rows:
             return {}
-        try:
+        with one_sentence(f"'{self.where}' cannot be read at row {rows.start}", "write it again"):
             acts = {name: read(rows.start, rows.stop) for name, read in self.readers.items()}
-        except UserError:
-            raise
-        except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as e:
-            reason = (str(e).splitlines() or ["it ends too early"])[0]
-            raise UserError(f"'{self.where}' cannot be read at row {rows.start} ({reason}); write it again") from e
         for name, x in acts.items():
             if not torch.isfinite(x).all():
                 bad = rows[int((~torch.isfinite(x)).any(1).nonzero()[0])]
