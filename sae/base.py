@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.config import KINDS, SAEConfig, UserError, require
-from sae.distributed import ALONE, World, largest_of_shards
+from sae.distributed import ALONE, World, largest_of_shards, own_rows
 from sae.kernels import native, selection, sparse
 from sae.kernels.sparse import Codes
 from sae.schedules import n_latents
@@ -402,15 +402,3 @@ def layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(normalised x, mean, std + eps), each per token; the unbiased std, as OpenAI and SAELens take it."""
     mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + LN_EPS
     return (x - mean) / std, mean, std
-
-
-def own_rows(n: int, d: int, own: range, generator: torch.Generator | None) -> Tensor:
-    """Rows `own` of torch.randn(n, d), and the generator as after drawing all of them; no others are kept."""
-    if len(own) == n:
-        return torch.randn(n, d, generator=generator)
-    starts = range(0, max(1, n - 1023), 1024)  # torch draws otherwise where it draws few: the last block is the longest
-    kept = []
-    for start, stop in zip(starts, [*starts[1:], n], strict=True):
-        block = torch.randn(stop - start, d, generator=generator)
-        kept.append(block[max(0, own.start - start) : max(0, own.stop - start)].clone())
-    return torch.cat(kept)

@@ -235,6 +235,18 @@ def _hash(x: Tensor) -> Tensor:
     return weigh(torch.cat(sums))
 
 
+def own_rows(n: int, d: int, own: range, generator: torch.Generator | None) -> Tensor:
+    """Rows `own` of torch.randn(n, d), and the generator as after drawing all of them; no others are kept."""
+    if len(own) == n:
+        return torch.randn(n, d, generator=generator)
+    starts = range(0, max(1, n - 1023), 1024)  # torch draws otherwise where it draws few: the last block is the longest
+    kept = []
+    for start, stop in zip(starts, [*starts[1:], n], strict=True):
+        block = torch.randn(stop - start, d, generator=generator)
+        kept.append(block[max(0, own.start - start) : max(0, own.stop - start)].clone())
+    return torch.cat(kept)
+
+
 def largest_of_shards(
     shards: Axis, offer: Callable[[int], tuple[Tensor, Tensor]], k: int, *, absolute: bool, allowed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,20 +6,18 @@ Letters: D width, F latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam as fused_adam
 
 from sae.base import SAE, SHARED
-from sae.config import SAEConfig, UserError
+from sae.config import SAEConfig, UserError, require
 from sae.distributed import ALONE, Axis
 from sae.kernels import sparse
+from sae.kernels.adam import AdamStep, adam_, squares
 from sae.schedules import adam_betas, peak_lr
-
-AT_ONCE = 2**18  # numbers of a tensor that plain torch takes in hand at a time, which caches hold
 
 
 class ScheduleFreeSignum(torch.optim.Optimizer):
@@ -114,9 +112,9 @@ class Adam(torch.optim.Adam):
                     zeros = lambda p=p: torch.zeros_like(p, dtype=self.moments)
                     state |= {"step": torch.zeros(()), "exp_avg": zeros(), "exp_avg_sq": zeros()}
                 state["step"] = state["step"].cpu() + 1  # torch loads it to the GPU, where reading it would wait
-                moments = state["exp_avg"], state["exp_avg_sq"]
-                step, (beta1, beta2) = int(state["step"]), group["betas"]
-                adam_(p, p.grad, *moments, step, group["lr"], beta1, beta2, group["eps"], scale, p is unit)
+                beta1, beta2 = group["betas"]
+                how = AdamStep(int(state["step"]), group["lr"], beta1, beta2, group["eps"])
+                adam_(p, p.grad, state["exp_avg"], state["exp_avg_sq"], how, scale, p is unit)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """torch's gives every state its parameter's dtype."""
@@ -124,83 +122,6 @@ class Adam(torch.optim.Adam):
         for one in self.state.values():
             for name in ("exp_avg", "exp_avg_sq"):
                 one[name] = one[name].to(self.moments)
-
-
-def squares(grad: Tensor, W: Tensor | None = None) -> Tensor | float:
-    """Sum of squares of grad; with rows W, of what is left of grad's rows (F, D) without their part along W's."""
-    if ops := sparse.compiled(grad):
-        return ops.squares(grad, W)
-    total = torch.zeros((), dtype=torch.float64, device=grad.device)
-    for g, w in _blocks(grad, grad if W is None else W):
-        of_rows = torch.linalg.vector_norm(g, dim=-1).double().square()
-        if W is not None:
-            dots, per_square = _dots(g, w)
-            of_rows = (of_rows - (dots * dots * per_square).double()).clamp_(min=0)
-        total += of_rows.sum()
-    return total
-
-
-def adam_(
-    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float,
-    scale: Tensor | float = 1.0, unit_rows: bool = False,
-) -> None:  # fmt: skip
-    """In place, Adam (Kingma & Ba 2015, algorithm 1) with the gradient times scale, all four tensors laid out alike.
-
-    unit_rows: p's rows (F, D) move on the sphere: the gradient's part along a row is dropped first, and the row gets
-    unit norm after.
-    """
-    if ops := sparse.compiled(p, grad):
-        ops.adam_(p, grad, m, v, step, lr, beta1, beta2, eps, scale, unit_rows)
-        return
-    generator = torch.Generator(p.device).manual_seed(step)
-    scaled = p.device.type != "cpu" or scale != 1  # to look at it elsewhere would wait for the device
-    for w, g, first, second in _blocks(p, grad, m, v):
-        if unit_rows:
-            g = _across(g, w)
-        if scaled:
-            g = g * scale
-        if m.dtype is torch.float32:
-            at = torch.tensor(float(step - 1), device=p.device)
-            fused_adam(
-                [w], [g], [first], [second], [], [at], fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr,
-                weight_decay=0.0, eps=eps, maximize=False,
-            )  # fmt: skip
-        else:
-            _rounded_adam_(w, g, first, second, generator, step, lr, beta1, beta2, eps)
-        if unit_rows:
-            sparse.unit_rows_(w)
-
-
-def _rounded_adam_(
-    w: Tensor, g: Tensor, m: Tensor, v: Tensor, generator: torch.Generator, step: int, lr: float, beta1: float,
-    beta2: float, eps: float,
-) -> None:  # fmt: skip
-    """The same with moments in bfloat16."""
-    new_m = m.float().lerp_(g, 1 - beta1)
-    new_v = v.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    root = (new_v / (1 - beta2**step)).sqrt_().add_(eps)
-    w.addcdiv_(new_m, root, value=-lr / (1 - beta1**step))
-    for kept, new in ((m, new_m), (v, new_v)):
-        random = torch.randint(0, 1 << 16, new.shape, generator=generator, device=new.device, dtype=torch.int32)
-        kept.copy_((new.view(torch.int32) + random).bitwise_and_(-1 << 16).view(torch.float32))
-
-
-def _across(g: Tensor, w: Tensor) -> Tensor:
-    """g (F, D) without the part of each of its rows along the same row of w."""
-    dots, per_square = _dots(g, w)
-    return torch.addcmul(g, (dots * per_square)[:, None], w, value=-1)
-
-
-def _dots(g: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of w (F, D) the product with the same row of g, and 1 over that with itself: (F,) both."""
-    return (g * w).sum(1), 1 / torch.linalg.vector_norm(w, dim=1).square().clamp_(min=1e-24)
-
-
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of each of several tensors of one shape at a time."""
-    rows = [t.detach() for t in tensors]
-    size = max(1, AT_ONCE * len(rows[0]) // max(1, rows[0].numel())) if rows[0].ndim else 1
-    yield from zip(*(t.split(size) for t in rows), strict=True)
 
 
 class Optimizer:
@@ -214,7 +135,7 @@ class Optimizer:
         self.sae = sae
         self.shared = [p for name, p in sae.named_parameters() if name in SHARED]
         self.most = c.clip_norm if c.clip_norm is not None else math.inf
-        self.parts = BUILDERS[c.optimizer](sae, c, n_steps, device)
+        self.parts = _made(sae, c, n_steps, device)
         self.ema, self.n_averaged = c.ema, 0
         self.average = {n: torch.zeros_like(p) for n, p in sae.named_parameters()} if c.ema else {}
 
@@ -333,49 +254,34 @@ class Optimizer:
         return p.detach()
 
 
-def _adam(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
-    return [_adam_over(list(sae.parameters()), c, n_steps, device)]
-
-
-def _adam_over(params: list[nn.Parameter], c: SAEConfig, n_steps: int, device: torch.device) -> torch.optim.Optimizer:
+def _made(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
+    """The torch optimisers that --optimizer names."""
+    params, lr, decay = list(sae.parameters()), peak_lr(c), c.weight_decay
+    if c.optimizer == "signum":
+        return [ScheduleFreeSignum(params, lr=lr, weight_decay=decay)]
+    if c.optimizer == "sgd":
+        return [torch.optim.SGD(params, lr=lr, momentum=0.9, weight_decay=decay)]
+    if c.optimizer == "adam8bit":
+        require(device.type == "cuda", f"--optimizer adam8bit runs on CUDA and this is {device}; give --optimizer adam")
+        return [bitsandbytes_adam()(params, lr=lr, betas=adam_betas(c, n_steps), weight_decay=decay)]
+    matrices: list[Any] = []
+    if c.optimizer == "muon":
+        newer = f"--optimizer muon needs torch 2.9 and this is {torch.__version__}; give --optimizer adam"
+        require(hasattr(torch.optim, "Muon"), newer)
+        # updates of the size that Adam's have, so that one step size serves both (Moonlight, arxiv.org/abs/2502.16982)
+        how: dict[str, Any] = {"momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+        matrices = [torch.optim.Muon([p for p in params if p.ndim == 2], lr=lr, weight_decay=decay, **how)]
+        params = [p for p in params if p.ndim != 2]
     fused = device.type in ("cpu", "cuda")  # one pass over memory, where torch has it
-    settings: dict[str, Any] = {"lr": peak_lr(c), "betas": adam_betas(c, n_steps), "fused": fused}
-    if c.weight_decay:
-        return torch.optim.AdamW(params, weight_decay=c.weight_decay, **settings)
-    return Adam(params, moments=getattr(torch, c.optimizer_dtype), **settings)
+    settings: dict[str, Any] = {"lr": lr, "betas": adam_betas(c, n_steps), "fused": fused}
+    if decay:
+        return [*matrices, torch.optim.AdamW(params, weight_decay=decay, **settings)]
+    return [*matrices, Adam(params, moments=getattr(torch, c.optimizer_dtype), **settings)]
 
 
-def _adam8bit(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
+def bitsandbytes_adam() -> Any:
     try:
         import bitsandbytes
     except ImportError as e:
         raise UserError("--optimizer adam8bit needs bitsandbytes; run: pip install 'nanosae[optim]'") from e
-    if device.type != "cuda":
-        raise UserError(f"--optimizer adam8bit runs on CUDA and this is {device}; give --optimizer adam")
-    adam = bitsandbytes.optim.AdamW8bit
-    return [adam(sae.parameters(), lr=peak_lr(c), betas=adam_betas(c, n_steps), weight_decay=c.weight_decay)]
-
-
-def _muon(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:
-    if not hasattr(torch.optim, "Muon"):
-        raise UserError(f"--optimizer muon needs torch 2.9 and this is {torch.__version__}; give --optimizer adam")
-    matrices = [p for p in sae.parameters() if p.ndim == 2]
-    rest = [p for p in sae.parameters() if p.ndim != 2]
-    # updates of the size that Adam's have, so that one step size serves both (Moonlight, arxiv.org/abs/2502.16982)
-    muon = torch.optim.Muon(
-        matrices, lr=peak_lr(c), weight_decay=c.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-    )
-    return [muon, _adam_over(rest, c, n_steps, device)]
-
-
-def _signum(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:  # noqa: ARG001
-    return [ScheduleFreeSignum(sae.parameters(), lr=peak_lr(c), weight_decay=c.weight_decay)]
-
-
-def _sgd(sae: SAE, c: SAEConfig, n_steps: int, device: torch.device) -> list[Any]:  # noqa: ARG001
-    return [torch.optim.SGD(sae.parameters(), lr=peak_lr(c), momentum=0.9, weight_decay=c.weight_decay)]
-
-
-BUILDERS: dict[str, Callable[[SAE, SAEConfig, int, torch.device], list[Any]]] = {
-    "adam": _adam, "adam8bit": _adam8bit, "muon": _muon, "signum": _signum, "sgd": _sgd,
-}  # fmt: skip
+    return bitsandbytes.optim.AdamW8bit

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae import hooks, optim
+from sae import hooks
 from sae.config import SAEConfig
 from sae.kernels import native, selection, sparse
 from sae.learner import Learner
@@ -345,7 +345,7 @@ def test_rows_are_projected_and_brought_to_unit_norm(enabled, monkeypatch):
 @pytest.mark.parametrize("enabled", [True, False])
 def test_adam_takes_torchs_steps_and_keeps_its_state(enabled, monkeypatch):
     monkeypatch.setattr(native, "enabled", enabled)
-    monkeypatch.setattr(optim, "AT_ONCE", 100)  # several blocks
+    monkeypatch.setattr("sae.kernels.adam.AT_ONCE", 100)  # several blocks
 
     def run(kind, how):
         params = [randn(40, 30).t().requires_grad_(), randn(7).requires_grad_()]
@@ -521,7 +521,7 @@ def test_dense_activations_are_left_dense():
 )
 def test_an_update_in_one_pass_is_its_parts_one_by_one(how, enabled, monkeypatch):
     """Projection, clipping, Adam and unit rows, fused, against the plain functions of each and torch's Adam."""
-    monkeypatch.setattr(optim, "AT_ONCE", 500)  # several blocks
+    monkeypatch.setattr("sae.kernels.adam.AT_ONCE", 500)  # several blocks
 
     def run(enabled, at_once=True):
         monkeypatch.setattr(native, "enabled", enabled)
