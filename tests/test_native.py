@@ -348,7 +348,7 @@ def test_adam_takes_torchs_steps_and_keeps_its_state(enabled, monkeypatch):
     monkeypatch.setattr("sae.kernels.adam.AT_ONCE", 100)  # several blocks
 
     def run(kind, how):
-        params = [randn(40, 30).t().requires_grad_(), randn(7).requires_grad_()]
+        params = [randn(30, 40).requires_grad_(), randn(7).requires_grad_()]
         groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.03}]
         optimizer = kind(groups, lr=0.01, betas=(0.9, 0.98), **how)
         for i in range(5):
