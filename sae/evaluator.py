@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -18,16 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae import hooks, log
+from sae import files, hooks, log, plots
 from sae.base import reconstruct
-from sae.config import KINDS, SAEConfig, UserError, require
-from sae.data.activations import ModelSource, gather
+from sae.config import KINDS, EvalConfig, SAEConfig, TrainConfig, UserError, require
+from sae.data.activations import ModelSource, Source, gather
 from sae.data.datasets import Dataset
 from sae.data.tokens import Rows, TokenRows
 from sae.distributed import ALONE, World
-from sae.lm.language_model import LanguageModel
+from sae.formats import store
+from sae.hooks import Acts
+from sae.lm.language_model import LanguageModel, best_device
 from sae.metrics import Totals, divergence
 from sae.models import SAE
+from sae.rundir import Opened, open_sae
 
 DENSITY_PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
@@ -405,3 +409,66 @@ def similarity_by_chance(d: int, n_latents: int, *, n_pairs: int = N_PAIRS) -> f
         return 0.0
     normal = NormalDist()
     return normal.pdf(normal.inv_cdf(1 - share)) / share / d**0.5  # the mean of a normal's upper tail
+
+
+# --------------------------------------------------------------------------------------------------
+# of a run
+
+
+def measure(c: EvalConfig, opened: Opened, world: World = ALONE) -> None:
+    """Write eval.json, final_assessment.json and the plots, and say what stands in them; of a world the first does."""
+    lm, sae, hookpoint, dataset, trained_on, folder, out = opened
+    report, totals = evaluate(
+        lm, sae, hookpoint, dataset, n_tokens=c.eval_tokens, mean_tokens=c.mean_tokens,
+        ctx_len=c.ctx_len or trained_on.get("context_size", 256), skip_first=trained_on.get("skip_first", False),
+        exclude_tokens=trained_on.get("exclude_tokens", ()), model_batch_size=c.model_batch_size,
+        world=world,
+    )  # fmt: skip
+    if world.everyone.rank > 0:
+        return
+    files.write_json(report.to_dict(), out / "eval.json")
+    pictures = plots.plot_evaluation(totals, out / "plots")
+    if (folder / "metrics.jsonl").is_file():
+        pictures += plots.plot_training(folder / "metrics.jsonl", out / "plots")
+    for line in summary(report):
+        log.say(line)
+    write_assessment(report.to_dict(), sae, out)
+    log.say(f"written to {out / 'eval.json'} and {', '.join(str(p) for p in pictures)}")
+
+
+def write_assessment(metrics: Mapping[str, Any], sae: SAE, out: Path) -> None:
+    """Write final_assessment.json to `out`, and say what stands in it."""
+    assessment = assess(metrics, decoder_similarity(sae.W_dec))
+    files.write_json(assessment.to_dict(), out / "final_assessment.json")
+    for line in assessment.lines():
+        log.say(line)
+
+
+def assess_run(
+    c: TrainConfig, folders: Mapping[str, Path], held_out: Source | None, lm: LanguageModel | None = None,
+    world: World = ALONE,
+) -> None:  # fmt: skip
+    """Measure every SAE of a run that has just ended: {hookpoint: folder}. lm: its model, where that is loaded.
+
+    Where the run knows no model, having trained on a file, its held-out activations must do.
+    """
+    val: Acts = {}
+    for hookpoint, folder in folders.items():
+        if not store.load_cfg(folder).get("activations_file"):
+            device = c.model_device or c.device
+            one = EvalConfig(sae_path=str(folder), device=device, model_batch_size=c.model_batch_size)
+            opened = open_sae(one, lm)
+            lm = opened.lm
+            measure(one, opened, world)
+        elif held_out is not None and not c.transcode:
+            if world.everyone.rank > 0:
+                continue
+            if not val:
+                held_out.rewind()
+                val = gather(held_out, c.val_tokens, "the assessment")
+            sae = store.load_sae(folder, device=best_device(c.device))
+            settings = {"architecture": sae.config.activation, "d_in": sae.d_in, "d_sae": sae.d_sae}
+            metrics = SAEEvaluator(sae).evaluate(val[hookpoint.split("/")[0]])
+            write_assessment({**metrics, **settings, "hookpoint": hookpoint}, sae, folder)
+        else:
+            log.say(f"'{hookpoint}' cannot be assessed: the run held nothing out; give --val_split 0.05")

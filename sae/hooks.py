@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sae.config import UserError, did_you_mean
+from sae.config import HookConfig, UserError, did_you_mean
 
 # TransformerLens names of the places in a block, and the hook types they mean.
 ALIASES = {
@@ -144,6 +144,15 @@ def resolve(
     if not hookpoints:
         found = [at_layer(model, i, hook_type) for i in layers or (n_layers(model) * 5 // 6,)]
     return sorted(dict.fromkeys(found), key=natural)
+
+
+def choose(c: HookConfig, model: nn.Module) -> list[str]:
+    """The hookpoints that --layer, --layers, --layer_stride, --hook_type and --hookpoints mean."""
+    layers = (c.layer,) if c.layer is not None else c.layers
+    if c.layer_stride > 1 and not c.hookpoints:
+        layers = tuple(range(0, n_layers(model), c.layer_stride))
+    found = resolve(model, hookpoints=c.hookpoints, layers=layers, hook_type=c.hook_type)
+    return found[:: c.layer_stride] if c.hookpoints else found
 
 
 def natural(name: str) -> list[Any]:

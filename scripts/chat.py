@@ -41,7 +41,7 @@ def open_conversation(c: ChatConfig) -> Conversation:
     from sae.chat.conversation import Conversation, Notes
     from sae.formats import store
     from sae.lm.language_model import best_device
-    from scripts.sae_eval import trained_model
+    from sae.rundir import trained_model
 
     device = best_device(c.device)
     if c.no_sae:

@@ -11,7 +11,6 @@ from sae.data.activations import ModelSource
 from sae.data.datasets import open_dataset
 from sae.data.tokens import TokenRows
 from sae.lm.language_model import best_device, load_language_model
-from scripts.sae_train import choose
 
 
 def main(argv: list[str]) -> None:
@@ -20,7 +19,7 @@ def main(argv: list[str]) -> None:
     if folder.exists() and not c.overwrite:
         raise UserError(f"'{folder}' exists; choose another --output_dir or give --overwrite")
     lm = load_language_model(c.model, device=best_device(c.device), dataset=c.dataset, dtype=c.model_dtype)
-    hookpoints = choose(c, lm)
+    hookpoints = hooks.choose(c, lm.module)
     if c.transcode:  # of each module what goes in and what comes out
         pairs = [(module, f"{module}@in") for module, _ in map(hooks.split, hookpoints)]
         hookpoints = list(dict.fromkeys(name for pair in pairs for name in pair))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sae import distributed, files, hooks, log, plan, plots
 from sae.checkpoint import checkpoints, to_resume_from
-from sae.config import REPLACED, CollectConfig, TrainConfig, UserError, from_cli, require, variants
+from sae.config import REPLACED, TrainConfig, UserError, from_cli, require, variants
 from sae.data import cache
 from sae.data.activation_files import FileSource, is_activation_file
 from sae.data.activations import ModelSource, Source, Stream, gather
@@ -19,6 +19,7 @@ from sae.data.datasets import open_dataset
 from sae.data.tokens import TokenRows
 from sae.distributed import World
 from sae.end_to_end import EndToEnd, RowStream, held_out
+from sae.evaluator import assess_run
 from sae.flags import said
 from sae.formats import store
 from sae.kernels import native, sparse
@@ -26,7 +27,6 @@ from sae.lm.language_model import LanguageModel, best_device, load_language_mode
 from sae.models import SAE, create_sae
 from sae.schedules import n_latents, tokens_per_step
 from sae.trainer import SAETrainer, refuse_existing, shuffle_seed
-from scripts.sae_eval import assess_run
 
 
 class Data(NamedTuple):
@@ -285,14 +285,10 @@ def end_to_end(c: TrainConfig, lm: LanguageModel, data: Data, world: World) -> t
     return stream, EndToEnd(lm, c.loss_fn, val, model_batch_size=c.model_batch_size, world=world)
 
 
-def choose(c: TrainConfig | CollectConfig, lm: LanguageModel) -> list[str]:
-    """The hookpoints that --layer, --layers, --layer_stride, --hook_type and --hookpoints mean."""
-    layers = (c.layer,) if c.layer is not None else c.layers
-    if c.layer_stride > 1 and not c.hookpoints:
-        layers = tuple(range(0, lm.n_layers, c.layer_stride))
-    found = hooks.resolve(lm.module, hookpoints=c.hookpoints, layers=layers, hook_type=c.hook_type)
-    found = found[:: c.layer_stride] if c.hookpoints else found
-    if isinstance(c, TrainConfig) and c.transcode and any("@in" in name for name in found):
+def choose(c: TrainConfig, lm: LanguageModel) -> list[str]:
+    """The hookpoints that the flags mean; of a transcoder they are modules."""
+    found = hooks.choose(c, lm.module)
+    if c.transcode and any("@in" in name for name in found):
         raise UserError("a transcoder predicts a module's output from its input; name a module without '@in'")
     return found
 

@@ -8,7 +8,7 @@ from sae.feature_viz import FeatureVisualizer
 from sae.pages.explainer import Endpoint, Explainer
 from sae.pages.labels import distribution
 from sae.plots import plot_evaluation, plot_training
-from scripts.sae_eval import open_sae
+from sae.rundir import open_sae
 
 
 def main(argv: list[str]) -> None:

@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 
+from sae import rundir
 from sae.config import EvalConfig, SAEConfig, TrainConfig
 from sae.evaluator import Assessment, SAEEvaluator, assess, decoder_similarity, similarity_by_chance
 from sae.models import create_sae
@@ -250,8 +251,8 @@ def test_sae_eval_writes_and_says_it(here, gpt_path, text_file, capsys):
 
 def test_assess_at_the_end_of_a_run_of_several(here, gpt_path, text_file, monkeypatch):
     loads = []
-    load = sae_eval.load_language_model
-    monkeypatch.setattr(sae_eval, "load_language_model", lambda *a, **k: (loads.append(1), load(*a, **k))[1])
+    load = rundir.load_language_model
+    monkeypatch.setattr(rundir, "load_language_model", lambda *a, **k: (loads.append(1), load(*a, **k))[1])
     (here / "short.txt").write_text(text_file.read_text()[:40_000])
     base = ["--model", gpt_path, "--dataset", "short.txt", "--ctx_len", 32]
     assert call(sae_train, *base, "--layers", 0, 2, *SMALL, "--assess") == 0

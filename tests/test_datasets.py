@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sae import log
+from sae import evaluator, log
 from sae.config import UserError
 from sae.data import datasets
 from sae.data.datasets import open_dataset
@@ -419,7 +419,7 @@ def test_a_run_remembers_how_its_text_was_read(lm, gpt_path, tmp_path, monkeypat
     sae_train.main(["--activations", "acts", *small, "--run_name", "cached"])
     with pytest.raises(UserError, match="was collected with exclude_tokens"):
         sae_train.main(["--activations", "acts", *small, "--run_name", "other", "--exclude_tokens", "7"])
-    monkeypatch.setattr(sae_eval, "evaluate", seen := Recorder(sae_eval.evaluate))
+    monkeypatch.setattr(evaluator, "evaluate", seen := Recorder(evaluator.evaluate))
     for run in ("live", "cached"):
         told = json.loads((tmp_path / "sae_models" / run / "cfg.json").read_text())["metadata"]
         assert sorted(told["exclude_tokens"]) == sorted([token, 5])

@@ -18,9 +18,9 @@ from sae import files, log
 from sae.config import ChatConfig, EvalConfig, HookType
 from sae.formats import store
 from sae.models import KINDS
+from sae.rundir import open_sae
 from scripts import sae_collect, sae_eval, sae_train, sae_upload, sae_viz
 from scripts.chat import open_conversation
-from scripts.sae_eval import open_sae
 from tests.conftest import ROOT
 
 SCRIPTS = {
