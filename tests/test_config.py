@@ -279,13 +279,12 @@ def test_every_flag_of_the_documents_this_grew_from_is_taken(flag):
         "--num_latents": ["64"],
         "--ctx_len": ["64"],
     }
-    for argv in ([flag, *values.get(flag, ["1"])], [flag.replace("_", "-"), *values.get(flag, ["1"])]):
-        extra = {
-            "--skip_connection": ["--transcode"],
-            "--l1_coefficient": ["--activation", "relu"],
-            **dict.fromkeys(("--text_column", "--split", "--streaming"), ["--dataset", "x"]),
-        }
-        from_cli(TrainConfig, argv + extra.get(flag, []), replaced=REPLACED)
+    twice = "--grad_acc_steps --micro_acc_steps --data_preprocessing_num_proc --layer_stride --num_epochs".split()
+    values |= {"--save_best": ["false"], **dict.fromkeys(twice, ["2"])}
+    extra = {"--skip_connection": ["--transcode"], "--l1_coefficient": ["--activation", "relu"]}.get(flag, [])
+    without = from_cli(TrainConfig, extra, replaced=REPLACED)
+    for name in (flag, flag.replace("_", "-")):
+        assert from_cli(TrainConfig, [name, *values.get(flag, ["1"]), *extra], replaced=REPLACED) != without
 
 
 def test_a_place_is_said_once_and_resume_is_not_inherited(tmp_path):
