@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,12 +16,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
 
 from model import GPT, GPTConfig, save_atomic  # noqa: E402
+from sae import log  # noqa: E402
 from sae.config import SAEConfig  # noqa: E402
 from sae.lm.language_model import load_language_model  # noqa: E402
-from sae.models import create_sae  # noqa: E402
+from sae.models import KINDS, create_sae  # noqa: E402
 from tokenizer import BPETokenizer  # noqa: E402
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma".split()
+
+
+ALL = sorted(KINDS)
+
+
+SMALL = ["--k", "4", "--batch_size", "64", "--buffer_tokens", "256", "--max_tokens", "640", "--val_tokens", "200"]
 
 
 def make_text(n_words: int, seed: int = 0) -> str:
@@ -108,3 +116,47 @@ def some_sae(activation="topk", d_in=32):
     with torch.no_grad():
         sae.encoder_bias[list(DEAD)] = -1e4
     return sae
+
+
+class Evil:
+    """Unpickling it leaves a file behind."""
+
+    def __reduce__(self):
+        return (open, ("ran", "w"))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current directory, so that the defaults (sae_models, ...) land there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(module, *flags) -> int:
+    """Run a script in this process; its exit code."""
+    try:
+        log.run_script(module.main, [str(f) for f in flags])
+    except SystemExit as e:
+        return int(e.code or 0)
+    return 0
+
+
+@pytest.fixture
+def base(gpt_path, text_file):
+    return ["--model", gpt_path, "--dataset", text_file]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium."""
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=shutil.which("chromium"), args=[*flags, "--no-first-run"])
+        yield chromium
+        chromium.close()
+
+
+def n_hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

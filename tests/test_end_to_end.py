@@ -21,7 +21,7 @@ from sae.learner import Learner
 from sae.models import create_sae
 from sae.trainer import SAETrainer
 from scripts import sae_train
-from tests.test_scripts import base, call, here  # noqa: F401  (fixtures)
+from tests.conftest import call
 
 HOOK, LAST = "transformer.h.1", "transformer.h.2"
 CPU = torch.device("cpu")
@@ -164,7 +164,7 @@ def next_rows(lm, text_file):
     return rows.ids, rows.valid
 
 
-def test_through_the_script(here, base, capsys):  # noqa: F811
+def test_through_the_script(here, base, capsys):
     small = [
         "--k",
         4,

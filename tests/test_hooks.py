@@ -11,6 +11,7 @@ from torch import nn
 
 from sae import hooks
 from sae.config import UserError
+from tests.conftest import n_hooks
 
 
 class Block(nn.Module):
@@ -40,10 +41,6 @@ class Toy(nn.Module):
 @pytest.fixture
 def toy():
     return Toy()
-
-
-def n_hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def test_resolution(toy, lm):

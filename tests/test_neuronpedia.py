@@ -24,8 +24,8 @@ from sae.formats import store
 from sae.neuronpedia import Journal, Refused, Unsure
 from sae.pages import neuronpedia_format as form
 from scripts import sae_upload
+from tests.conftest import call
 from tests.fake_neuronpedia import KEY, OPAQUE, Answer, Fault, Neuronpedia, import_tree
-from tests.test_scripts import call
 
 MODEL, SET, SOURCE = "tiny", "mine", "1-mine"
 WORDS = ["def", " f", "(x", "\n    ", "", "\0", "\ud83d", "\u05d0", "\U0001f600", "</script>", '"', "\\u0000", "\\"]

@@ -7,11 +7,11 @@ Run: python -m pytest tests/test_reach.py
 import ast
 from functools import cache
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
+
 FILES = {
     ".".join(p.relative_to(ROOT / "sae").with_suffix("").parts): p
     for p in sorted((ROOT / "sae").rglob("*.py"))
@@ -103,6 +103,22 @@ def test_the_listing_of_sae_stays_short():
     listed = [p for p in (ROOT / "sae").iterdir() if p.name != "__pycache__"]
     assert len([p for p in listed if p.is_file()]) <= 27
     assert len([p for p in listed if p.is_dir()]) <= 7
+
+
+OTHER_TESTS = set("benchmarks imports ninth_kind reach readme scripts train_gpt".split())
+
+
+def test_tests_mirror_the_tree():
+    """A file of the core has tests/test_<file>.py, a room tests/<room>/, and no test file is about one that is gone."""
+    tests = {p.stem.removeprefix("test_") for p in (ROOT / "tests").glob("test_*.py")}
+    core = {name for name in FILES if "." not in name}
+    assert core - tests == set(), "these files have no tests of their own"
+    assert tests - core == OTHER_TESTS, "these tests are about no file of sae/"
+    for room in set(ROOMS) - core:
+        inside = [name.split(".")[1] for name in FILES if name.startswith(f"{room}.")]
+        found = [p.stem.removeprefix("test_") for p in (ROOT / "tests" / room).glob("test_*.py")]
+        assert found, f"{room}/ has no tests"
+        assert [t for t in found if not any(name.startswith(t) for name in inside)] == []
 
 
 def test_every_room_says_what_it_is():

@@ -12,13 +12,13 @@ from torch import nn
 
 from sae import hooks
 from sae.config import SAEConfig, UserError
-from sae.edits import Condition, Edit, parse_condition, parse_edit
+from sae.edits import Edit
 from sae.kernels.sparse import Codes
 from sae.lm.language_model import load_language_model
 from sae.models import KINDS, create_sae
 from sae.runtime import InterpretableModel
+from tests.conftest import HOOK, n_hooks
 
-HOOK = "transformer.h.1"
 PROMPT = "alpha beta gamma delta epsilon"
 
 
@@ -65,10 +65,6 @@ def held(lm, ids, hook=HOOK):
 def write(lm, ids, n=12, **options):
     """The prompt with a greedy answer behind it."""
     return torch.cat([ids, *lm.module.generate(ids, n, temperature=0, **options)], 1)
-
-
-def n_hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -526,43 +522,6 @@ def test_gradients_still_flow(gpt2):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # text
-
-
-def test_edits_as_text():
-    for text, edit in {
-        "123:+8": Edit(123, "add", 8.0),
-        "123:-0.5": Edit(123, "add", -0.5),
-        "45:=4": Edit(45, "set", 4.0),
-        "6:*0": Edit(6, "scale", 0.0),
-        "6:|0": Edit(6, "orthogonal", 0.0),
-        "6:<2.5": Edit(6, "cap", 2.5),
-        "6:+1.5max": Edit(6, "add", 1.5, unit="max"),
-        "h.1.mlp/6:=4@generated": Edit(6, "set", 4.0, "h.1.mlp", at="generated"),
-        "6:+8@prompt?h.0/7>1.5": Edit(6, "add", 8.0, at="prompt", when=Condition(7, 1.5, "h.0")),
-    }.items():
-        assert parse_edit(text) == edit
-        assert str(edit) == text
-        assert parse_edit(str(edit)) == edit
-    assert parse_condition("7 > 1.5") == Condition(7, 1.5)
-    for bad in (
-        "",
-        "7",
-        "7:8",
-        "x:+8",
-        "7:+",
-        "7:+8@never",
-        "7:+8?9",
-        "7:*2max",
-        "-7:+8",
-        "7:+1e99",
-        "7:+8 9:+8",
-        f"{'9' * 5000}:+8",
-    ):
-        part = {"7:+8@never": "never", "7:*2max": "max", "7:+1e99": "1e\\+99"}.get(bad, "LATENT:\\+8")
-        with pytest.raises(UserError, match=part):
-            parse_edit(bad)
-    with pytest.raises(UserError, match="LATENT>THRESHOLD"):
-        parse_condition("7<3")
 
 
 def test_what_cannot_be_is_said(lm):

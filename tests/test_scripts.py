@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from sae import files, log
+from sae import files
 from sae.config import ChatConfig, EvalConfig, HookType
 from sae.formats import store
 from sae.models import KINDS
 from sae.rundir import open_sae
 from scripts import sae_collect, sae_eval, sae_train, sae_upload, sae_viz
 from scripts.chat import open_conversation
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SMALL, Evil, call
 
 SCRIPTS = {
     "sae_train": sae_train,
@@ -30,28 +30,6 @@ SCRIPTS = {
     "sae_upload": sae_upload,
     "sae_collect": sae_collect,
 }
-SMALL = ["--k", "4", "--batch_size", "64", "--buffer_tokens", "256", "--max_tokens", "640", "--val_tokens", "200"]
-
-
-def call(module, *flags) -> int:
-    """Run a script in this process; its exit code."""
-    try:
-        log.run_script(module.main, [str(f) for f in flags])
-    except SystemExit as e:
-        return int(e.code or 0)
-    return 0
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty current directory, so that the defaults (sae_models, ...) land there."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def base(gpt_path, text_file):
-    return ["--model", gpt_path, "--dataset", text_file]
 
 
 def test_train_eval_viz_as_they_stand(here, base, capsys):
@@ -289,11 +267,6 @@ def test_resume_needs_no_flags(here, base, capsys):
     assert "no run to resume in 'elsewhere'" in capsys.readouterr().err
 
 
-class Evil:
-    def __reduce__(self):
-        return (open, ("ran", "w"))
-
-
 def bad_model(folder, gpt_path, how):
     """A broken copy of the tiny checkpoint beside its tokenizer."""
     data = (folder.parent / "ckpt.pt") if how == "missing" else None
@@ -366,14 +339,6 @@ def test_what_several_processes_cannot_do_is_refused(here, base, capsys, monkeyp
     assert "run it without torchrun" in capsys.readouterr().err
     assert call(sae_train, *base, *SMALL) == 2
     assert "start them with torchrun" in capsys.readouterr().err  # which also says who is who
-    assert list(here.iterdir()) == []
-
-
-def test_a_plan_starts_nothing(here, base, capsys):
-    assert call(sae_train, *base, "--layer", 1, "--plan") == 0
-    said = capsys.readouterr().out
-    assert "peak per process" in said
-    assert "fits" in said
     assert list(here.iterdir()) == []
 
 

@@ -29,10 +29,10 @@ import sample
 import tokenizer as tokenizer_py
 import train
 from model import GPT, GPTConfig, read_checkpoint, save_atomic
+from tests.conftest import ROOT
 from tokenizer import CHAT_TOKENS, BPETokenizer, CharTokenizer, load_tokenizer
 from train import Place, Run, TrainConfig, Validation, lr_at, open_data, validate
 
-ROOT = Path(__file__).resolve().parents[1]
 corpus = importlib.import_module("assets.pygpt.corpus")  # by name: mypy sees that file as a script
 
 CPU = Place(0, 1, torch.device("cpu"))

@@ -1,6 +1,6 @@
 """Collected activations of any kind read alike, mixed anew each pass, resumed to the bit, never held; bad ones refused.
 
-Run: python -m pytest tests/test_activation_files.py
+Run: python -m pytest tests/data/test_activation_files.py
 """
 
 import json
@@ -24,8 +24,7 @@ from sae.data.datasets import open_dataset
 from sae.data.tokens import TokenRows
 from sae.formats import store
 from scripts import sae_collect, sae_eval, sae_train
-from tests.conftest import ROOT, planted
-from tests.test_scripts import SMALL, call
+from tests.conftest import ROOT, SMALL, Evil, call, planted
 
 ENDINGS = (".npy", ".h5", ".hdf5", ".pt", ".safetensors")
 
@@ -233,11 +232,6 @@ def test_blocks_keep_to_sequences_and_to_a_size():
 # ----------------------------------------------------------------------------------------- bad files
 
 
-class Evil:
-    def __reduce__(self):
-        return (open, ("ran", "w"))
-
-
 def bad_files(folder):
     x = numbered()
     np.save(folder / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
@@ -407,12 +401,6 @@ def test_a_large_file_is_never_held(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ commands
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize("ending", [".npy", ".h5", ".pt", ".safetensors"])

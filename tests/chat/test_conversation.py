@@ -1,6 +1,6 @@
 """Talking in the terminal: features beside every token, edits, seeds, what is kept and answered again.
 
-Run: python -m pytest tests/test_chat.py
+Run: python -m pytest tests/chat/test_conversation.py
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from sae.chat.conversation import Ask, Conversation, Notes
 from sae.config import ChatConfig, UserError
 from sae.formats.store import save_sae
 from scripts import chat
-from tests.conftest import ROOT
-from tests.test_runtime import HOOK, an_sae, logits, prompt_ids
+from tests.conftest import HOOK, ROOT
+from tests.test_runtime import an_sae, logits, prompt_ids
 
 QUESTION = "What does alpha beta do?"
 SEED = 1  # of an answer that no special token ends early

@@ -1,6 +1,6 @@
 """features.jsonl holds records exactly, one a line, in ascii; a broken line is named.
 
-Run: python -m pytest tests/test_records.py
+Run: python -m pytest tests/pages/test_records.py
 """
 
 import json

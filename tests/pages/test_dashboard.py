@@ -1,7 +1,7 @@
 """Pages in a real browser, opened from disk: search, sort, filters, map, keyboard; fast with 32,768 features; hostile
 text is shown and never run. Screenshots go to test_output/.
 
-Run: python -m pytest tests/test_dashboard.py
+Run: python -m pytest tests/pages/test_dashboard.py
 """
 
 import json
@@ -15,7 +15,6 @@ from dataclasses import replace
 from html import escape
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from sae.config import UserError
 from sae.pages.dashboard import Listing, save_pages, whole_page
@@ -89,16 +88,6 @@ def write(folder, found):
     rng = random.Random(0)
     save_pages(folder, found, Listing(FACTS, {i: (rng.random(), rng.random()) for i in range(33_000)}), identity="x")
     return folder / "index.html"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Debian's Chromium."""
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=shutil.which("chromium"), args=[*flags, "--no-first-run"])
-        yield chromium
-        chromium.close()
 
 
 def open_page(browser, scheme="light", width=1300):
@@ -315,7 +304,7 @@ SLOW = """
 import sys, time
 from dataclasses import replace
 from pathlib import Path
-from tests.test_dashboard import WORDS, records, write
+from tests.pages.test_dashboard import WORDS, records, write
 few = records(64, WORDS)
 def slowly():
     for i in range(100_000):

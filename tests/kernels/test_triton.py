@@ -1,7 +1,7 @@
 """Triton's kernels choose what plain torch chooses, with proof, and compute what it computes; on CPUs, in Triton's
 interpreter. A process of its own compiles them for an H100, which takes no GPU.
 
-Run: python -m pytest tests/test_triton.py
+Run: python -m pytest tests/kernels/test_triton.py
 """
 
 import os
@@ -18,7 +18,7 @@ from sae.kernels import native, selection, sparse
 from sae.learner import Learner
 from sae.models import create_sae
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read where functions are defined, which is here

@@ -1,6 +1,6 @@
 """Explanations through a real server that speaks chat completions: what is asked, the scores, faults, resuming.
 
-Run: python -m pytest tests/test_explainer.py
+Run: python -m pytest tests/pages/test_explainer.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """Labels find planted rules, say in words what they are, and measure them on text that the rule was not made from.
 
-Run: python -m pytest tests/test_labels.py
+Run: python -m pytest tests/pages/test_labels.py
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """Documents become token rows: held-out text is never trained on, one bos a document, padding never counts, any place
 can be gone on from, and threads change nothing.
 
-Run: python -m pytest tests/test_tokens.py
+Run: python -m pytest tests/data/test_tokens.py
 """
 
 import itertools

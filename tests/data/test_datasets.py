@@ -1,6 +1,6 @@
 """Names become documents: files, folders and HuggingFace datasets, the right column; bad data in one sentence.
 
-Run: python -m pytest tests/test_datasets.py
+Run: python -m pytest tests/data/test_datasets.py
 """
 
 import gzip
@@ -13,14 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sae import evaluator, log
+from sae import log
 from sae.config import UserError
 from sae.data import datasets
 from sae.data.datasets import open_dataset
 from sae.data.tokens import TokenRows
 from sae.files import beside
-from scripts import sae_collect, sae_eval, sae_train
-from tests.conftest import make_text
 
 hf.disable_progress_bars()
 CHAT = [{"role": "user", "content": "alpha"}, {"role": "assistant", "content": "beta"}]
@@ -400,51 +398,6 @@ def test_missing_libraries_are_named(tmp_path, monkeypatch):
     for name in ("some/name", str(tmp_path / "saved"), str(tmp_path / "d.parquet")):
         with pytest.raises(UserError, match=r"pip install 'nanosae\[hf\]'"):
             documents(open_dataset(name))
-
-
-def test_a_run_remembers_how_its_text_was_read(lm, gpt_path, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    texts = {split: [make_text(150, seed=s + i) for i in range(40)] for s, split in ((0, "train_a"), (99, "test_a"))}
-    both = {
-        s: hf.Dataset.from_dict({"id": ["an id that is longer than the text" * 99] * 40, "b": t})
-        for s, t in texts.items()
-    }
-    hf.DatasetDict(both).save_to_disk("saved")
-    token = lm.tokenizer.encode("alpha")[0]
-    read = ["--model", gpt_path, "--dataset", "saved", "--split", "train_a", "--text_column", "b", "--layer", "1"]
-    read += ["--exclude_tokens", str(token), "5", "--data_preprocessing_num_proc", "2", "--ctx_len", "32"]
-    small = ["--k", "4", "--batch_size", "64", "--buffer_tokens", "256", "--max_tokens", "640", "--val_tokens", "200"]
-    sae_train.main([*read, *small, "--run_name", "live"])
-    sae_collect.main([*read, "--max_tokens", "1000", "--output_dir", "acts"])
-    sae_train.main(["--activations", "acts", *small, "--run_name", "cached"])
-    with pytest.raises(UserError, match="was collected with exclude_tokens"):
-        sae_train.main(["--activations", "acts", *small, "--run_name", "other", "--exclude_tokens", "7"])
-    monkeypatch.setattr(evaluator, "evaluate", seen := Recorder(evaluator.evaluate))
-    for run in ("live", "cached"):
-        told = json.loads((tmp_path / "sae_models" / run / "cfg.json").read_text())["metadata"]
-        assert sorted(told["exclude_tokens"]) == sorted([token, 5])
-        assert (told["split"], told["text_column"], told["dataset_path"]) == ("train_a", "b", "saved")
-        sae_eval.main(["--sae_path", f"sae_models/{run}", "--eval_tokens", "300"])
-    rows = TokenRows(lm, seen.dataset, "val", 32)
-    assert lm.tokenizer.encode_document(texts["test_a"][0])[:32] == rows.take(1)[0][0].tolist()
-    assert sorted(seen.options["exclude_tokens"]) == sorted([token, 5])
-    assert "stale" not in capsys.readouterr().err
-    # another text is read in its own way
-    (tmp_path / "other.txt").write_text(make_text(9000))
-    sae_eval.main(["--sae_path", "sae_models/live", "--eval_tokens", "300", "--dataset", "other.txt"])
-    with pytest.raises(UserError, match="cannot be excluded"):
-        sae_train.main([*read, *small, "--exclude_tokens", "9999", "--run_name", "bad"])
-
-
-class Recorder:
-    """Calls a function and keeps what it was given."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, *args, **options):
-        self.dataset, self.options = args[3], options
-        return self.function(*args, **options)
 
 
 def test_a_stream_that_breaks_is_one_sentence():

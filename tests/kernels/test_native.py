@@ -1,6 +1,6 @@
 """The C++ kernels choose what plain torch chooses, with proof, and compute what it computes; without them all works.
 
-Run: python -m pytest tests/test_native.py
+Run: python -m pytest tests/kernels/test_native.py
 """
 
 import json
@@ -22,7 +22,7 @@ from sae.lm.language_model import load_language_model
 from sae.models import create_sae
 from sae.optim import Adam, Optimizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None or shutil.which("ninja") is None, reason="needs a C++ compiler and ninja"
 )
@@ -122,7 +122,7 @@ def test_what_other_processors_run_chooses_the_same(least):
     code = (
         f"import sys, pytest; from sae.kernels import native; native._flags = lambda: {asked}; "
         "assert native.status().startswith('C++'), native.status(); "
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_native.py', '-k', "
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/kernels/test_native.py', '-k', "
         "'(best and not activations) or first_latents or thousand or few_tokens or twins or formula or finite "
         "or bounds or rules_out or read_with']))"
     )

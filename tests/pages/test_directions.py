@@ -1,6 +1,6 @@
 """Neighbours are those of the whole matrix of cosines; on the map clusters stay together and apart from others.
 
-Run: python -m pytest tests/test_directions.py
+Run: python -m pytest tests/pages/test_directions.py
 """
 
 import pytest

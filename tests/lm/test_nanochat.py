@@ -3,7 +3,7 @@
 A small package with nanochat's names, signatures and file layout stands in for it: streams mixed between blocks, value
 embeddings, smear, backout, norms that are functions, a soft cap, a padded vocabulary.
 
-Run: python -m pytest tests/test_nanochat.py
+Run: python -m pytest tests/lm/test_nanochat.py
 """
 
 import json

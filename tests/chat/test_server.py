@@ -1,6 +1,6 @@
 """The chat page in a real browser, with the real pygpt and a trained SAE; and the server against the rude.
 
-Run: python -m pytest tests/test_server.py      (screenshots land in test_output/)
+Run: python -m pytest tests/chat/test_server.py      (screenshots land in test_output/)
 """
 
 import asyncio
@@ -8,7 +8,6 @@ import contextlib
 import http.client
 import importlib
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 from starlette.exceptions import HTTPException
 
 from benchmarks.bench_server import ask, memory_mb, question, server, storm
@@ -31,8 +30,8 @@ from sae.chat.server import Job, Writer, hosts_of, serve
 from sae.config import SAEConfig, UserError
 from sae.formats.store import save_sae
 from sae.models import create_sae
+from tests.chat.test_conversation import record
 from tests.conftest import ROOT
-from tests.test_chat import record
 from tokenizer import CHAT_TOKENS, BPETokenizer
 
 OUTPUT = ROOT / "test_output"
@@ -81,16 +80,6 @@ def half_requests(pygpt):
         assert answer.startswith(b"HTTP/1.1 404")
         opened[2].sendall(b"GET / HTT")
         yield opened
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Debian's Chromium."""
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=shutil.which("chromium"), args=[*flags, "--no-first-run"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

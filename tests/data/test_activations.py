@@ -1,6 +1,6 @@
 """The stream gives each token once, mixed, resumable to the bit, special tokens left out; a cache is right or refused.
 
-Run: python -m pytest tests/test_activations.py
+Run: python -m pytest tests/data/test_activations.py
 """
 
 import json
@@ -15,8 +15,7 @@ from sae.data.activations import ActivationCollector, ModelSource, Stream, Tenso
 from sae.data.cache import CacheSource, read_manifest, refuse_stale, write_cache
 from sae.data.datasets import open_dataset
 from sae.data.tokens import TokenRows, kept_positions
-
-HOOK = "transformer.h.1"
+from tests.conftest import HOOK
 
 
 def model_source(lm, text_file, hookpoints=(HOOK,), **kwargs):

@@ -1,6 +1,6 @@
 """One interface over pygpt, anyone's nanoGPT and HuggingFace models, decoder and encoder; bad files in one sentence.
 
-Run: python -m pytest tests/test_language_model.py
+Run: python -m pytest tests/lm/test_language_model.py
 """
 
 import json

@@ -1,18 +1,17 @@
 """Characters of Python text get the kind, place and statement that they have in its grammar, also in pieces of files;
 prose gets none.
 
-Run: python -m pytest tests/test_syntax.py
+Run: python -m pytest tests/pages/test_syntax.py
 """
 
 import ast
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sae.pages.syntax import KINDS, PLACES, STATEMENTS, annotate
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCE = '''import os.path as p
 
 class Thing(Base):

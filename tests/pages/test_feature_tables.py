@@ -1,7 +1,7 @@
 """Tables of a pass equal plain Python over all tokens, however the text is cut into batches and over ranks; what they
 keep does not grow with the text; a sample of it is fair, whole, and the seed's alone.
 
-Run: python -m pytest tests/test_feature_tables.py
+Run: python -m pytest tests/pages/test_feature_tables.py
 """
 
 import numpy as np

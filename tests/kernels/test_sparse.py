@@ -1,6 +1,6 @@
 """The sparse operations equal their dense twins, forward and backward, at odd sizes; codes count what they say.
 
-Run: python -m pytest tests/test_kernels.py
+Run: python -m pytest tests/kernels/test_sparse.py
 """
 
 import pytest

@@ -1,0 +1,38 @@
+"""A plan says what a run takes, from its settings and shapes alone.
+
+Run: python -m pytest tests/test_plan.py
+"""
+
+import pytest
+
+from sae import plan
+from sae.config import SAEConfig, UserError
+from sae.models import create_sae
+from scripts import sae_train
+from tests.conftest import ALL, call
+
+
+def test_a_plan_starts_nothing(here, base, capsys):
+    assert call(sae_train, *base, "--layer", 1, "--plan") == 0
+    said = capsys.readouterr().out
+    assert "peak per process" in said
+    assert "fits" in said
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [*({"activation": kind} for kind in ALL), {"tied": True}, {"transcode": True, "d_out": 9, "skip_connection": True}],
+)
+def test_parameters_are_those_of_the_sae(fields):
+    c = SAEConfig(**{"d_in": 12, "d_sae": 40, "k": 4, **fields})
+    assert plan.parameters(c) == sum(p.numel() for p in create_sae(c).parameters())
+
+
+def test_an_outline_has_the_models_shapes_and_no_weights(gpt_path, lm):
+    outline = plan.outline(gpt_path)
+    shapes = {name: p.shape for name, p in outline.module.named_parameters()}
+    assert shapes == {name: p.shape for name, p in lm.module.named_parameters()}
+    assert all(p.device.type == "meta" for p in outline.module.parameters())
+    with pytest.raises(UserError, match="cannot be planned"):
+        plan.outline("nanochat:base")
