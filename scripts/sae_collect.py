@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sae import hooks, log
+from sae import log
 from sae.config import CollectConfig, UserError, from_cli
-from sae.data import cache
-from sae.data.activations import ModelSource
-from sae.data.datasets import open_dataset
-from sae.data.tokens import TokenRows
-from sae.lm.language_model import best_device, load_language_model
 
 
 def main(argv: list[str]) -> None:
     c = from_cli(CollectConfig, argv, prog="python -m scripts.sae_collect", description=__doc__)
+    from sae import hooks
+    from sae.data import cache
+    from sae.data.activations import ModelSource
+    from sae.data.datasets import open_dataset
+    from sae.data.tokens import TokenRows
+    from sae.lm.language_model import best_device, load_language_model
+
     folder = Path(c.output_dir)
     if folder.exists() and not c.overwrite:
         raise UserError(f"'{folder}' exists; choose another --output_dir or give --overwrite")

@@ -365,7 +365,7 @@ def check_processes(c: TrainConfig) -> None:
 
 def main(argv: list[str]) -> None:
     c = from_cli(
-        TrainConfig, argv, prog="python -m scripts.sae_train", description=__doc__ or "", replaced=REPLACED,
+        TrainConfig, argv, prog="python -m scripts.sae_train", description=__doc__, replaced=REPLACED,
         start_from=run_to_resume,
     )  # fmt: skip
     if not c.resume:

@@ -126,7 +126,7 @@ def upload(c: UploadConfig, target: Target, found: form.Survey) -> None:
 
 
 def main(argv: list[str]) -> None:
-    c = from_cli(UploadConfig, argv, prog="python -m scripts.sae_upload", description=__doc__ or "")
+    c = from_cli(UploadConfig, argv, prog="python -m scripts.sae_upload", description=__doc__)
     target = choose(c)
     log.say(f"checking {target.features}")
     with log.progress(None, "checking", unit="feature") as bar:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from sae import distributed, log
+from sae import log
 from sae.config import VizConfig, from_cli
-from sae.feature_viz import FeatureVisualizer
-from sae.pages.explainer import Endpoint, Explainer
-from sae.pages.labels import distribution
-from sae.plots import plot_evaluation, plot_training
-from sae.rundir import open_sae
 
 
 def main(argv: list[str]) -> None:
     c = from_cli(VizConfig, argv, prog="python -m scripts.sae_viz", description=__doc__)
+    from sae import distributed
+    from sae.feature_viz import FeatureVisualizer
+    from sae.pages.explainer import Endpoint, Explainer
+    from sae.pages.labels import distribution
+    from sae.plots import plot_evaluation, plot_training
+    from sae.rundir import open_sae
+
     lm, sae, hookpoint, dataset, trained_on, folder, out = open_sae(c)
     axis = distributed.join(lm.device)
     viz = FeatureVisualizer(

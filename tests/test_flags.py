@@ -7,7 +7,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.config import CollectConfig, EvalConfig, SAEConfig, TrainConfig, UserError, VizConfig, from_cli
@@ -32,6 +32,7 @@ def test_defaults_round_trip_and_help(cls, capsys, tmp_path):
         assert f.metadata["help"][:20] in " ".join(text.split())
 
 
+@settings(deadline=None)  # a busy machine is no error
 @given(
     k=st.integers(1, 64),
     d_sae=st.integers(64, 512),
