@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from sae import formats
 from sae.config import VERSION as __version__
-from sae.config import SAEConfig, TrainConfig
 
 if TYPE_CHECKING:  # mypy and editors read these, Python reads _PUBLIC
     from sae.data.activations import ActivationCollector as ActivationCollector
@@ -22,6 +21,8 @@ if TYPE_CHECKING:  # mypy and editors read these, Python reads _PUBLIC
     from sae.formats.store import load_saes as load_saes
     from sae.formats.store import save_sae as save_sae
     from sae.lm.language_model import load_language_model as load_language_model
+    from sae.models import SAEConfig as SAEConfig
+    from sae.models import TrainConfig as TrainConfig
     from sae.models import create_sae as create_sae
     from sae.neuronpedia import NeuronpediaClient as NeuronpediaClient
     from sae.runtime import InterpretableModel as InterpretableModel
@@ -33,8 +34,10 @@ _PUBLIC = {
     "FeatureVisualizer": "feature_viz",
     "InterpretableModel": "runtime",
     "NeuronpediaClient": "neuronpedia",
+    "SAEConfig": "models",  # a config is checked against the kinds, which models.py knows
     "SAEEvaluator": "evaluator",
     "SAETrainer": "trainer",
+    "TrainConfig": "models",
     "create_sae": "models",
     "load_language_model": "lm.language_model",
     "load_sae": "formats.store",
@@ -51,7 +54,7 @@ _ROOMS = {  # files that once were in sae/ itself
 }
 _MOVED = {name: f"{room}.{name}" for room, names in _ROOMS.items() for name in names.split()}
 _MOVED |= {"assessment": "evaluator", "commands": "config", "stopwatch": "log", "sweep": "plots"}
-__all__ = ["SAEConfig", "TrainConfig", "__version__"]
+__all__ = ["__version__"]
 __all__ += list(_PUBLIC)
 
 

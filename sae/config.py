@@ -23,7 +23,8 @@ VERSION = "0.1.0"
 
 MODEL_ALIASES = "checkpoint model_name"
 ModelDtype = Literal["float32", "bfloat16", "float16"]
-BUILT_IN = ("topk", "batchtopk", "groupmax", "abstopk", "relu", "gated", "jumprelu", "matryoshka")  # for --help
+# The kinds that --help names: it answers before models.py, which needs torch, is loaded.
+BUILT_IN = ("topk", "batchtopk", "groupmax", "abstopk", "relu", "gated", "jumprelu", "matryoshka")
 # The kinds of SAE by the name that --activation takes: classes of models.py, which register themselves. Their class
 # attributes (base.py) say which settings they have; where models.py is not loaded, nothing is known of kinds.
 KINDS: dict[str, Any] = {}
@@ -36,9 +37,14 @@ def kind_of(c: SAEConfig) -> Any:
 
 def kind_named(name: str) -> Any:
     """The class of a kind. Raises UserError for an unknown one."""
-    known = f"one of {', '.join(KINDS)} was wanted{did_you_mean(name, KINDS)}"
-    require(name in KINDS, f"activation={name!r}; {known}")
+    require_kind(name)
     return KINDS[name]
+
+
+def require_kind(name: str) -> None:
+    """Raise UserError for an unknown kind; those of models.py are known before it is loaded."""
+    known = dict.fromkeys((*BUILT_IN, *KINDS))
+    require(name in known, f"activation={name!r}; one of {', '.join(known)} was wanted{did_you_mean(name, known)}")
 
 
 def kinds_with(flag: str) -> str:
@@ -175,7 +181,8 @@ class SAEConfig:
         require(self.ema is None or 0 < self.ema < 1, f"ema={self.ema}; it must lie between 0 and 1, such as 0.999")
         self._check_shape()
         self._check_combinations()
-        if KINDS:
+        require_kind(self.activation)
+        if self.activation in KINDS:
             self._check_kind()
 
     def _check_shape(self) -> None:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from sae.base import SAE as SAE
 from sae.base import Output as Output
 from sae.config import KINDS as KINDS
-from sae.config import SAEConfig, kind_of, require
+from sae.config import SAEConfig as SAEConfig
+from sae.config import TrainConfig as TrainConfig
+from sae.config import kind_of, require
 from sae.distributed import ALONE, World
 from sae.kernels import selection, sparse
 from sae.kernels.sparse import Codes
