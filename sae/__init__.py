@@ -14,7 +14,7 @@ from sae import formats
 from sae.config import VERSION as __version__
 
 if TYPE_CHECKING:  # mypy and editors read these, Python reads _PUBLIC
-    from sae.data.activations import ActivationCollector as ActivationCollector
+    from sae.data.collector import ActivationCollector as ActivationCollector
     from sae.evaluator import SAEEvaluator as SAEEvaluator
     from sae.feature_viz import FeatureVisualizer as FeatureVisualizer
     from sae.formats.store import load_sae as load_sae
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # mypy and editors read these, Python reads _PUBLIC
     from sae.trainer import train_sae_from_activations as train_sae_from_activations
 
 _PUBLIC = {
-    "ActivationCollector": "data.activations",
+    "ActivationCollector": "data.collector",
     "FeatureVisualizer": "feature_viz",
     "InterpretableModel": "runtime",
     "NeuronpediaClient": "neuronpedia",

@@ -8,40 +8,36 @@ Letters: N sequences, T positions, B tokens in a batch, D width, M tokens in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sae import hooks, log
+from sae import log
 from sae.config import UserError
 from sae.data.buffer import Buffer
 from sae.data.tokens import HOLD_OUT, PIECE_CHARS, Rows, TokenRows
 from sae.distributed import ALONE, World
-from sae.files import read_safetensors, write_safetensors
 from sae.hooks import Acts as Acts
 from sae.log import Stopwatch
 from sae.metrics import check_finite
-
-READ_ROWS = 4096  # of a tensor in memory, where several processes take turns
 
 # --------------------------------------------------------------------------------------------------
 # sources: activations in reading order
 
 
 class Source(Protocol):
-    """Activations in reading order, from any place on."""
+    """Activations in reading order, from any place on, in blocks of the source's own size."""
 
     widths: dict[str, int]
 
-    def read(self, n: int) -> Acts:
-        """Some of the next rows, about n; an empty dict at the end of a pass."""
+    def read(self) -> Acts:
+        """The next block of rows; an empty dict at the end of a pass."""
         ...
 
-    def skip(self, n: int) -> int:
-        """Go on as read(n) would; the number of rows it would have given."""
+    def skip(self) -> int:
+        """Leave out the block that `read` would give; its number of rows."""
         ...
 
     def rewind(self) -> None: ...
@@ -58,8 +54,7 @@ class ModelSource:
         self.widths = self.lm.widths(self.hookpoints)
         self.watch = Stopwatch(self.lm.device)  # of the forwards
 
-    def read(self, n: int) -> Acts:
-        del n  # one forward's worth; the buffer keeps what it has no room for
+    def read(self) -> Acts:
         return self.read_numbered()[0]
 
     def read_numbered(self) -> tuple[Acts, Tensor]:
@@ -74,8 +69,7 @@ class ModelSource:
         first = self.rows.n_rows - len(ids)
         return acts, (torch.arange(len(ids)) + first)[:, None].expand_as(keep)[keep]
 
-    def skip(self, n: int) -> int:
-        del n
+    def skip(self) -> int:
         return int(self._take().keep.sum())
 
     def _take(self) -> Rows:
@@ -98,8 +92,8 @@ class ModelSource:
 class TensorSource:
     """Activations in memory (or a memory map), in a new random order every pass."""
 
-    def __init__(self, acts: Acts, *, seed: int = 0):
-        self.acts, self.seed, self.n_passes = acts, seed, 0
+    def __init__(self, acts: Acts, *, seed: int = 0, block_rows: int = 4096):
+        self.acts, self.seed, self.block_rows, self.n_passes = acts, seed, block_rows, 0
         self.widths = {name: x.shape[1] for name, x in acts.items()}
         self.n = len(next(iter(acts.values())))
         self.start = 0
@@ -109,13 +103,13 @@ class TensorSource:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.n_passes)
         self.order = torch.randperm(self.n, generator=generator)
 
-    def read(self, n: int) -> Acts:
-        rows = self.order[self.start : self.start + n]
-        self.skip(n)
+    def read(self) -> Acts:
+        first = self.start
+        rows = self.order[first : first + self.skip()]
         return {name: x[rows].float() for name, x in self.acts.items()} if len(rows) else {}
 
-    def skip(self, n: int) -> int:
-        first, self.start = self.start, min(self.start + n, self.n)
+    def skip(self) -> int:
+        first, self.start = self.start, min(self.start + self.block_rows, self.n)
         return self.start - first
 
     def rewind(self) -> None:
@@ -130,6 +124,34 @@ class TensorSource:
         self._shuffle()
 
 
+class Block(NamedTuple):
+    """The next rows of a source: how many (0 at the end of a pass), the process that holds them, their values there."""
+
+    n_rows: int
+    holder: int
+    acts: Acts
+
+    def split(self, n: int) -> tuple[Block, Block]:
+        """The first n rows, or all there are; and the rest."""
+        n = min(n, self.n_rows)
+        head, rest = ({name: x[part] for name, x in self.acts.items()} for part in (slice(n), slice(n, None)))
+        return Block(n, self.holder, head), Block(self.n_rows - n, self.holder, rest)
+
+
+class Turns:
+    """A source whose blocks the processes read by turns; each knows how long the others' are."""
+
+    def __init__(self, source: Source, world: World = ALONE):
+        self.source, self.everyone, self.turn = source, world.everyone, 0
+
+    def read(self) -> Block:
+        holder, self.turn = self.turn, (self.turn + 1) % self.everyone.size
+        if holder != self.everyone.rank:
+            return Block(self.source.skip(), holder, {})
+        acts = self.source.read()
+        return Block(len(next(iter(acts.values()))) if acts else 0, holder, acts)
+
+
 def gather(
     source: Source, n: int, what: str, *, world: World = ALONE, wanted: Sequence[Collection[str]] | None = None
 ) -> Acts:
@@ -137,14 +159,12 @@ def gather(
 
     Of several processes each reads a part, and gets every n-th row, n being the replicas, of what it wants (buffer.py).
     """
-    turns = Turns(source, world)
-    blocks: list[tuple[int, int, Acts]] = []
-    have = 0
+    turns, blocks, have = Turns(source, world), [], 0
     with log.progress(n, what) as bar:
-        while have < n and (block := turns.read(n - have))[0]:
-            n_rows, holder, acts = block
-            blocks.append((min(n_rows, n - have), holder, {name: x[: n - have] for name, x in acts.items()}))
-            have += blocks[-1][0]
+        while have < n and (block := turns.read()).n_rows:
+            blocks.append(block.split(n - have)[0])
+            check_finite(blocks[-1].acts)
+            have += blocks[-1].n_rows
             bar.update(have - bar.n)
     if have < 2:
         raise UserError(
@@ -152,37 +172,16 @@ def gather(
             f"every {HOLD_OUT}th piece of {PIECE_CHARS} characters is held out)"
         )
     if world.everyone.size == 1:
-        acts = {name: torch.cat([x[name] for _, _, x in blocks]) for name in source.widths}
-        check_finite(acts)
-        return acts
+        return {name: torch.cat([block.acts[name] for block in blocks]) for name in source.widths}
     buffer = Buffer(have, source.widths, device=world.device, world=world, wanted=wanted)
-    done = 0
-    for n_rows, holder, acts in blocks:
-        check_finite(acts)
-        buffer.put(torch.arange(done, done + n_rows), acts, holder)
-        done += n_rows
-    return buffer.take(torch.arange(have), torch.arange(have) % world.shape[1])
+    slots = torch.arange(have)
+    for block, some in zip(blocks, slots.split([block.n_rows for block in blocks]), strict=True):
+        buffer.put(some, block.acts, block.holder)
+    return buffer.take(slots, slots % world.shape[1])
 
 
 # --------------------------------------------------------------------------------------------------
 # the stream
-
-
-class Turns:
-    """A source whose blocks the processes read by turns; each knows how long the others' are."""
-
-    def __init__(self, source: Source, world: World = ALONE):
-        self.source, self.rank, self.n_ranks = source, world.everyone.rank, world.everyone.size
-        self.turn = 0
-
-    def read(self, n: int) -> tuple[int, int, Acts]:
-        """Some of the next rows, about n: how many (0 at the end of a pass), who holds them, there what they are."""
-        holder, self.turn = self.turn, (self.turn + 1) % self.n_ranks
-        n = n if self.n_ranks == 1 else min(n, READ_ROWS)
-        if holder != self.rank:
-            return self.source.skip(n), holder, {}
-        acts = self.source.read(n)
-        return len(next(iter(acts.values()))) if acts else 0, holder, acts
 
 
 class Stream:
@@ -212,16 +211,12 @@ class Stream:
                 f"a batch of {batch_size} leaves some of {world.shape[1]} replicas without; raise --batch_size"
             )
         self.n_tokens = -(-self.n_batches * batch_size // uses)
-        size = min(max(2, buffer_tokens // batch_size) * batch_size, self.n_tokens)
-        self.buffer = Buffer(size, source.widths, device=device, world=world, wanted=wanted)
-        self.size = size
+        self.size = min(max(2, buffer_tokens // batch_size) * batch_size, self.n_tokens)
+        self.buffer = Buffer(self.size, source.widths, device=device, world=world, wanted=wanted)
         self.generator = torch.Generator().manual_seed(seed)
         self.order = torch.arange(0)  # slots in the order they are given out, each as often as it is still due
-        self.cursor = 0
-        self.n_drawn = 0
-        self.n_given = 0
-        self.n_passes = 0
-        self.spill: tuple[int, int, Acts] = (0, 0, {})  # read and not yet in the buffer: how many, who holds them, what
+        self.cursor = self.n_drawn = self.n_given = self.n_passes = 0
+        self.spill = Block(0, 0, {})  # read and not yet in the buffer
 
     def __len__(self) -> int:
         return self.n_batches
@@ -262,23 +257,22 @@ class Stream:
         slots = (~occupied).nonzero()[:, 0][: self.n_tokens - self.n_drawn]
         done = 0
         while done < len(slots):
-            n_rows, holder, acts = self.spill if self.spill[0] else self._read(len(slots) - done)
-            n = min(len(slots) - done, n_rows)
-            self.buffer.put(slots[done : done + n], {name: x[:n] for name, x in acts.items()}, holder)
-            self.spill = (n_rows - n, holder, {name: x[n:] for name, x in acts.items()})
-            done += n
+            block, self.spill = (self.spill if self.spill.n_rows else self._read()).split(len(slots) - done)
+            self.buffer.put(slots[done : done + block.n_rows], block.acts, block.holder)
+            done += block.n_rows
         self.n_drawn += len(slots)
         order = torch.cat((slots.repeat(self.uses), due))
         self.order = order[torch.randperm(len(order), generator=self.generator)]
         self.cursor = 0
 
-    def _read(self, n: int) -> tuple[int, int, Acts]:
-        block = self.turns.read(n)
-        if not block[0]:
+    def _read(self) -> Block:
+        """The next block, of the next pass where one has ended."""
+        block = self.turns.read()
+        if not block.n_rows:
             self.source.rewind()
             self.n_passes += 1
-            block = self.turns.read(n)
-            if not block[0]:
+            block = self.turns.read()
+            if not block.n_rows:
                 raise UserError("the dataset is empty, or too short for one sequence; give a longer text")
         return block
 
@@ -287,12 +281,12 @@ class Stream:
         return {
             "source": self.source.state_dict(), "order": self.order, "cursor": self.cursor,
             "n_drawn": self.n_drawn, "n_given": self.n_given, "n_passes": self.n_passes,
-            "n_spill": self.spill[0], "generator": self.generator.get_state(),
+            "n_spill": self.spill.n_rows, "generator": self.generator.get_state(),
         }  # fmt: skip
 
     def held_dict(self) -> dict[str, Any]:
         """The activations that this process holds."""
-        return {**self.buffer.state_dict(), "spill": {k: v.clone() for k, v in self.spill[2].items()}}
+        return {**self.buffer.state_dict(), "spill": {k: v.clone() for k, v in self.spill.acts.items()}}
 
     def load_state_dict(self, state: dict[str, Any], held: Sequence[dict[str, Any]]) -> None:
         """held: the held_dict of each of the processes there were, of any number."""
@@ -301,75 +295,5 @@ class Stream:
         self.order, self.cursor = state["order"], state["cursor"]
         self.n_drawn, self.n_given, self.n_passes = state["n_drawn"], state["n_given"], state["n_passes"]
         spill: Acts = next((h["spill"] for h in held if h["spill"]), {}) if self.world.everyone.rank == 0 else {}
-        self.spill = (state["n_spill"], 0, spill)
+        self.spill = Block(state["n_spill"], 0, spill)
         self.generator.set_state(state["generator"])
-
-
-# --------------------------------------------------------------------------------------------------
-# by hand, on any module
-
-
-class ActivationCollector:
-    """Keep what hookpoints hold while you run a model yourself:
-
-        with ActivationCollector(model, ["transformer.h.3", "blocks.5.hook_mlp_out"]) as collector:
-            model(tokens)
-        x = collector.get_activations("transformer.h.3")      # (tokens, D) float32 on the CPU
-
-    max_activations: rows kept per hookpoint; later ones are not stored. save_path: a folder written on leaving.
-    """
-
-    def __init__(
-        self, model: nn.Module, hook_points: Sequence[str], *, max_activations: int = 10_000_000,
-        device: str | torch.device = "cpu", save_path: str | Path | None = None,
-    ):  # fmt: skip
-        self.model, self.max_activations, self.device = model, max_activations, device
-        self.save_path = Path(save_path) if save_path is not None else None
-        self.hookpoints: dict[str, str] = {}
-        for given in hook_points:
-            found = hooks.resolve(model, hookpoints=[given])
-            self.hookpoints |= {given: found[0]} if len(found) == 1 else {name: name for name in found}
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget what was collected."""
-        self._blocks: dict[str, list[Tensor]] = {given: [] for given in self.hookpoints}
-        self.counts = dict.fromkeys(self.hookpoints, 0)
-
-    def __enter__(self) -> ActivationCollector:
-        def keeper(given: str) -> Callable[[Tensor], None]:
-            def keep(x: Tensor) -> None:
-                rows = x.detach().flatten(0, -2)[: self.max_activations - self.counts[given]]
-                if len(rows):
-                    self._blocks[given].append(rows.to(self.device, torch.float32, copy=True))
-                    self.counts[given] += len(rows)
-
-            return keep
-
-        self._context = hooks.hooked(self.model, {path: keeper(given) for given, path in self.hookpoints.items()})
-        self._context.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
-        if self.save_path is not None and error[0] is None:
-            self.save_activations(self.save_path)
-
-    @property
-    def activations(self) -> dict[str, Tensor]:
-        """Everything collected: {hook point: (tokens, D)}."""
-        return {given: torch.cat(xs) if xs else torch.empty(0) for given, xs in self._blocks.items()}
-
-    def get_activations(self, hook_point: str | None = None) -> Any:
-        """One hook point's (tokens, D), or the dict of all."""
-        return self.activations if hook_point is None else self.activations[hook_point]
-
-    def save_activations(self, folder: str | Path) -> None:
-        """Write one safetensors file that keeps the hook points' names."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_safetensors(self.activations, Path(folder) / "activations.safetensors")
-
-    @staticmethod
-    def load_activations(folder: str | Path) -> dict[str, Tensor]:
-        """Read what save_activations wrote."""
-        return read_safetensors(Path(folder) / "activations.safetensors")

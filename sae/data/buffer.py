@@ -30,11 +30,14 @@ class Buffer:
         self.size, self.widths, self.world, self.device = size, dict(widths), world, device
         self.wanted = [[n for n in widths if wanted is None or n in wanted[g]] for g in range(world.n_groups)]
         self.rank, self.n_ranks = world.everyone.rank, world.everyone.size
-        room = size if self.n_ranks == 1 else -(-size // self.n_ranks)
-        self.rows = {name: torch.empty(room, d, device=device) for name, d in widths.items()}
+        self._empty()
+
+    def _empty(self) -> None:
+        room = -(-self.size // self.n_ranks)
+        self.rows = {name: torch.empty(room, d, device=self.device) for name, d in self.widths.items()}
         if self.n_ranks > 1:
-            self.holder = torch.full((size,), -1)  # the process that holds each slot
-            self.place = torch.full((size,), -1)  # and the row it is in, where that is this one
+            self.holder = torch.full((self.size,), -1)  # the process that holds each slot
+            self.place = torch.full((self.size,), -1)  # and the row it is in, where that is this one
             self.free = torch.arange(room)
 
     def put(self, slots: Tensor, acts: Acts, holder: int = 0) -> None:
@@ -117,10 +120,7 @@ class Buffer:
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """Take over what any number of processes held: every n-th slot of it is this one's."""
         if self.n_ranks > 1:
-            self.__init__(  # type: ignore[misc]
-                self.size, self.widths, device=self.device, world=self.world,
-                wanted=self.wanted,
-            )  # fmt: skip
+            self._empty()
         for rank in range(self.n_ranks):
             for state in states:
                 at = (state["slots"] % self.n_ranks == rank).nonzero()[:, 0]

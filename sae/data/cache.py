@@ -81,8 +81,7 @@ class BlockSource:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.n_passes)
             self.order = torch.randperm(n, generator=generator)
 
-    def skip(self, n: int) -> int:
-        del n
+    def skip(self) -> int:
         n_rows = len(self._next())
         self.block = min(self.block + 1, len(self.order))
         return n_rows
@@ -92,8 +91,7 @@ class BlockSource:
         at = int(self.order[self.block]) * self.block_rows if self.block < len(self.order) else len(self.rows)
         return self.rows[at : at + self.block_rows]
 
-    def read(self, n: int) -> Acts:
-        del n  # one block; the stream keeps what it has no room for
+    def read(self) -> Acts:
         rows = self._next()
         if not rows:
             return {}

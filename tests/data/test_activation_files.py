@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from sae.config import UserError
 from sae.data import cache
 from sae.data.activation_files import FileSource, is_activation_file
-from sae.data.activations import ActivationCollector, ModelSource, Stream, gather
+from sae.data.activations import ModelSource, Stream, gather
 from sae.data.cache import BlockSource, first_held_out
+from sae.data.collector import ActivationCollector
 from sae.data.datasets import open_dataset
 from sae.data.tokens import TokenRows
 from sae.formats import store
@@ -52,7 +53,7 @@ def write(path, x, name="acts"):
 def everything(source):
     """All rows of a pass, in the order they come."""
     blocks = []
-    while acts := source.read(1):
+    while acts := source.read():
         blocks.append(next(iter(acts.values())))
     return torch.cat(blocks)
 
@@ -123,7 +124,7 @@ def test_a_dict_is_several_hookpoints(tmp_path, ending, capsys):
     assert f"left out of 'dict{ending}', being no activations: 'ids' (int64" in capsys.readouterr().out.replace(
         "I64", "int64"
     )
-    acts = source.read(1)
+    acts = source.read()
     assert torch.equal(acts["h.0"][:, 0], acts["h.1"][:, 0])  # the same rows of both
     assert FileSource(str(path), hookpoints=["h.1"]).widths == {"h.1": 6}
     assert FileSource(f"{path}:h.0").widths == {"h.0": 4}
@@ -306,7 +307,7 @@ def test_nan_is_found_while_reading_and_placed(tmp_path, ending):
     x = numbered()
     x[37, 2] = torch.nan
     source = FileSource(str(write(tmp_path / f"a{ending}", x)), val_split=0.0, block_rows=10)
-    assert len(source.read(1)) == 1
+    assert len(source.read()) == 1
     with pytest.raises(UserError, match=r"row 37 of '\w+' in '.*' holds NaN or infinity"):
         everything(source)
     source = FileSource(str(write(tmp_path / f"b{ending}", x.view(12, 5, 4))), val_split=0.0, seed=1)
@@ -326,12 +327,12 @@ def test_what_float32_cannot_hold_is_told(tmp_path):
 def test_a_file_that_shrinks_while_in_use(tmp_path, ending):
     path = write(tmp_path / f"a{ending}", numbered(5000))
     source = FileSource(str(path), block_rows=100)
-    source.read(1)
+    source.read()
     short = path.read_bytes()[:1000]
     path.unlink()
     path.write_bytes(short)
     with pytest.raises(UserError, match="cannot be read at row 100|is damaged, cut short") as e:
-        source.read(1)
+        source.read()
     assert "\n" not in str(e.value)
 
 

@@ -11,8 +11,9 @@ import torch
 
 from sae.config import UserError
 from sae.data import cache
-from sae.data.activations import ActivationCollector, ModelSource, Stream, TensorSource, gather
+from sae.data.activations import ModelSource, Stream, TensorSource, gather
 from sae.data.cache import CacheSource, read_manifest, refuse_stale, write_cache
+from sae.data.collector import ActivationCollector
 from sae.data.datasets import open_dataset
 from sae.data.tokens import TokenRows, kept_positions
 from tests.conftest import HOOK

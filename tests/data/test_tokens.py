@@ -404,7 +404,7 @@ def test_excluded_tokens_are_neither_trained_on_nor_measured(lm, text_file):
     assert without.explained_variance != all_of.explained_variance
     source = ModelSource(TokenRows(lm, dataset, "val", 32, exclude_tokens=(token,)), [hook], model_batch_size=20)
     keep = kept_positions(lm, ids, valid) & (ids != token)
-    torch.testing.assert_close(source.read(0)[hook], lm.hidden(ids, valid, [hook])[hook][keep])
+    torch.testing.assert_close(source.read()[hook], lm.hidden(ids, valid, [hook])[hook][keep])
 
 
 # ------------------------------------------------------------------------------------------------ bad data
