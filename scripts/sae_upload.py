@@ -21,7 +21,7 @@ SHOWN = 100  # broken records named
 
 
 class Target(NamedTuple):
-    """What is published, and where: names as Neuronpedia has them, and the SAE's folder where there is one."""
+    """What is published, and where: names as on Neuronpedia, and the SAE's folder if there is one."""
 
     features: Path
     folder: Path | None
@@ -31,8 +31,8 @@ class Target(NamedTuple):
     source: str
 
 
-def choose(c: UploadConfig) -> Target:
-    """The features and the names that the flags mean. With --features and names given, no SAE is needed."""
+def find_target(c: UploadConfig) -> Target:
+    """The features and names that the flags mean. No SAE is needed if --features and names are given."""
     folder, trained_on = None, {}
     if c.sae_path or not (c.features and c.model_id and c.layer is not None):
         path = Path(c.sae_path) if c.sae_path else store.newest_run("sae_models")
@@ -55,7 +55,7 @@ def choose(c: UploadConfig) -> Target:
 
 
 def count_layers(c: UploadConfig, target: Target) -> int:
-    """The layers of the model, which is loaded where --model_layers does not say."""
+    """The number of the model's layers. Without --model_layers the model is loaded to see."""
     layers = c.model_layers
     if layers is None:
         name = str(target.trained_on.get("model_name") or "")
@@ -67,39 +67,34 @@ def count_layers(c: UploadConfig, target: Target) -> int:
     return layers
 
 
-def show(found: form.Survey, target: Target, api_base: str) -> None:
-    """Say what would be sent; raise UserError if a record breaks a rule."""
+def show(found: form.Inspection, target: Target, api_base: str) -> None:
+    """Say what would be sent. Raise UserError if a record breaks a rule."""
     for problem in found.problems[:SHOWN]:
         log.say(problem)
     n = len(found.problems)
-    require(
-        n == 0,
-        f"{n:,} of {found.records:,} records in '{target.features}' break Neuronpedia's rules, as said above; "
-        "nothing was sent",
-    )
+    broken = f"{n:,} of {found.records:,} records in '{target.features}' break Neuronpedia's rules, as said above"
+    require(n == 0, f"{broken}; nothing was sent")
     require(found.features > 0, f"no feature in '{target.features}' ever fired; there is nothing to publish")
-    log.say(f"{found.features:,} features, {found.activations:,} activations, "
-            f"{found.explanations:,} labels; left out: {found.dead:,} latents that never fired")  # fmt: skip
-    log.say(f"to {api_base}: model {target.model_id}, source {target.source}; {found.requests:,} requests, "
-            f"{found.n_bytes / 1e6:,.1f} MB")  # fmt: skip
+    sent = f"{found.features:,} features, {found.activations:,} activations, {found.explanations:,} labels"
+    log.say(f"{sent}; left out: {found.dead:,} latents that never fired")
+    size = f"{found.requests:,} requests, {found.n_bytes / 1e6:,.1f} MB"
+    log.say(f"to {api_base}: model {target.model_id}, source {target.source}; {size}")
 
 
 def export(c: UploadConfig, target: Target) -> None:
-    """Write the import tree, with decoder directions where the SAE is at hand."""
+    """Write the import tree, with decoder directions if there is an SAE."""
     assert c.export is not None
-    hookpoint = str(target.trained_on.get("hookpoint") or "")
+    layers, hookpoint = count_layers(c, target), str(target.trained_on.get("hookpoint") or "")
     is_block = re.fullmatch(r"[\w.]*\.\d+", hookpoint)
-    about = form.Export(
-        target.model_id, count_layers(c, target), c.set_name, target.layer,
-        hook_name=f"blocks.{target.layer}.hook_resid_post" if is_block else hookpoint,
-        dataset=str(target.trained_on.get("dataset_path") or ""),
-        vectors=store.load_sae(target.folder).W_dec.detach().numpy() if target.folder else None,
-    )  # fmt: skip
+    hook_name = f"blocks.{target.layer}.hook_resid_post" if is_block else hookpoint
+    dataset = str(target.trained_on.get("dataset_path") or "")
+    vectors = store.load_sae(target.folder).W_dec.detach().numpy() if target.folder else None
+    about = form.Export(target.model_id, layers, c.set_name, target.layer, hook_name, dataset, vectors)
     log.say(f"written to {form.write_export(target.features, c.export, about)}")
 
 
 def ask_key() -> str:
-    """The API key: from the environment, or typed in unseen."""
+    """The API key, from the environment or a hidden prompt."""
     key = os.environ.get(KEY, "").strip()
     if not key and sys.stdin.isatty():
         key = getpass.getpass("Neuronpedia API key (neuronpedia.org, Settings): ").strip()
@@ -107,7 +102,7 @@ def ask_key() -> str:
     return key
 
 
-def upload(c: UploadConfig, target: Target, found: form.Survey) -> None:
+def upload(c: UploadConfig, target: Target, found: form.Inspection) -> None:
     """Send what is not there yet."""
     client = NeuronpediaClient(ask_key(), api_base=c.api_base)
     about = {"api_base": client.api_base, "model_id": target.model_id, "source": target.source, "sha256": found.sha256}
@@ -127,10 +122,10 @@ def upload(c: UploadConfig, target: Target, found: form.Survey) -> None:
 
 def main(argv: list[str]) -> None:
     c = from_cli(UploadConfig, argv, prog="python -m scripts.sae_upload", description=__doc__)
-    target = choose(c)
+    target = find_target(c)
     log.say(f"checking {target.features}")
     with log.progress(None, "checking", unit="feature") as bar:
-        found = form.survey(target.features, c.batch_size, checked=bar.update)
+        found = form.inspect_features(target.features, c.batch_size, bar.update)
     show(found, target, c.api_base)
     if c.export:
         export(c, target)

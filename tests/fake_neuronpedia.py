@@ -16,14 +16,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 KEY = "sk-np-right"
-PUBLIC = (
-    "activation/get activation/new search-topk-by-token search-all steer explanation/search explanation/search-model"
-    " explanation/search-all"
-).split()
-PRIVATE = ("model/new", "source-set/new", "list/list", "list/get", "list/new-with-features", "list/add-features")
+PUBLIC = ("activation/get",)
+PRIVATE = ("model/new", "source-set/new")
 OPAQUE = "Something went wrong on our end. The error has been reported."
 CREATORS = {KEY: "user1", "sk-np-other": "user2"}
-LIMITS = {"model/new": 5, "source-set/new": 10, "search-topk-by-token": 500, "search-all": 1600, "steer": 240}
+LIMITS = {"model/new": 5, "source-set/new": 10}
 # columns of the tables that rows are written to
 NEURON = (
     "modelId layer index sourceSetName creatorId createdAt maxActApprox hasVector vector vectorLabel "
@@ -335,85 +332,6 @@ class Neuronpedia:
     def activation_get(self, body):
         with self.lock:
             return self.rows((body["modelId"], body["source"], body["index"]))
-
-    # ---- what the models there compute: one model of a few letters
-
-    def activation_new(self, body):
-        feature, text = body["feature"], body.get("customText")
-        kept(feature.get("modelId") and feature.get("source") and feature.get("index") and text)
-        kept(isinstance(feature["index"], str))
-        one = lambda t: {
-            "tokens": list(t),
-            "values": [float(len(t))] * len(t),
-            "maxValue": float(len(t)),
-            "layer": feature["source"],
-            "index": feature["index"],
-        }
-        return one(text) if isinstance(text, str) else [one(t) for t in text]
-
-    def search_all(self, body):
-        kept(is_text(body.get("text")) and isinstance(body.get("sortIndexes"), list))
-        kept(1 <= (body.get("numResults") or 50) <= 100)
-        hit = {"modelId": body["modelId"], "layer": f"0-{body['sourceSet']}", "index": "3", "maxValue": 1.0}
-        return {"tokens": list(body["text"]), "result": [hit], "counts": [], "sortIndexes": body["sortIndexes"]}
-
-    def search_topk_by_token(self, body):
-        valid(len(body["modelId"]) <= 50 and 1 <= body.get("numResults", 10) <= 20, "numResults")
-        top = [{"activationValue": 2.0, "featureIndex": 3, "feature": None}]
-        each = lambda t: {
-            "source": body["source"],
-            "results": [{"position": i, "token": c, "isSpecial": False, "topFeatures": top} for i, c in enumerate(t)],
-        }
-        return each(body["text"]) if isinstance(body["text"], str) else {"results": [each(t) for t in body["text"]]}
-
-    def steer(self, body):
-        for name in ("temperature", "n_tokens", "freq_penalty", "seed", "strength_multiplier"):
-            valid(is_number(body.get(name)), f"{name} is a required field")
-        valid(0 < len(body["prompt"]) <= 2048 and 1 <= body["n_tokens"] <= 1024, "prompt")
-        for f in body["features"]:
-            valid(isinstance(f["index"], int) and {"modelId", "layer", "strength"} <= f.keys(), "features")
-        return {"STEERED": body["prompt"] + "!", "DEFAULT": body["prompt"], "id": "1", "shareUrl": None, "limit": None}
-
-    def _found(self, body, scope):
-        valid(is_text(body.get("query")) and len(body["query"]) >= 3, "query")
-        results = [{"description": t} for _, t in self.explanations if body["query"] in t]
-        return {"request": {**body, "scope": scope}, "results": results, "resultsCount": len(results), "hasMore": False}
-
-    def explanation_search(self, body):
-        valid(is_text(body.get("modelId")) and body.get("layers"), "layers")
-        return self._found(body, "sources")
-
-    def explanation_search_model(self, body):
-        valid(is_text(body.get("modelId")), "modelId")
-        return self._found(body, "model")
-
-    def explanation_search_all(self, body):
-        return self._found(body, "all")
-
-    # ---- lists
-
-    lists: dict = {}
-
-    def list_new_with_features(self, body, _user):
-        valid(is_text(body.get("name")), "name")
-        for f in body.get("features", []):
-            valid({"modelId", "layer", "index"} <= f.keys() and isinstance(f["index"], int), "features")
-        name = f"list{len(self.lists)}"
-        self.lists = {**self.lists, name: {"id": name, "name": body["name"], "features": body.get("features", [])}}
-        return self.lists[name]
-
-    def list_list(self, _body, _user):
-        return list(self.lists.values())
-
-    def list_get(self, body, _user):
-        if body.get("listId") not in self.lists:
-            raise refuse("Not found", 404)
-        return self.lists[body["listId"]]
-
-    def list_add_features(self, body, _user):
-        valid(1 <= len(body["featuresToAdd"]) <= 100, "featuresToAdd")
-        self.lists[body["listId"]]["features"] += body["featuresToAdd"]
-        return {"message": "ok"}
 
 
 def import_tree(root: Path, db: Neuronpedia) -> dict[str, list[dict]]:

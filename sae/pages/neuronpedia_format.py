@@ -1,7 +1,7 @@
-"""Features in the forms that Neuronpedia takes: its upload json, its bulk-import tree, feature json for its graph page.
+"""Features in the forms that Neuronpedia takes: upload payloads, its bulk-import tree, and json for its graph page.
 
-Its upload answers most broken rules with one and the same HTTP 500, so all of them are checked here first, by name.
-They are those of hijohnnylin/neuronpedia (apps/webapp) in August 2026.
+The server answers most broken rules with the same HTTP 500, so they are all checked here first, and named. They are the
+rules of hijohnnylin/neuronpedia (apps/webapp) in August 2026.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,57 +25,85 @@ from sae.config import UserError, require
 from sae.files import write_atomic
 from sae.pages.records import read_values
 
+Json = dict[str, Any]
+T = TypeVar("T")
 MAX_FEATURES = 128  # in one request
 MAX_BYTES = 4 << 20  # of one request: hosts of such sites refuse bodies of 4.5 MB and more
 MAX_INDEX = 10_000_000
 MAX_LOGITS = 20
 MAX_TOKENS = 1024
 MAX_TEXT = 512
-QUANTILES = (  # of a context drawn from an interval: our name, theirs, least, most
-    ("low", "quantileMin", -99_999_999, 99_999_999), ("high", "quantileMax", -99_999_999, 99_999_999),
-    ("share", "quantileFraction", 0, 1),
-)  # fmt: skip
+MAX_VALUE = 99_999_999
+QUANTILES = (  # of a context drawn from an interval: our name, the upload's, the import's, least, most
+    ("low", "quantileMin", "binMin", -MAX_VALUE, MAX_VALUE),
+    ("high", "quantileMax", "binMax", -MAX_VALUE, MAX_VALUE),
+    ("share", "quantileFraction", "binContains", 0, 1),
+)
 MODEL_ID = re.compile(r"[a-z][a-z0-9.-]*[a-z0-9]")
 SET_NAME = re.compile(r"[a-z][a-z0-9-]*[a-z0-9]|[a-z0-9]")
 LARGEST = sys.float_info.max  # json has no infinity
 EMPTY, NUL = "\u2205", "\u2400"  # an empty token is refused, and Postgres keeps no NUL
 CREATOR = "clkht01d40000jv08hvalcvly"  # the account that a fresh Neuronpedia starts with
 ROWS_PER_FILE = 512  # features in a file of the import tree
+# Tables of the bulk import: their columns in order, =json where it is the same in most rows.
+TABLES = {
+    "release": 'name description descriptionShort urls=[] creatorName creatorNameShort visibility="PUBLIC" '
+    "isNewUi=false featured=false defaultSourceSetName creatorId createdAt",
+    "model": "id instruct=false displayName displayNameShort tlensId=null dimension layers neuronsPerLayer=0 "
+    'owner="custom" visibility="PUBLIC" updatedAt creatorId createdAt',
+    "sourceset": 'modelId name description creatorName releaseName visibility="PUBLIC" type="" urls=[] '
+    "hasDashboards=true allowInferenceSearch=false defaultRange=1 defaultShowBreaks=true showDfa=false "
+    "showCorrelated=false showHeadAttribution=false showUmap=false creatorId createdAt",
+    "source": 'id modelId setName hasDashboards=true inferenceEnabled=false visibility="PUBLIC" dataset notes=null '
+    "creatorId createdAt",
+    "features": "modelId layer index creatorId createdAt maxActApprox hasVector=false vector=[] vectorLabel=null "
+    "vectorDefaultSteerStrength=10 hookName=null sourceSetName topkCosSimIndices topkCosSimValues "
+    "neuron_alignment_indices=[] neuron_alignment_values=[] neuron_alignment_l1=[] correlated_neurons_indices=[] "
+    "correlated_neurons_pearson=[] correlated_neurons_l1=[] correlated_features_indices correlated_features_pearson "
+    "correlated_features_l1=[] pos_str pos_values neg_str neg_values frac_nonzero freq_hist_data_bar_heights "
+    "freq_hist_data_bar_values logits_hist_data_bar_heights=[] logits_hist_data_bar_values=[] decoder_weights_dist=[]",
+    "activations": "id modelId layer index tokens values maxValue maxValueTokenIndex minValue creatorId "
+    "dataSource=null dataIndex=null dfaValues=[] dfaTargetIndex=null dfaMaxValue=null createdAt lossValues=[] "
+    "logitContributions=null binMin=-1 binMax binContains=-1 qualifyingTokenIndex",
+    "explanations": "id modelId layer index description authorId typeName=null explanationModelName=null notes=null "
+    "createdAt",
+}
+COLUMNS = {
+    table: {name: json.loads(usual) if usual else ... for name, _, usual in (c.partition("=") for c in columns.split())}
+    for table, columns in TABLES.items()
+}
 
 
 # --------------------------------------------------------------------------------------------------
 # rules
 
 
-def check_model(model_id: str, layers: int | None = None, display_name: str | None = None) -> None:
+def check_model(model_id: str, layers: int | None = None) -> None:
     """Raise UserError unless model/new takes this."""
-    good = len(model_id) <= 32 and bool(MODEL_ID.fullmatch(model_id)) and not re.search(r"--|\.\.", model_id)
-    require(
-        good,
-        f"model id '{model_id}': 2 to 32 of a-z, 0-9, '-' and '.' were wanted, a letter first, a letter or digit last, "
-        "no '--' or '..'",
-    )
+    good = len(model_id) <= 32 and MODEL_ID.fullmatch(model_id) and not re.search(r"--|\.\.", model_id)
+    wanted = "2 to 32 of a-z, 0-9, '-' and '.' were wanted, a letter first, a letter or digit last, no '--' or '..'"
+    require(bool(good), f"model id '{model_id}': {wanted}")
     require(layers is None or 1 <= layers <= 127, f"{layers} layers; Neuronpedia takes models of 1 to 127")
-    good = display_name is None or 1 <= len(display_name) <= 64
-    require(good, f"display name '{display_name}': 1 to 64 characters were wanted")
 
 
-def check_set(name: str, description: str | None = None) -> None:
+def check_set(name: str) -> None:
     """Raise UserError unless source-set/new takes this."""
-    require(
-        bool(SET_NAME.fullmatch(name)) and "--" not in name and name != "neurons",
-        f"set name '{name}': a-z, 0-9 and '-' were wanted, a letter first, a letter or digit last, no '--', "
-        "and not 'neurons'",
-    )
-    good = description is None or len(description) <= 128
-    require(good, f"a description of {len(description or '')} characters was given; 128 at most were wanted")
+    good = SET_NAME.fullmatch(name) and "--" not in name and name != "neurons"
+    wanted = "a-z, 0-9 and '-' were wanted, a letter first, a letter or digit last, no '--', and not 'neurons'"
+    require(bool(good), f"set name '{name}': {wanted}")
 
 
 def _number(value: Any, what: str, low: float = -LARGEST, high: float = LARGEST, *, whole: bool = False) -> Any:
-    good = type(value) in ((int,) if whole else (int, float)) and low <= value <= high
-    bounds = "" if high == LARGEST else f" from {low:,} to {high:,}"
-    require(good, f"{what} is {value!r:.60}; a {'whole' if whole else 'finite'} number{bounds} was wanted")
+    if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
+        bounds = "" if high == LARGEST else f" from {low:,} to {high:,}"
+        raise UserError(f"{what} is {value!r:.60}; a {'whole' if whole else 'finite'} number{bounds} was wanted")
     return value
+
+
+def _text(value: Any, what: str) -> str:
+    if type(value) is not str:
+        raise UserError(f"{what} is {value!r}; a text was wanted")
+    return storable(value)
 
 
 def _list(value: Any, what: str) -> Sequence[Any]:
@@ -83,48 +111,36 @@ def _list(value: Any, what: str) -> Sequence[Any]:
     return value
 
 
-def _text(value: Any, what: str) -> str:
-    require(isinstance(value, str), f"{what} is {value!r}; a text was wanted")
-    return clean(value)
-
-
-def _texts(values: Any, what: str) -> list[str]:
-    bad = next((n for n, v in enumerate(_list(values, f"{what}s")) if type(v) is not str), None)
-    return [clean(v) for v in values] if bad is None else [_text(values[bad], f"{what} {bad}")]
-
-
-def _numbers(values: Any, what: str) -> list[float]:
-    good = lambda v: type(v) in (float, int) and -LARGEST <= v <= LARGEST
-    bad = next((n for n, v in enumerate(_list(values, f"{what}s")) if not good(v)), None)
-    return list(values) if bad is None else [_number(values[bad], f"{what} {bad}")]
+def _each(values: Any, what: str, check: Callable[[Any, str], T]) -> list[T]:
+    try:
+        return [check(v, what) for v in _list(values, f"{what}s")]
+    except UserError:  # now with the place of the first bad one
+        return [check(v, f"{what} {n}") for n, v in enumerate(_list(values, f"{what}s"))]
 
 
 @lru_cache(1 << 16)
-def clean(text: str) -> str:
-    """A text as json and Postgres keep it: with signs for NUL, for half a surrogate pair, and for nothing at all."""
+def storable(text: str) -> str:
+    """A text as json and Postgres can store it: with signs for NUL, half a surrogate pair, and the empty text."""
     if not text.isascii():
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.replace("\0", NUL) or EMPTY
 
 
 # --------------------------------------------------------------------------------------------------
-# records of features.jsonl -> features as the upload takes them
+# upload payloads
 
 
-def to_feature(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A feature as feature/upload-batch takes it, but that without activations, having never fired, it does not.
-
-    record: a FeatureRecord as features.jsonl has it. Of it are read latent, density, promoted, suppressed, label with
-    label_precision and label_recall, and contexts, with low, high and share where they were drawn from an interval.
-    Raises UserError that names the feature and the first rule of the server's that it breaks.
-    """
+def to_feature(record: Mapping[str, Any]) -> Json:
+    """The upload payload of a record (a line of features.jsonl). The server takes none without activations, that is of
+    a dead feature. Raises UserError that names the feature and the first rule it breaks."""
     index = _number(record.get("latent"), f"feature {record.get('latent', '?')}: latent", 0, MAX_INDEX, whole=True)
     name = f"feature {index}"
-    feature: dict[str, Any] = {"index": index}
+    feature: Json = {"index": index}
     if record.get("density") is not None:
         feature["density"] = _number(record["density"], f"{name}: density", 0, 1)
     for ours, theirs in (("promoted", "topLogits"), ("suppressed", "bottomLogits")):
-        feature[theirs] = _logits(record.get(ours) or (), f"{name}: {ours}")
+        pairs = _list(record.get(ours) or (), f"{name}: {ours}")[:MAX_LOGITS]
+        feature[theirs] = [_logit(pair, f"{name}: {ours}[{n}]") for n, pair in enumerate(pairs)]
     text = _explanation(record, name)
     if text:
         feature["explanations"] = [{"text": text}]
@@ -133,47 +149,41 @@ def to_feature(record: Mapping[str, Any]) -> dict[str, Any]:
     return feature
 
 
-def _logits(pairs: Any, what: str) -> list[dict[str, Any]]:
-    found = []
-    for n, pair in enumerate(_list(pairs, what)[:MAX_LOGITS]):
-        require(len(_list(pair, f"{what}[{n}]")) == 2, f"{what}[{n}] is {pair!r:.60}; a token and a value were wanted")
-        token, value = pair
-        found.append({"token": _text(token, f"{what}[{n}]'s token"), "value": _number(value, f"{what}[{n}]'s value")})
-    return found
+def _logit(pair: Any, what: str) -> Json:
+    require(len(_list(pair, what)) == 2, f"{what} is {pair!r:.60}; a token and a value were wanted")
+    return {"token": _text(pair[0], f"{what}'s token"), "value": _number(pair[1], f"{what}'s value")}
 
 
 def _explanation(record: Mapping[str, Any], name: str) -> str:
-    """The label, with how good it is, so that a weak one says so."""
-    if record.get("label") is None:
-        return ""
-    text = _text(record["label"], f"{name}: label").strip()
+    """The label with its quality, so that a weak one says so."""
+    label = record.get("label")
+    text = EMPTY if label is None else _text(label, f"{name}: label").strip()
     if text in ("", EMPTY):
         return ""
-    found = []
-    for what in ("precision", "recall"):
-        if record.get(f"label_{what}") is not None:
-            found.append(f"{what} {_number(record[f'label_{what}'], f'{name}: label_{what}', 0, 1):.2f}")
+    known = [what for what in ("precision", "recall") if record.get(f"label_{what}") is not None]
+    found = [f"{what} {_number(record[f'label_{what}'], f'{name}: label_{what}', 0, 1):.2f}" for what in known]
     text += f" ({', '.join(found)})" if found else ""
     require(len(text) <= MAX_TEXT, f"{name}: label has {len(text)} characters; {MAX_TEXT} at most were wanted")
     return text
 
 
-def _activation(context: Any, what: str) -> dict[str, Any]:
+def _activation(context: Any, what: str) -> Json:
     require(isinstance(context, dict), f"{what} is {context!r:.60}; tokens and values were wanted")
-    tokens, values = _texts(context.get("tokens"), f"{what}: token"), _numbers(context.get("values"), f"{what}: value")
+    tokens = _each(context.get("tokens"), f"{what}: token", _text)
+    values = _each(context.get("values"), f"{what}: value", _number)
     require(1 <= len(tokens) <= MAX_TOKENS, f"{what} has {len(tokens)} tokens; 1 to {MAX_TOKENS:,} were wanted")
     same = len(tokens) == len(values)
     require(same, f"{what} has {len(tokens)} tokens and {len(values)} values; one value for each token was wanted")
-    found: dict[str, Any] = {"tokens": tokens, "values": values}
-    for ours, theirs, low, high in QUANTILES:
+    found: Json = {"tokens": tokens, "values": values}
+    for ours, theirs, _, low, high in QUANTILES:
         if context.get(ours) is not None:
             found[theirs] = _number(context[ours], f"{what}: {ours}", low, high)
     return found
 
 
 @dataclass
-class Survey:
-    """What a features.jsonl holds: counts, requests it takes, what breaks a rule, and a hash of what would be sent."""
+class Inspection:
+    """What a features.jsonl holds: counts, the requests it takes, broken rules, and a hash of what would be sent."""
 
     records: int = 0
     dead: int = 0
@@ -182,18 +192,16 @@ class Survey:
     explanations: int = 0
     requests: int = 0
     n_bytes: int = 0
-    first: dict[str, Any] | None = None
+    first: Json | None = None
     problems: list[str] = field(default_factory=list)
     sha256: str = ""
 
 
-def survey(
-    path: str | Path, batch_size: int = MAX_FEATURES, *, checked: Callable[[int], Any] = lambda _: None
-) -> Survey:
-    """Check every record of a features.jsonl. Reads it once; holds one batch. checked(1) is called after each."""
-    found, digest, seen = Survey(), hashlib.sha256(), set[int]()
+def inspect_features(path: str | Path, batch_size: int, checked: Callable[[int], Any]) -> Inspection:
+    """Check every record of a features.jsonl in one pass that holds one batch. checked(1) is called for each."""
+    found, digest, seen = Inspection(), hashlib.sha256(), set[int]()
 
-    def good() -> Iterator[dict[str, Any]]:
+    def good() -> Iterator[Json]:
         for record in read_values(path):
             found.records += 1
             checked(1)
@@ -206,9 +214,9 @@ def survey(
                 continue
             seen.add(index)
             if feature["activations"]:
-                text = as_json(feature)
+                text = json_bytes(feature)
                 found.n_bytes += len(text)
-                digest.update(text)  # one by one, so that it does not depend on how batches are cut
+                digest.update(text)  # feature by feature, so that the hash does not depend on the batches
                 yield feature
             else:
                 found.dead += 1
@@ -223,22 +231,22 @@ def survey(
     return found
 
 
-def features_of(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The features of a features.jsonl that can be uploaded, one at a time."""
+def features_of(path: str | Path) -> Iterator[Json]:
+    """The payloads of a features.jsonl that can be uploaded, one at a time."""
     return (f for f in map(to_feature, read_values(path)) if f["activations"])
 
 
-def as_json(value: Any) -> bytes:
-    """As it is sent. NaN cannot be in it."""
+def json_bytes(value: Any) -> bytes:
+    """Json as it is sent, without NaN."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 
-def batches(features: Iterable[dict[str, Any]], size: int = MAX_FEATURES) -> Iterator[list[dict[str, Any]]]:
-    """Cut into batches of at most `size` features and about MAX_BYTES."""
-    batch: list[dict[str, Any]] = []
+def batches(features: Iterable[Json], size: int = MAX_FEATURES) -> Iterator[list[Json]]:
+    """Batches of at most `size` features and about MAX_BYTES."""
+    batch: list[Json] = []
     n_bytes = 0
     for feature in features:
-        length = len(as_json(feature))
+        length = len(json_bytes(feature))
         if batch and (len(batch) == size or n_bytes + length > MAX_BYTES):
             yield batch
             batch, n_bytes = [], 0
@@ -254,7 +262,7 @@ def batches(features: Iterable[dict[str, Any]], size: int = MAX_FEATURES) -> Ite
 
 @dataclass(frozen=True)
 class Export:
-    """What an import tree says of where its features come from. vectors: decoder rows (F, D), to steer with."""
+    """The source of features in an import tree. vectors: decoder rows (F, D), to steer with."""
 
     model_id: str
     layers: int
@@ -262,160 +270,131 @@ class Export:
     layer: int
     hook_name: str = ""
     dataset: str = ""
-    creator: str = "nanosae"
-    creator_id: str = CREATOR
     vectors: np.ndarray | None = None
 
     @property
     def source(self) -> str:
         return f"{self.layer}-{self.set_name}"
 
+    @cached_property
+    def facts(self) -> Json:
+        """What every row says in a column of this name, if its table has one."""
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        model, name, creator = self.model_id, self.set_name, "nanosae"
+        return {
+            **dict.fromkeys(("createdAt", "updatedAt"), now),
+            **dict.fromkeys(("creatorId", "authorId"), CREATOR),
+            **dict.fromkeys(("creatorName", "creatorNameShort"), creator),
+            **dict.fromkeys(("modelId", "displayName", "displayNameShort"), model),
+            **dict.fromkeys(("setName", "sourceSetName", "defaultSourceSetName", "descriptionShort"), name),
+            **{"description": f"SAEs on {model}", "releaseName": f"{model}-{name}", "layer": self.source},
+            **{"layers": self.layers, "dataset": self.dataset},
+            "dimension": None if self.vectors is None else self.vectors.shape[1],
+        }
+
+    def row(self, table: str, **own: Any) -> Json:
+        """A row of one of the TABLES."""
+        known = {**self.facts, **own}
+        return {name: known.get(name, usual) for name, usual in COLUMNS[table].items()}
+
 
 def write_export(path: str | Path, folder: str | Path, about: Export) -> Path:
     """Write {folder}/{model}/{source}/ with release, model, sourceset, source, features, activations and explanations.
 
-    The layout that Neuronpedia's bulk import reads (admin/import, or its data bucket). Rows have the same keys in every
-    line, for the import takes its columns from the first; ids follow from what they name, so that importing twice adds
-    nothing. Latents that never fired are in it too. Returns the folder of the source.
+    It is the layout that Neuronpedia's bulk import (admin/import, or its data bucket) reads. Every line of a file has
+    the same keys, as the import takes its columns from the first. Ids are hashes of what they name, so importing twice
+    adds nothing. Dead latents are included. Returns the folder of the source.
     """
     root = Path(folder) / about.model_id / about.source
-    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    for name, row in _origins(about, now).items():
-        _write_lines([row], root / f"{name}.jsonl")
-    records = read_values(path)
-    number = 0
+    ids = {"release": {"name": about.facts["releaseName"]}, "model": {"id": about.model_id}}
+    ids |= {"sourceset": {"name": about.set_name}, "source": {"id": about.source}}
+    for table, own in ids.items():
+        _write_lines([about.row(table, **own)], root / f"{table}.jsonl")
+    records, number = read_values(path), 0
     while part := list(islice(records, ROWS_PER_FILE)):
-        rows: dict[str, list[dict[str, Any]]] = {"features": [], "activations": [], "explanations": []}
+        rows: dict[str, list[Json]] = {"features": [], "activations": [], "explanations": []}
         for record in part:
             feature = to_feature(record)
             key = {"modelId": about.model_id, "layer": about.source, "index": str(feature["index"])}
-            rows["features"].append({**key, **_feature_row(record, feature, about, now)})
-            rows["activations"] += [
-                {"id": _id(key, n), **key, **_activation_row(activation, about, now)}
-                for n, activation in enumerate(feature["activations"])
-            ]
-            rows["explanations"] += [
-                {"id": _id(key, e["text"]), **key, "description": e["text"], "authorId": about.creator_id,
-                 "typeName": None, "explanationModelName": None, "notes": None, "createdAt": now}
-                for e in feature.get("explanations", ())
-            ]  # fmt: skip
-        for name, lines in rows.items():
+            rows["features"].append(about.row("features", **key, **_of_feature(record, feature, about)))
+            for n, a in enumerate(feature["activations"]):
+                rows["activations"].append(about.row("activations", id=_id(key, n), **key, **_of_activation(a)))
+            for text in (e["text"] for e in feature.get("explanations", ())):
+                rows["explanations"].append(about.row("explanations", id=_id(key, text), **key, description=text))
+        for table, lines in rows.items():
             if lines:
-                _write_lines(lines, root / name / f"batch-{number}.jsonl.gz")
+                _write_lines(lines, root / table / f"batch-{number}.jsonl.gz")
         number += 1
     return root
 
 
-def _write_lines(rows: list[dict[str, Any]], path: Path) -> None:
-    data = b"".join(as_json(row) + b"\n" for row in rows)
-    # the import puts a blank for what reads as NUL's escape, also where the text itself has a backslash and u0000
+def _write_lines(rows: list[Json], path: Path) -> None:
+    data = b"".join(json_bytes(row) + b"\n" for row in rows)
+    # the import blanks what reads as NUL's escape, even in a text that has a backslash and u0000
     data = data.replace(rb"\\u0000", rb"\u005cu0000")
     packed = gzip.compress(data, 5, mtime=0) if path.suffix == ".gz" else data
     write_atomic(path, lambda tmp: tmp.write_bytes(packed))
 
 
 def _id(key: dict[str, str], what: object) -> str:
-    """25 characters, as the site's own ids have."""
-    return "c" + hashlib.sha256(as_json([key, str(what)])).hexdigest()[:24]
+    """25 characters, like the site's own ids."""
+    return "c" + hashlib.sha256(json_bytes([key, str(what)])).hexdigest()[:24]
 
 
-def _origins(about: Export, now: str) -> dict[str, dict[str, Any]]:
-    """The rows that everything else belongs to, by file."""
-    made = {"creatorId": about.creator_id, "createdAt": now}
-    release = f"{about.model_id}-{about.set_name}"
-    width = None if about.vectors is None else about.vectors.shape[1]
-    return {
-        "release": {
-            "name": release, "description": f"SAEs on {about.model_id}", "descriptionShort": about.set_name, "urls": [],
-            "creatorName": about.creator, "creatorNameShort": about.creator, "visibility": "PUBLIC", "isNewUi": False,
-            "featured": False, "defaultSourceSetName": about.set_name, **made,
-        },
-        "model": {
-            "id": about.model_id, "instruct": False, "displayName": about.model_id, "displayNameShort": about.model_id,
-            "tlensId": None, "dimension": width, "layers": about.layers, "neuronsPerLayer": 0, "owner": "custom",
-            "visibility": "PUBLIC", "updatedAt": now, **made,
-        },
-        "sourceset": {
-            "modelId": about.model_id, "name": about.set_name, "description": f"SAEs on {about.model_id}",
-            "creatorName": about.creator, "releaseName": release, "visibility": "PUBLIC", "type": "", "urls": [],
-            "hasDashboards": True, "allowInferenceSearch": False, "defaultRange": 1, "defaultShowBreaks": True,
-            "showDfa": False, "showCorrelated": False, "showHeadAttribution": False, "showUmap": False, **made,
-        },
-        "source": {
-            "id": about.source, "modelId": about.model_id, "setName": about.set_name, "hasDashboards": True,
-            "inferenceEnabled": False, "visibility": "PUBLIC", "dataset": about.dataset, "notes": None, **made,
-        },
-    }  # fmt: skip
-
-
-def _feature_row(record: Mapping[str, Any], feature: dict[str, Any], about: Export, now: str) -> dict[str, Any]:
-    index = feature["index"]
+def _of_feature(record: Mapping[str, Any], feature: Json, about: Export) -> Json:
     largest = max((max(a["values"]) for a in feature["activations"]), default=0)
-    vector: list[float] = []
+    row: Json = {"maxActApprox": largest, "frac_nonzero": feature.get("density", 0)}
     if about.vectors is not None:
-        known = index < len(about.vectors)
-        require(known, f"the file has feature {index} and the SAE {len(about.vectors)}; give the file made of it")
+        index, n = feature["index"], len(about.vectors)
+        require(index < n, f"the file has feature {index} and the SAE {n}; give the file made of it")
         vector = [float(f"{v:.9g}") for v in about.vectors[index].tolist()]
+        row |= {"hasVector": True, "vector": vector, "hookName": about.hook_name, "vectorDefaultSteerStrength": largest}
     histogram = record.get("histogram") or {}
-    edges, counts = histogram.get("edges") or [], histogram.get("counts") or []
-    neighbours, cofiring = record.get("neighbours") or [], record.get("cofiring") or []
-    return {
-        "creatorId": about.creator_id, "createdAt": now, "maxActApprox": largest, "hasVector": bool(vector),
-        "vector": vector, "vectorLabel": None, "vectorDefaultSteerStrength": largest if vector else 10,
-        "hookName": about.hook_name if vector else None, "sourceSetName": about.set_name,
-        "topkCosSimIndices": [i for i, _ in neighbours], "topkCosSimValues": [v for _, v in neighbours],
-        "neuron_alignment_indices": [], "neuron_alignment_values": [], "neuron_alignment_l1": [],
-        "correlated_neurons_indices": [], "correlated_neurons_pearson": [], "correlated_neurons_l1": [],
-        "correlated_features_indices": [i for i, _ in cofiring],
-        "correlated_features_pearson": [v for _, v in cofiring], "correlated_features_l1": [],
-        "pos_str": [t["token"] for t in feature["topLogits"]],
-        "pos_values": [t["value"] for t in feature["topLogits"]],
-        "neg_str": [t["token"] for t in feature["bottomLogits"]],
-        "neg_values": [t["value"] for t in feature["bottomLogits"]],
-        "frac_nonzero": feature.get("density", 0),
-        "freq_hist_data_bar_heights": counts,
-        "freq_hist_data_bar_values": [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)],
-        "logits_hist_data_bar_heights": [], "logits_hist_data_bar_values": [], "decoder_weights_dist": [],
-    }  # fmt: skip
+    edges = histogram.get("edges") or []
+    middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+    row |= {"freq_hist_data_bar_heights": histogram.get("counts") or [], "freq_hist_data_bar_values": middles}
+    for names, pairs in (
+        ("topkCosSimIndices topkCosSimValues", record.get("neighbours") or []),
+        ("correlated_features_indices correlated_features_pearson", record.get("cofiring") or []),
+        ("pos_str pos_values", [t.values() for t in feature["topLogits"]]),
+        ("neg_str neg_values", [t.values() for t in feature["bottomLogits"]]),
+    ):
+        row |= zip(names.split(), ([name for name, _ in pairs], [value for _, value in pairs]), strict=True)
+    return row
 
 
-def _activation_row(activation: dict[str, Any], about: Export, now: str) -> dict[str, Any]:
-    """The strongest contexts carry the mark of that group: -1, their largest value, -1."""
+def _of_activation(activation: Json) -> Json:
+    """The strongest contexts have the bin -1 to their largest value, with the share -1, which marks that group."""
     values = activation["values"]
     largest = max(values)
-    return {
-        "tokens": activation["tokens"], "values": values, "maxValue": largest,
-        "maxValueTokenIndex": values.index(largest), "minValue": min(values), "creatorId": about.creator_id,
-        "dataSource": None, "dataIndex": None, "dfaValues": [], "dfaTargetIndex": None, "dfaMaxValue": None,
-        "createdAt": now, "lossValues": [], "logitContributions": None,
-        "binMin": activation.get("quantileMin", -1), "binMax": activation.get("quantileMax", largest),
-        "binContains": activation.get("quantileFraction", -1), "qualifyingTokenIndex": values.index(largest),
-    }  # fmt: skip
+    row = {**activation, "maxValue": largest, "minValue": min(values), "binMax": largest}
+    row |= dict.fromkeys(("maxValueTokenIndex", "qualifyingTokenIndex"), values.index(largest))
+    return row | {column: activation[theirs] for _, theirs, column, *_ in QUANTILES if theirs in activation}
 
 
 # --------------------------------------------------------------------------------------------------
-# feature json for the graph page
+# json for the graph page
 
 
 def write_graph_features(path: str | Path, folder: str | Path, layer: int) -> int:
-    """Write {folder}/{latent}.json, which a graph's metadata.feature_details.feature_json_base_url can point to.
+    """Write {folder}/{latent}.json, for a graph's metadata.feature_details.feature_json_base_url, and return how many.
 
-    Served over https with `Access-Control-Allow-Origin: *`, they show in Neuronpedia's graph page with nothing
-    uploaded. Returns how many.
+    Served over https with `Access-Control-Allow-Origin: *`, they show in Neuronpedia's graph page without an upload.
     """
     n = 0
     for feature in features_of(path):
-        groups: dict[str, list[dict[str, Any]]] = {}
+        groups: dict[str, list[Json]] = {}
         for a in feature["activations"]:
             limits = a.get("quantileMin"), a.get("quantileMax")
             name = "Top activations" if None in limits else f"Interval {limits[0]:.4g} - {limits[1]:.4g}"
             groups.setdefault(name, []).append({"tokens_acts_list": a["values"], "tokens": a["tokens"]})
         value = {
-            "layer": layer, "index": feature["index"],
+            "layer": layer,
+            "index": feature["index"],
             "examples_quantiles": [{"quantile_name": name, "examples": e} for name, e in groups.items()],
             "top_logits": [t["token"] for t in feature["topLogits"]],
             "bottom_logits": [t["token"] for t in feature["bottomLogits"]],
-        }  # fmt: skip
+        }
         _write_lines([value], Path(folder) / f"{feature['index']}.json")
         n += 1
     return n

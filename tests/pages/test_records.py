@@ -8,7 +8,7 @@ import json
 import pytest
 
 from sae.config import UserError
-from sae.pages.records import Context, FeatureRecord, Histogram, read_features, read_lines, read_values, write_features
+from sae.pages.records import Context, FeatureRecord, Histogram, read_features, read_values
 
 KEYS = set(
     "latent density max_activation mean_active label label_precision label_recall promoted suppressed neighbours"
@@ -35,11 +35,14 @@ RECORDS = [
 ]
 
 
+def write(records, path):
+    path.write_text("".join(record.to_line() + "\n" for record in records), encoding="ascii")
+
+
 def test_what_is_written_is_read(tmp_path):
     path = tmp_path / "features.jsonl"
-    write_features(RECORDS, path)
+    write(RECORDS, path)
     lines = path.read_bytes().decode("ascii").splitlines()
-    assert [n for n, _ in read_lines(path)] == [3, 5]
     assert list(read_features(path)) == RECORDS
     for line in lines:
         assert json.loads(line).keys() >= KEYS
@@ -53,7 +56,7 @@ def test_what_is_written_is_read(tmp_path):
 )
 def test_a_broken_line_is_named(tmp_path, line):
     path = tmp_path / "features.jsonl"
-    write_features(RECORDS[:1], path)
+    write(RECORDS[:1], path)
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(UserError, match="line 2"):
         list(read_features(path))
@@ -62,7 +65,7 @@ def test_a_broken_line_is_named(tmp_path, line):
 def test_a_file_that_is_no_text(tmp_path):
     path = tmp_path / "features.jsonl"
     path.write_bytes(b'{"latent":3,\xff}\n')
-    for read in (read_features, read_lines, read_values):
+    for read in (read_features, read_values):
         with pytest.raises(UserError, match="is not utf-8 text"):
             list(read(path))
 
