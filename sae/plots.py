@@ -1,4 +1,4 @@
-"""Pictures of a run: training curves, densities and L0, and which SAE for which L0. Figures without pyplot."""
+"""Pictures of a run: training curves, densities and L0, and the SAEs of a sweep. Figures without pyplot."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from sae import files
-from sae.files import write_atomic
-from sae.hooks import natural
+from sae.hooks import SAEName, natural
 from sae.metrics import Totals
 
 
 def _axes(n_rows: int = 1, n_columns: int = 1) -> tuple[Any, list[Any]]:
-    """A figure and its axes, without pyplot, whose global state belongs to the caller's notebook."""
+    """A figure and its axes. pyplot's global state belongs to the caller's notebook."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.5 + 3.5 * n_columns, 1 + 2.7 * n_rows), layout="constrained")
@@ -32,12 +31,12 @@ def _axes(n_rows: int = 1, n_columns: int = 1) -> tuple[Any, list[Any]]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    write_atomic(path, lambda tmp: figure.savefig(tmp, format="png", dpi=130))
+    files.write_atomic(path, lambda tmp: figure.savefig(tmp, format="png", dpi=130))
     return path
 
 
 def plot_training(metrics_jsonl: Path, folder: Path) -> list[Path]:
-    """training.png: a run's metrics.jsonl against tokens; a colour per hookpoint, lines for training, dots for val."""
+    """training.png: a run's metrics.jsonl over tokens; a colour per hookpoint, dots for held-out text."""
     from matplotlib import colormaps
 
     texts = Path(metrics_jsonl).read_text(encoding="utf-8").splitlines()
@@ -45,12 +44,13 @@ def plot_training(metrics_jsonl: Path, folder: Path) -> list[Path]:
     batch = next((x["tokens"] / x["step"] for x in lines if "tokens" in x), 1)
     names = sorted({x.get("hookpoint", "") for x in lines}, key=natural)
     colours = dict(zip(names, colormaps["viridis"](np.linspace(0, 1, len(names) + 2)[1:-1]), strict=True))
-    panels = {
-        "loss": {"loss": "-", "val_total_loss": "o"}, "learning rate": {"lr": "-"},
+    panels = {  # of each title the curves, and their styles
+        "loss": {"loss": "-", "val_total_loss": "o"},
+        "learning rate": {"lr": "-"},
         "explained variance": {"explained_variance": "-", "val_explained_variance": "o"},
         "active latents per token (L0)": {"l0": "-", "val_l0": "o"},
         "dead latents (share)": {"dead_fraction": "-", "val_dead_fraction": "o"},
-    }  # fmt: skip
+    }
     figure, axes = _axes(2, 3)
     for ax, (title, curves) in zip(axes, panels.items(), strict=False):
         for name, (key, style) in itertools.product(names, curves.items()):
@@ -58,7 +58,7 @@ def plot_training(metrics_jsonl: Path, folder: Path) -> list[Path]:
             label = f"{name} {'training' if style == '-' else 'held out'}"
             ax.plot(*np.array(points).reshape(-1, 2).T, style, color=colours[name], ms=4, label=label)
         ax.set(title=title, xlabel="million tokens", xlim=(0, None))
-        if title != "explained variance":  # which may be below 0
+        if title != "explained variance":  # it may be negative
             ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
     axes[-1].axis("off")
     axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center left", frameon=False)
@@ -66,7 +66,7 @@ def plot_training(metrics_jsonl: Path, folder: Path) -> list[Path]:
 
 
 def plot_evaluation(totals: Totals, folder: Path) -> list[Path]:
-    """density.png and l0.png: how often each latent fires, and how many fire at once."""
+    """density.png and l0.png: how often each latent fires, and how many fire on a token."""
     densities, counts, n = totals.densities().cpu().numpy(), totals.l0_counts.cpu().numpy(), max(1, totals.n)
     n_live, n_all = int((densities > 0).sum()), len(densities)
     density, (ax,) = _axes()
@@ -83,21 +83,23 @@ def plot_evaluation(totals: Totals, folder: Path) -> list[Path]:
     return [_save(density, folder / "density.png"), _save(l0, folder / "l0.png")]
 
 
+def _hookpoint(row: Mapping[str, Any]) -> str:
+    return SAEName.parse(row["name"]).hookpoint
+
+
 def plot_pareto(table: list[dict[str, Any]], front: list[str], path: Path) -> Path:
-    """Explained variance against L0, one point (with its spread over seeds) a row, one line a hookpoint; front: names
-    on the frontier."""
+    """Explained variance over L0: a point with its spread over seeds for each row, a line along the front for each
+    hookpoint. front: names of the rows on it."""
     figure, (axes,) = _axes(1, 1)
     figure.set_size_inches(6.4, 4.2)
-    hookpoints = list(dict.fromkeys(row["name"].split("/")[0] for row in table))
-    colours = {name: f"C{i % 10}" for i, name in enumerate(hookpoints)}
+    colours = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(map(_hookpoint, table)))}
     for row in table:
-        hookpoint = row["name"].split("/")[0]
-        at, colour = (row["l0"], row["explained_variance"]), colours[hookpoint] if row["name"] in front else "0.6"
+        at, colour = (row["l0"], row["explained_variance"]), colours[_hookpoint(row)] if row["name"] in front else "0.6"
         spread = {"xerr": row["l0_sd"], "yerr": row["explained_variance_sd"]}
         axes.errorbar(*at, **spread, fmt="o", capsize=2, color=colour)
         axes.annotate(row["name"], at, xytext=(5, 4), textcoords="offset points", fontsize=7)
     for hookpoint, colour in colours.items():
-        mine = [r for r in table if r["name"] in front and r["name"].split("/")[0] == hookpoint]
+        mine = [r for r in table if r["name"] in front and _hookpoint(r) == hookpoint]
         best = sorted((r["l0"], r["explained_variance"]) for r in mine)
         axes.plot(*zip(*best, strict=True), color=colour, lw=1, zorder=0)
     axes.set(xlabel="active latents per token (L0)", ylabel="explained variance", title="Which SAE for which L0")
@@ -109,9 +111,9 @@ COLUMNS = ("explained_variance", "l0", "dead_fraction")
 
 
 def sweep_rows(last: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """One row for each combination but the seed: mean, and standard deviation (n - 1) over seeds.
+    """One row for each combination of settings but the seed: mean, and standard deviation (n - 1) over seeds.
 
-    last: metrics by name, a name being `hookpoint/label` with the seed, if it was swept, as the label's `seedN`.
+    last: metrics by SAE name; if the seed was swept, the label has it as `seedN`.
     """
     groups: dict[str, list[Mapping[str, float]]] = {}
     for name, metrics in last.items():
@@ -121,38 +123,35 @@ def sweep_rows(last: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"name": name, "n_seeds": len(several)}
         for column in COLUMNS:
             values = [m[column] for m in several]
-            row[column] = statistics.fmean(values)
-            row[f"{column}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            row |= {column: statistics.fmean(values), f"{column}_sd": spread}
         table.append(row)
     return table
 
 
 def pareto_front(table: list[dict[str, Any]]) -> list[str]:
-    """Names of the rows that no other of their hookpoint beats: none with at most as many active latents explains as
-    much or more."""
-    best = []
-    for row in table:
-        same = lambda o, row=row: o["name"].split("/")[0] == row["name"].split("/")[0]
-        others = (o for o in table if o is not row and same(o) and o["l0"] <= row["l0"])
-        if not any(o["explained_variance"] >= row["explained_variance"] for o in others):
-            best.append(row["name"])
-    return best
+    """Names of the rows without a better one: at the same hookpoint, with at most as many active latents, and at least
+    as much explained."""
+    others = lambda row: (
+        o for o in table if o is not row and _hookpoint(o) == _hookpoint(row) and o["l0"] <= row["l0"]
+    )
+    best = lambda row: all(o["explained_variance"] < row["explained_variance"] for o in others(row))
+    return [row["name"] for row in table if best(row)]
 
 
 def write_sweep(last: Mapping[str, Mapping[str, float]], folder: Path) -> list[str]:
-    """Write sweep.json (all SAEs, and the table) and plots/pareto.png; returns the table as lines of text."""
+    """Write sweep.json (all SAEs, and the table) and plots/pareto.png. Returns the table as lines of text."""
     table = sweep_rows(last)
     front = pareto_front(table)
-    files.write_json({"saes": {name: dict(m) for name, m in last.items()}, "table": table, "pareto": front},
-                       folder / "sweep.json")  # fmt: skip
+    found = {"saes": {name: dict(m) for name, m in last.items()}, "table": table, "pareto": front}
+    files.write_json(found, folder / "sweep.json")
     plot_pareto(table, front, folder / "plots" / "pareto.png")
     width = max(len(row["name"]) for row in table)
     lines = [f"{'':{width}}  explained variance        L0          dead   seeds"]
     for row in table:
         spread = lambda c, f, row=row: f" +- {row[f'{c}_sd']:{f}}" if row[f"{c}_sd"] is not None else ""
-        lines.append(
-            f"{row['name']:{width}}  {row['explained_variance']:.4f}{spread('explained_variance', '.4f'):10}  "
-            f"{row['l0']:8.2f}{spread('l0', '.2f'):8}  {100 * row['dead_fraction']:6.2f}%  {row['n_seeds']:3}"
-            + ("  *" if row["name"] in front else "")
-        )
+        explained = f"{row['explained_variance']:.4f}{spread('explained_variance', '.4f'):10}"
+        active = f"{row['l0']:8.2f}{spread('l0', '.2f'):8}"
+        line = f"{row['name']:{width}}  {explained}  {active}  {100 * row['dead_fraction']:6.2f}%  {row['n_seeds']:3}"
+        lines.append(line + ("  *" if row["name"] in front else ""))
     return [*lines, f"* not beaten at its L0; picture: {folder / 'plots' / 'pareto.png'}"]

@@ -17,14 +17,12 @@ def main(argv: list[str]) -> None:
 
     lm, sae, hookpoint, dataset, trained_on, folder, out = open_sae(c)
     axis = distributed.join(lm.device)
-    viz = FeatureVisualizer(
-        sae, c, lm=lm, hookpoint=hookpoint, dataset=dataset,
-        ctx_len=trained_on.get("context_size", 256), skip_first=trained_on.get("skip_first", False),
-        exclude_tokens=trained_on.get("exclude_tokens", ()), axis=axis,
-    )  # fmt: skip
+    how = {name: trained_on[name] for name in ("skip_first", "exclude_tokens") if name in trained_on}
+    ctx_len = trained_on.get("context_size", 256)
+    viz = FeatureVisualizer(sae, c, lm=lm, hookpoint=hookpoint, dataset=dataset, ctx_len=ctx_len, axis=axis, **how)
     totals = viz.tables.totals
     distributed.leave()
-    if axis.rank > 0:  # what is left is for one
+    if axis.rank > 0:  # one process does the rest
         return
     if c.explainer_url and c.explainer_model:
         journal = out / f"explanations_{viz.identity()[:12]}.jsonl"

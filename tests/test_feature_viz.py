@@ -22,14 +22,21 @@ from sae import log
 from sae.config import UserError, VizConfig
 from sae.data.datasets import open_dataset
 from sae.data.tokens import TokenRows, kept_positions
-from sae.feature_viz import INTERVALS, PER_INTERVAL, FeatureVisualizer, collect_features
+from sae.feature_viz import FeatureVisualizer
 from sae.formats import store
 from sae.pages.feature_tables import POSITIONS
+from sae.pages.maker import INTERVALS, PER_INTERVAL
 from sae.pages.records import read_features
 from scripts import sae_viz
 from tests.conftest import DEAD, HOOK, ROOT, some_sae
 
 SMALL: dict[str, Any] = {"n_tokens": 700, "ctx_len": 32, "top_k": 4, "context_tokens": 5}
+
+
+def collect_features(lm, sae, hookpoint, dataset, *, n_tokens, features=(), skip_first=False, **config):
+    """The records of these latents, or of all."""
+    c = VizConfig(eval_tokens=n_tokens, feature=tuple(features), all_features=not features, **config)
+    return FeatureVisualizer(sae, c, lm=lm, hookpoint=hookpoint, dataset=dataset, skip_first=skip_first).records
 
 
 def rows_of_text(lm, sae, dataset, n_tokens, ctx_len, skip_first=False):
@@ -273,7 +280,7 @@ def test_a_new_folder_takes_the_old_ones_place(lm, documents, tmp_path, monkeypa
     whole = read()
     assert whole.keys() == {"index.html", "features.jsonl", "0.js", "1.js", "index.js", "about.json"}
     # half written: the old pages stay
-    monkeypatch.setattr("sae.pages.dashboard._write_chunk", lambda *_: 1 / 0)
+    monkeypatch.setattr("sae.pages.dashboard._write", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         viz.save(folder)
     assert read() == whole

@@ -1,11 +1,10 @@
-"""Explanations by a language model behind any OpenAI-compatible address, and how good they are.
+"""Explanations by a language model behind any OpenAI-compatible address, and scores of how good they are.
 
-explain: the model reads a feature's strongest contexts and says in a phrase what they have in common. Two scores, as
-in delphi (github.com/EleutherAI/delphi, Paulo et al. 2024, arxiv.org/abs/2410.13928): detection, where it is shown
-contexts and says of each whether the feature fires in it; fuzzing, where tokens are marked and it says whether they are
-such as the feature fires on. Half of the examples are contexts the feature is silent in, so guessing scores 0.5; in
-fuzzing as many of their tokens are marked, at the places of another example. Examples are not those that the
-explanation was made from. A journal keeps every answer, so a run that was cut off goes on.
+explain: the model reads a feature's strongest contexts and says in a phrase what they have in common. Two scores, as in
+delphi (github.com/EleutherAI/delphi, Paulo et al. 2024, arxiv.org/abs/2410.13928), test the explanation on contexts
+that it was not made from. detection: does the feature fire in this context? fuzzing: are the marked tokens ones that
+the feature fires on? In half of the examples the feature is silent (in fuzzing they are marked where another example
+is), so guessing scores 0.5. A journal keeps every answer, so that an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import os
 import random
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import requests
 
@@ -27,7 +26,7 @@ from sae.config import UserError
 from sae.pages.records import Context, FeatureRecord
 
 N_READ = 10  # contexts that an explanation is made from
-N_TESTED = 10  # true examples of each score, and as many false ones
+N_TESTED = 10  # true examples for each score, and as many false ones
 PER_QUESTION = 5  # examples asked about at once, as delphi does
 TRIES = 5
 WAIT_S = 2.0  # before the second try; doubled for each further one
@@ -50,11 +49,12 @@ FUZZ = (
     "stand between << and >>. Say whether all of these are ones that the feature describes. Answer with a json list of "
     "{n} numbers, 1 for yes and 0 for no, and nothing else."
 )
+SCORES = {"detection": DETECT, "fuzzing": FUZZ}
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a model said of a latent; detection, fuzzing: balanced accuracy in 0..1, None without examples."""
+    """What a model said about a latent. detection, fuzzing: balanced accuracy in 0..1, None without examples."""
 
     latent: int
     text: str
@@ -64,8 +64,8 @@ class Explanation:
 
 
 class Endpoint:
-    """A chat model: `url` as OpenAI's base (https://api.openai.com/v1). The key is NANOSAE_API_KEY or OPENAI_API_KEY in
-    the environment, and may be missing; it is never written or shown."""
+    """A chat model behind an API base such as https://api.openai.com/v1. Its key, if needed, is NANOSAE_API_KEY or
+    OPENAI_API_KEY in the environment; it is never written or shown."""
 
     def __init__(self, url: str, model: str):
         self.url, self.model = url.rstrip("/") + "/chat/completions", model
@@ -75,22 +75,19 @@ class Endpoint:
             self.session.headers["Authorization"] = f"Bearer {key}"
 
     def ask(self, system: str, user: str) -> str:
-        """The answer. Waits and asks again where the server is busy or fails; raises UserError where it refuses."""
-        body: Any = {"model": self.model, "temperature": 0, "max_tokens": ANSWER_TOKENS,
-                "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}]}  # fmt: skip
-        reason = ""
+        """The answer. Waits and asks again if the server is busy or fails; UserError if it refuses."""
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        body: Any = {"model": self.model, "temperature": 0, "max_tokens": ANSWER_TOKENS, "messages": messages}
         for attempt in range(TRIES):
-            if attempt:
-                time.sleep(WAIT_S * 2 ** (attempt - 1))
+            time.sleep(WAIT_S * 2 ** (attempt - 1) if attempt else 0)
             try:
                 answer = self.session.post(self.url, json=body, timeout=TIMEOUT_S)
             except requests.RequestException as e:
                 reason = type(e).__name__
                 continue
-            if answer.status_code == 429 or answer.status_code >= 500:
-                reason = f"status {answer.status_code}"
-                continue
-            return self._text(answer)
+            if answer.status_code != 429 and answer.status_code < 500:
+                return self._text(answer)
+            reason = f"status {answer.status_code}"
         raise UserError(f"'{self.url}' gave no answer in {TRIES} tries ({reason}); what is done is kept, run it again")
 
     def _text(self, answer: requests.Response) -> str:
@@ -106,28 +103,27 @@ class Endpoint:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what is asked
+# examples
 
 
 def marked(c: Context, on: Collection[int] | None = None) -> str:
-    """A context as text; the tokens at `on` (default: where the feature is active) between << and >>."""
+    """A context as text, with the tokens at `on` (default: the active ones) between << and >>."""
     on = [i for i, v in enumerate(c.values) if v > 0] if on is None else on
     text = "".join(f"<<{t}>>" if i in on else t for i, t in enumerate(c.tokens))
     return text.replace(">><<", "").replace("\n", "\\n")
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """A text to judge, and whether the right answer is yes."""
 
     text: str
     true: bool
 
 
-def examples(r: FeatureRecord, others: Sequence[FeatureRecord], kind: str, *, seed: int = 0) -> list[Example]:
-    """The examples of a score, mixed: the record's contexts that its explanation was not made from, and as many of
-    other features that lie away from all of its own. kind: detection, or fuzzing, in which tokens are marked."""
-    rng = random.Random(f"{seed} {r.latent} {kind}")
+def examples(r: FeatureRecord, others: Sequence[FeatureRecord], kind: str) -> list[Example]:
+    """Shuffled examples for a score: the record's contexts that its explanation was not made from, and as many of other
+    features, far from all of its own. kind: detection, or fuzzing, in which tokens are marked."""
+    rng = random.Random(f"0 {r.latent} {kind}")
     true = [c for c in r.contexts if c not in r.strongest[:N_READ]]
     true = rng.sample(true, min(N_TESTED, len(true)))
     reach = max((len(c.tokens) for c in r.contexts), default=0)
@@ -151,17 +147,14 @@ def examples(r: FeatureRecord, others: Sequence[FeatureRecord], kind: str, *, se
 
 
 def accuracy(found: Sequence[Example], answers: Sequence[int | None]) -> float | None:
-    """Mean of the shares of true and of false examples that were judged rightly; no answer is a wrong one."""
-    right: dict[bool, list[bool]] = {True: [], False: []}
-    for example, answer in zip(found, answers, strict=True):
-        right[example.true].append(answer is not None and bool(answer) == example.true)
-    if not right[True] or not right[False]:
-        return None
-    return sum(sum(x) / len(x) for x in right.values()) / 2
+    """The mean of the accuracies on true and on false examples; no answer counts as a wrong one."""
+    right = [(e.true, bool(a) == e.true and a is not None) for e, a in zip(found, answers, strict=True)]
+    sides = [[good for true, good in right if true == side] for side in (True, False)]
+    return sum(sum(x) / len(x) for x in sides) / 2 if all(sides) else None
 
 
 def read_list(text: str, n: int) -> list[int | None]:
-    """The n numbers of an answer; None for all where it is no list of n zeros and ones."""
+    """The n numbers of an answer; n times None if it is no list of n zeros and ones."""
     found = re.search(r"\[[\s01,]*\]", text)
     try:
         numbers = json.loads(found[0]) if found else []
@@ -171,12 +164,12 @@ def read_list(text: str, n: int) -> list[int | None]:
 
 
 class Explainer:
-    """Explains features one after the other, each answer kept in `journal` (json lines) as soon as it is whole."""
+    """Explains features one by one. Each explanation goes to `journal` (json lines) at once."""
 
-    def __init__(self, endpoint: Endpoint, journal: Path, *, seed: int = 0):
-        self.endpoint, self.journal, self.seed = endpoint, Path(journal), seed
+    def __init__(self, endpoint: Endpoint, journal: Path):
+        self.endpoint, self.journal = endpoint, Path(journal)
         self.done: dict[int, Explanation] = {}
-        self._start = ""  # what goes before the next line: a kill may have left half of one
+        self._start = ""  # a newline if a kill left half a line
         if self.journal.is_file():
             text = self.journal.read_text(encoding="utf-8")
             self._start = "" if text.endswith("\n") or not text else "\n"
@@ -188,37 +181,28 @@ class Explainer:
                 if known.model == endpoint.model:
                     self.done[known.latent] = known
 
-    def estimate(self, records: Sequence[FeatureRecord], pool: Sequence[FeatureRecord] | None = None) -> dict[str, int]:
-        """About what `run` will cost: questions, and tokens read and written."""
-        pool = records if pool is None else pool
-        questions, chars = 0, 0
-        for r in self._open(records):
-            texts = [EXPLAIN, *map(marked, r.strongest[:N_READ])]
-            for kind in ("detection", "fuzzing"):
-                found = examples(r, pool, kind, seed=self.seed)
-                asked = -(-len(found) // PER_QUESTION)
-                questions += asked
-                texts += [e.text for e in found] + [DETECT] * asked
-            questions += 1
-            chars += sum(map(len, texts))
-        return {
-            "questions": questions,
-            "tokens_in": round(chars / CHARS_PER_TOKEN),
-            "tokens_out": questions * ANSWER_TOKENS,
-        }
+    def estimate(self, records: Sequence[FeatureRecord], pool: Sequence[FeatureRecord]) -> dict[str, int]:
+        """Roughly what `run` will cost: questions, and tokens read and written."""
+        chars: list[int] = []
 
-    def run(
-        self, records: Sequence[FeatureRecord], pool: Sequence[FeatureRecord] | None = None
-    ) -> dict[int, Explanation]:
+        def ask(system: str, user: str) -> str:
+            chars.append(len(system) + len(user))
+            return ""
+
+        for r in self._open(records):
+            self._explain(r, pool, ask)
+        tokens_in, tokens_out = round(sum(chars) / CHARS_PER_TOKEN), len(chars) * ANSWER_TOKENS
+        return {"questions": len(chars), "tokens_in": tokens_in, "tokens_out": tokens_out}
+
+    def run(self, records: Sequence[FeatureRecord], pool: Sequence[FeatureRecord]) -> dict[int, Explanation]:
         """The explanation of every record that has a context; those in the journal are not asked for again.
 
-        pool: records that contexts are taken from in which a feature is silent (default: the same records).
+        pool: records whose contexts are examples in which a feature is silent.
         """
-        pool = records if pool is None else pool
         todo = self._open(records)
         with log.progress(len(todo), "explaining", unit="feature") as bar:
             for r in todo:
-                self.done[r.latent] = found = self._explain(r, pool)
+                self.done[r.latent] = found = self._explain(r, pool, self.endpoint.ask)
                 self.journal.parent.mkdir(parents=True, exist_ok=True)
                 with self.journal.open("a", encoding="utf-8") as f:
                     f.write(self._start + json.dumps(asdict(found)) + "\n")
@@ -229,26 +213,24 @@ class Explainer:
     def _open(self, records: Sequence[FeatureRecord]) -> list[FeatureRecord]:
         return [r for r in records if r.contexts and r.latent not in self.done]
 
-    def _explain(self, r: FeatureRecord, pool: Sequence[FeatureRecord]) -> Explanation:
+    def _explain(self, r: FeatureRecord, pool: Sequence[FeatureRecord], ask: Callable[[str, str], str]) -> Explanation:
         lines = "\n".join(f"{i}: {marked(c)}" for i, c in enumerate(r.strongest[:N_READ], 1))
-        answer = self.endpoint.ask(EXPLAIN, lines)
-        text = " ".join(answer.rsplit("[EXPLANATION]:", 1)[-1].split())[:500]
-        scores = {kind: self._score(text, examples(r, pool, kind, seed=self.seed), question)
-                  for kind, question in (("detection", DETECT), ("fuzzing", FUZZ))}  # fmt: skip
-        return Explanation(r.latent, text, scores["detection"], scores["fuzzing"], self.endpoint.model)
-
-    def _score(self, explanation: str, found: Sequence[Example], question: str) -> float | None:
-        answers: list[int | None] = []
-        for i in range(0, len(found), PER_QUESTION):
-            some = found[i : i + PER_QUESTION]
-            asked = question.replace("{explanation}", explanation).replace("{n}", str(len(some)))
-            text = "\n".join(f"{n}: {e.text}" for n, e in enumerate(some, 1))
-            answers += read_list(self.endpoint.ask(asked, text), len(some))
-        return accuracy(found, answers)
+        text = " ".join(ask(EXPLAIN, lines).rsplit("[EXPLANATION]:", 1)[-1].split())[:500]
+        scores = {}
+        for kind, question in SCORES.items():
+            found = examples(r, pool, kind)
+            answers: list[int | None] = []
+            for i in range(0, len(found), PER_QUESTION):
+                some = found[i : i + PER_QUESTION]
+                system = question.replace("{explanation}", text).replace("{n}", str(len(some)))
+                answer = ask(system, "\n".join(f"{n}: {e.text}" for n, e in enumerate(some, 1)))
+                answers += read_list(answer, len(some))
+            scores[kind] = accuracy(found, answers)
+        return Explanation(r.latent, text, **scores, model=self.endpoint.model)
 
 
-def explained(r: FeatureRecord, found: Explanation | None) -> FeatureRecord:
-    """The record with what a model said of it, beside its label."""
+def with_explanation(r: FeatureRecord, found: Explanation | None) -> FeatureRecord:
+    """The record with its explanation, if there is one."""
     if found is None:
         return r
     return replace(r, explanation=found.text, explainer=found.model, detection=found.detection, fuzzing=found.fuzzing)

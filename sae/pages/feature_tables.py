@@ -1,8 +1,8 @@
-"""What one pass over text keeps of every latent: the same amount however much text goes by.
+"""What one pass over text keeps of every latent, in memory that does not grow with the text.
 
-FeatureTables holds what is exact: counts, sums, a histogram, places in the sequence, and the strongest contexts. Sample
-holds some of the text as a whole, chosen fairly, with all that fires there; what needs no exactness is taken from it
-later. Tables of two parts of a text merge into those of the whole.
+FeatureTables holds what is exact: counts, sums, a histogram, positions in the sequence, and the strongest contexts.
+Sample holds whole pieces of the text, chosen at random, with every activation in them, for what need not be exact.
+Tables of two parts of a text merge into those of the whole.
 
 Letters: N sequences, T positions, B tokens, K active latents of a token, F latents asked for, R contexts per latent,
 W tokens in a context's window, S tokens of the sample, E activations in it.
@@ -10,7 +10,8 @@ W tokens in a context's window, S tokens of the sample, E activations in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -22,24 +23,24 @@ from sae.kernels.sparse import Codes
 from sae.metrics import Totals
 from sae.models import SAE
 
-# Eighths of an octave over 32 octaves: an activation has its bin before the largest is known, so one pass is enough. Of
-# equal width within their octave, as the bits of a float have them. The first and the last also hold what lies beyond.
+# Eight bins of equal width (three bits of a float) in each of 32 octaves. No bin depends on the largest activation, so
+# one pass is enough. The first and the last bin also hold what is smaller and larger.
 EDGES = (2.0 ** torch.arange(-16, 16)[:, None] * (1 + torch.arange(8) / 8)).flatten()
 EDGES = torch.cat((EDGES, EDGES.new_tensor([2.0**16])))
-POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # where parts of a sequence begin, in tokens
+POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # first token of each part of a sequence
 SAMPLE_TOKENS = 131_072
-BLOCK = 8  # neighbouring sequences that are sampled together, so that there is a text to read
+BLOCK = 8  # neighbouring sequences sampled together, so that documents are in one piece
 
 
 def bins(values: Tensor) -> Tensor:
-    """The bin of EDGES that each value (n,) float32 > 0 lies in, int64."""
-    first = (127 - 16) << 3  # the exponent is biased by 127; below it lie the three bits of eighths
+    """The bin of EDGES, int64, of each value (n,) float32 > 0."""
+    first = (127 - 16) << 3  # the exponent's bias is 127; the three bits below it choose the eighth
     return ((values.view(torch.int32) >> 20) - first).clamp(0, len(EDGES) - 2).long()
 
 
 class Candidates(NamedTuple):
-    """Contexts that may be among the strongest: of row (n,), with this peak, sequence and position (n,), and the ids
-    (-1 for no token) and the latent's values in the window around it (n, W)."""
+    """Contexts that may be among the strongest: row, peak, sequence, position (n,), and the ids (-1 for no token) and
+    the latent's values in the window around the peak (n, W)."""
 
     row: Tensor
     peak: Tensor
@@ -49,106 +50,94 @@ class Candidates(NamedTuple):
     values: Tensor
 
 
-class Events(NamedTuple):
-    """The sampled text and what fires in it, in reading order: ids, sequence, position, keep, block (S,); of each
-    activation (E,) the latent, its value, and the token (an index into the S) it is on."""
+class Batch(NamedTuple):
+    """Some sequences, numbered from `first`: ids, valid, keep (N, T), and the codes (B, K) of the valid tokens. Tokens
+    that are not kept do not count: they are shown, but are never a peak."""
+
+    ids: Tensor
+    valid: Tensor
+    keep: Tensor
+    codes: Codes
+    first: int
+
+
+class SampledText(NamedTuple):
+    """The sampled text and what fires in it, in reading order: ids, position, keep, sequence (S,); of each activation
+    (E,) the latent, its value, and its token (an index into the S)."""
 
     ids: np.ndarray
-    sequence: np.ndarray
     position: np.ndarray
     keep: np.ndarray
-    block: np.ndarray
+    sequence: np.ndarray
     latent: np.ndarray
     value: np.ndarray
     token: np.ndarray
 
-    def by_latent(self, n_latents: int) -> tuple[np.ndarray, np.ndarray]:
-        """(order (E,), starts (n_latents + 1,)): the activations of latent i are order[starts[i] : starts[i + 1]]."""
-        order = torch.from_numpy(self.latent).sort(stable=True).indices.numpy()
-        counts = np.bincount(self.latent, minlength=n_latents)
-        return order, np.concatenate(([0], counts.cumsum()))
+
+@lru_cache(1 << 16)
+def _priority(seed: int, block: int) -> int:
+    return int(np.random.SeedSequence((seed, block)).generate_state(1, np.uint64)[0])
 
 
 class Sample:
-    """Blocks of neighbouring sequences, each as likely as any other to be kept; which ones the seed alone decides."""
+    """Blocks of neighbouring sequences, all equally likely to be kept; the seed alone decides which ones are."""
 
     def __init__(self, n_tokens: int = SAMPLE_TOKENS, *, seed: int = 0):
         self.n_tokens, self.seed = n_tokens, seed
-        self.blocks: dict[int, list[tuple]] = {}
-        self.capacity = 2  # blocks; more once it is known how long a sequence is
-        self._cutoff: tuple[int, int] | None = None  # the largest priority kept, and its block, once there is no room
+        self.blocks: dict[int, dict[int, SampledText]] = {}  # the sequences of each block
+        self.capacity = 2  # blocks; set once the length of a sequence is known
 
-    def _priority(self, block: int) -> int:
-        return int(np.random.SeedSequence((self.seed, block)).generate_state(1, np.uint64)[0])
-
-    def add(self, ids: Tensor, valid: Tensor, keep: Tensor, codes: Codes, *, first: int) -> None:
-        """Add N sequences: ids, valid, keep (N, T), and the codes (B, K) of the valid tokens.
-
-        A block of which a part is kept is whole: what decides between blocks is the same for all of its parts.
-        """
+    def add(self, batch: Batch) -> None:
+        """A block that is kept is whole, as its priority decides for all its sequences."""
+        ids, valid, keep, codes, first = batch
         assert codes.indices is not None
-        indices, values, stops = codes.indices, codes.values, valid.sum(1).cumsum(0).tolist()
-        for n, stop in enumerate(stops):
+        stops = valid.sum(1).cumsum(0).tolist()
+        for n, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
             block = (first + n) // BLOCK
-            if block not in self.blocks and not self._makes_room(block, ids.shape[1]):
-                continue
-            part = slice(stops[n - 1] if n else 0, stop)
-            on = values[part] > 0
-            at = on.nonzero()[:, 0]
-            inside = valid[n]
-            what = (ids[n][inside].int(), inside.nonzero()[:, 0].int(), keep[n][inside], indices[part][on].int(),
-                    values[part][on].clone(), at.int())  # fmt: skip
-            self.blocks.setdefault(block, []).append((first + n, *(x.numpy() for x in what)))
+            if block in self.blocks or self._makes_room(block, ids.shape[1]):
+                latents, values = (x[start:stop] for x in (codes.indices, codes.values))
+                inside, on = valid[n], values > 0
+                text = (ids[n][inside].int(), inside.nonzero()[:, 0].int(), keep[n][inside])
+                active = (latents[on].int(), values[on], on.nonzero()[:, 0].int())
+                columns = (*text, torch.full((stop - start,), first + n), *active)
+                self.blocks.setdefault(block, {})[first + n] = SampledText(*(x.numpy() for x in columns))
 
     def _makes_room(self, block: int, ctx_len: int) -> bool:
+        """Whether a new block is kept. The kept one of the largest priority makes room for it."""
         self.capacity = max(2, self.n_tokens // (BLOCK * ctx_len))
         if len(self.blocks) < self.capacity:
-            self._cutoff = None
             return True
-        if self._cutoff is None:
-            self._cutoff = max((self._priority(b), b) for b in self.blocks)
-        mine = self._priority(block)
-        if mine > self._cutoff[0]:
+        last = max(self.blocks, key=lambda b: _priority(self.seed, b))
+        if _priority(self.seed, block) > _priority(self.seed, last):
             return False
-        del self.blocks[self._cutoff[1]]
-        self._cutoff = max((self._priority(b), b) for b in (*self.blocks, block))
+        del self.blocks[last]
         return True
 
     def merge(self, other: Sample) -> None:
-        """Take in the sample of another part of the same text; of both, those are kept that one pass would keep."""
+        """Take in the sample of another part of the same text. One pass over both would keep the same blocks."""
         self.capacity = max(self.capacity, other.capacity)
-        both: dict[int, list[tuple]] = {b: [] for b in (*self.blocks, *other.blocks)}
-        for sample in (self, other):
-            for b, parts in sample.blocks.items():
-                both[b] += parts
-        kept = sorted(both, key=self._priority)[: self.capacity]
-        self.blocks, self._cutoff = {b: sorted(both[b], key=lambda part: part[0]) for b in kept}, None
+        names = sorted({*self.blocks, *other.blocks}, key=lambda b: _priority(self.seed, b))[: self.capacity]
+        self.blocks = {b: {**self.blocks.get(b, {}), **other.blocks.get(b, {})} for b in names}
 
-    def events(self) -> Events:
-        parts = [(b, part) for b in sorted(self.blocks) for part in self.blocks[b]]
-        sizes = np.array([len(part[1]) for _, part in parts], dtype=np.int64)
-        starts = sizes.cumsum() - sizes
-        joined = lambda i: np.concatenate([part[i] for _, part in parts])
-        return Events(
-            ids=joined(1), sequence=np.repeat([part[0] for _, part in parts], sizes), position=joined(2),
-            keep=joined(3), block=np.repeat([b for b, _ in parts], sizes), latent=joined(4), value=joined(5),
-            token=np.concatenate([part[6] + start for (_, part), start in zip(parts, starts, strict=True)]),
-        )  # fmt: skip
+    def text(self) -> SampledText:
+        parts = [part for b in sorted(self.blocks) for _, part in sorted(self.blocks[b].items())]
+        starts = np.cumsum([0] + [len(part.ids) for part in parts])
+        parts = [part._replace(token=part.token + start) for part, start in zip(parts, starts, strict=False)]
+        return SampledText(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 class FeatureTables:
-    """Of the latents asked for, on the CPU, over all tokens that count:
+    """Exact tables of the latents asked for, on the CPU, over all tokens that count.
 
-    histogram (F, bins), sums (F,) of activations, positions (F, P) and all_positions (P,), how many activations and
-    tokens lie in each part of a sequence; of the R strongest contexts, at most one per sequence and of equal ones the
-    earlier: peaks (F, R), places (F, R, 2) as sequence and position, ids (F, R, W) with -1 for no token, and values
-    (F, R, W), in no order. With R = 20 and W = 49 that is 10 kB a latent: 14 MB for 1,536 latents, 310 MB for 32,768.
+    histogram (F, bins). sums (F,) of activations. positions (F, P), all_positions (P,): activations and tokens in each
+    part of a sequence. The R strongest contexts, at most one per sequence and of equal ones the earlier: peaks (F, R),
+    places (F, R, 2) as sequence and position, ids (F, R, W) with -1 for no token, values (F, R, W); unordered until
+    `finish`. With R = 20 and W = 49 that is 10 kB a latent: 14 MB for 1,536 latents, 310 MB for 32,768.
     """
 
     def __init__(
-        self, sae: SAE, features: Sequence[int], *, top_k: int, context_tokens: int,
-        sample_tokens: int = SAMPLE_TOKENS, seed: int = 0,
-    ):  # fmt: skip
+        self, sae: SAE, features: Sequence[int], *, top_k: int, context_tokens: int, sample: Sample | None = None
+    ):
         for i in features:
             require(0 <= i < sae.d_sae, f"feature {i} was asked for; this SAE has 0 to {sae.d_sae - 1}")
         self.latents = sorted(set(features or range(sae.d_sae)))
@@ -164,20 +153,17 @@ class FeatureTables:
         self.places = torch.zeros(F, R, 2, dtype=torch.int32)
         self.ids = torch.full((F, R, W), -1, dtype=torch.int32)
         self.values = torch.zeros(F, R, W)
-        self.least = torch.zeros(F)  # what a context must exceed to be among the strongest, as far as known
-        self.sample = Sample(sample_tokens, seed=seed)
+        self.least = torch.zeros(F)  # a lower bound of the weakest of the strongest contexts
+        self.sample = sample or Sample()
         self._waiting: list[Candidates] = []
 
-    def add(self, ids: Tensor, valid: Tensor, keep: Tensor, codes: Codes, *, first: int) -> None:
-        """Add N sequences, numbered from `first`: ids, valid and keep (N, T), and the codes of the valid tokens.
-
-        Only kept tokens count and can be a peak; windows show what the latent does at the others too.
-        """
+    def add(self, batch: Batch) -> None:
+        ids, valid, keep, codes, _ = batch
         assert codes.indices is not None
-        codes = Codes(codes.indices.cpu(), codes.values.cpu().float().abs())  # of latents with a sign, the size
+        codes = Codes(codes.indices.cpu(), codes.values.cpu().float().abs())  # latents with a sign count by their size
+        self.sample.add(batch._replace(codes=codes))
         rows, values = self.row[codes.indices], codes.values
         places = valid.flatten().nonzero()[:, 0]  # n * T + t
-        self.sample.add(ids, valid, keep, codes, first=first)
         T, K = ids.shape[1], rows.shape[1]
         counted = (values > 0) & keep.flatten()[places][:, None]
         if len(self.latents) < len(self.row):
@@ -193,20 +179,20 @@ class FeatureTables:
         self.sums.index_add_(0, f, v.double())
         high = (v > self.least[f]).nonzero()[:, 0]
         if len(high):
-            self._consider(f[high], v[high], places[events[high] // K], ids, valid, rows, values, first)
+            self._consider(f[high], v[high], places[events[high] // K], batch, rows, values)
 
-    def _consider(
-        self, f: Tensor, v: Tensor, p: Tensor, ids: Tensor, valid: Tensor, rows: Tensor, values: Tensor, first: int
-    ) -> None:
-        """Let each latent's peak in each sequence wait, with its window; f, v, p: activations high enough, by token."""
+    def _consider(self, f: Tensor, v: Tensor, p: Tensor, batch: Batch, rows: Tensor, values: Tensor) -> None:
+        """Let the peak of each latent in each sequence wait, with its window. f, v, p: row, value and place (n * T + t)
+        of the activations that are large enough, by token; rows, values (B, K): those of all valid tokens."""
+        ids, valid, _, _, first = batch
         N, T = ids.shape
-        order = v.sort(descending=True, stable=True).indices  # of equal ones the first token
+        order = v.sort(descending=True, stable=True).indices  # equal ones by token
         group = (f * N + p // T)[order]
         group, again = group.sort(stable=True)
         best = order[again[torch.cat((group.new_ones(1), group.diff())) > 0]]
         f, v, p = f[best], v[best], p[best]
         half, rows = self.ids.shape[2] // 2, rows.int()
-        token_at = torch.full((N * T,), -1)  # where among the valid tokens a place is
+        token_at = torch.full((N * T,), -1)  # place -> index among the valid tokens
         token_at[valid.flatten()] = torch.arange(len(rows))
         reach = torch.arange(-half, half + 1)
         for c in torch.arange(len(f)).split(max(1, (1 << 21) // (len(reach) * rows.shape[1]))):
@@ -221,7 +207,7 @@ class FeatureTables:
             self._settle()
 
     def _settle(self) -> None:
-        """Let the waiting contexts take the places of weaker ones."""
+        """Let the waiting contexts replace weaker ones."""
         if not self._waiting:
             return
         new = Candidates(*(torch.cat(x) for x in zip(*self._waiting, strict=True)))
@@ -237,7 +223,7 @@ class FeatureTables:
         stays = np.zeros(len(order), dtype=bool)
         stays[order[rank < R]] = True
         n_old = len(touched) * R
-        free = torch.from_numpy(np.flatnonzero(~stays[:n_old]))  # by row; as many of each as there are new ones
+        free = torch.from_numpy(np.flatnonzero(~stays[:n_old]))  # by row; each row frees as many as it takes in
         came = torch.from_numpy(np.flatnonzero(stays[n_old:]))
         came = came[new.row[came].sort(stable=True).indices]
         slot = touched[free // R] * R + free % R
@@ -254,27 +240,22 @@ class FeatureTables:
         for name in ("histogram", "sums", "positions", "all_positions"):
             getattr(self, name).add_(getattr(other, name))
         f, r = (other.peaks > 0).nonzero(as_tuple=True)
-        place = other.places[f, r].long()
-        self._waiting = [
-            Candidates(f, other.peaks[f, r], place[:, 0], place[:, 1], other.ids[f, r], other.values[f, r])
-        ]
+        sequence, position = other.places[f, r].long().unbind(1)
+        new = Candidates(f, other.peaks[f, r], sequence, position, other.ids[f, r], other.values[f, r])
+        self._waiting = [new]
         self._settle()
         self.sample.merge(other.sample)
         self.totals.merge(other.totals)
 
     def finish(self) -> None:
-        """Put the strongest contexts in order; after this the tables can be read."""
+        """Sort the strongest contexts; the tables can be read from now on."""
         self._settle()
         order = torch.from_numpy(np.lexsort((self.places[:, :, 0].numpy(), -self.peaks.numpy()), axis=1))
         self.peaks, self.places = self.peaks.gather(1, order), self.places[torch.arange(len(order))[:, None], order]
-        for block in torch.arange(len(order)).split(1024):  # in place: these are the large ones
+        for block in torch.arange(len(order)).split(1024):  # in place, as these are large
             for table in (self.ids, self.values):
                 table[block] = table[block[:, None], order[block]]
 
     def live(self) -> list[int]:
         """The latents that fired, of those asked for."""
         return torch.tensor(self.latents)[self.histogram.any(1)].tolist()
-
-    def rows(self, latents: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """(latent, its row)."""
-        return zip(latents, self.row[list(latents)].tolist(), strict=True)

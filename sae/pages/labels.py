@@ -1,9 +1,9 @@
-"""A short label for every feature without any other model: a rule over its own statistics, with measured quality.
+"""A short label for every feature, without another model: a rule over its own statistics, with measured quality.
 
-A rule names tokens, each as such or only where something holds: after some other, in a comment, in a list, in a line
-that begins with `return`. Or it is a set of values of one property of tokens: how they begin or end, the word they are
-part of, where they are. One half of the sampled text decides which; precision and recall are measured on the other. A
-token counts as the feature's own if the feature is active on it at all, however weakly.
+A rule names tokens, each everywhere or only in some place: after another token, in a comment, in a list, in a line that
+begins with `return`. Or it is a set of values of one property of tokens: their first or last letters, the word that
+they are part of, their position. It is made from one half of the sampled text; precision and recall are measured on the
+other. A feature counts as active on a token however weak the activation.
 
 Letters: S tokens of the sample, E activations, F rows (latents asked for), G values of a property, C pairs of a row and
 a value.
@@ -13,26 +13,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from sae.pages.feature_tables import POSITIONS, Events
+from sae.pages.feature_tables import POSITIONS, SampledText
 from sae.pages.syntax import KINDS, PLACES, STATEMENTS, TOP, annotate
 
 N_NAMED = 4  # values that a short label names
-MANY = 50  # more values are a mix
+MANY = 50  # a rule with more values is called a mix
 LONGEST = 60  # characters of a token or word
-LEAST = 2  # activations on a value, for it to be chosen
-# Weight of recall over precision in the score: on other text it is recall that falls, by all that was not met before.
-BETA2 = 2.0
+LEAST = 2  # a rule takes no value with fewer activations
+BETA2 = 2.0  # weight of recall over precision in the score, as it is recall that falls on other text
 
 
-@dataclass(frozen=True)
-class Label:
-    """short and whole: the rule in words; precision: share of the tokens it names that the feature is active on;
-    recall: share of the tokens that the feature is active on that it names. Both on text it was not made from."""
+class Label(NamedTuple):
+    """short, whole: the rule in words. precision: share of its tokens that the feature is active on; recall: share of
+    the feature's active tokens that it names; both on text that it was not made from."""
 
     short: str
     whole: str
@@ -41,8 +38,9 @@ class Label:
 
 
 class Property(NamedTuple):
-    """A property that each token has one value of: values (S,) int64 in 0..G-1, what value i is called, and how a set
-    of names is put. A name is the token or thing, and where it stands: (`x`, " after ", `y`), (`x`, "", "")."""
+    """A property of which each token has one value: values (S,) int64 in 0..G-1, the name of value i, and a form for a
+    set of names. A name has three parts, so that lists can share them: (`x`, " after ", `y`), or (`x`, "", "").
+    """
 
     values: np.ndarray
     name: Callable[[int], tuple[str, str, str]]
@@ -50,10 +48,10 @@ class Property(NamedTuple):
 
 
 def number(*columns: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(S,) int64: each combination of values as a number from 0 on; and what each number stands for, by column."""
+    """(S,) int64: the number, from 0 on, of each combination of values; and the values that each number means."""
     code = np.zeros(len(columns[0]), dtype=np.int64)
     for column in columns:
-        if column.dtype == object:  # strings, which an array of numpy's gives as much room as the longest each
+        if column.dtype == object:  # strings; a numpy string array would make room for the longest in every place
             index = {value: i for i, value in enumerate(sorted(set(column)))}
             inverse = np.array([index[value] for value in column], dtype=np.int64)
         else:
@@ -64,7 +62,7 @@ def number(*columns: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def quoted(text: str) -> str:
-    """A token as a label shows it: `self`, or spelled out where that would not be seen."""
+    """A token in backticks, as labels show it; invisible characters are spelled out."""
     if len(text) > LONGEST:
         text = text[: LONGEST - 3] + "..."
     plain = text.isprintable() and "`" not in text
@@ -76,18 +74,14 @@ def quoted(text: str) -> str:
 
 
 def properties(
-    events: Events, token_str: Callable[[int], str], special_ids: Collection[int]
+    sample: SampledText, token_str: Callable[[int], str], special_ids: Collection[int]
 ) -> tuple[dict[str, Property], dict[str, Property]]:
-    """All that labels speak of, for the tokens of a sample: properties that stand alone, and where a token stands, each
-    combined with the token."""
-    ids = events.ids.astype(np.int64)
-    texts = np.array([token_str(i) for i in range(int(ids.max(initial=0)) + 1)], dtype=object)
-    before = _shifted(ids, events, 1)
-    stripped = np.array([t.strip() for t in texts], dtype=object)
-    lowered = np.array([t.lower() for t in stripped], dtype=object)
-    end = np.array([t[-3:] if len(t) > 3 else "" for t in stripped], dtype=object)
-    start = np.array([t[:3] if len(t) > 3 else "" for t in stripped], dtype=object)
-    kind, place, statement, word, part, head = _layout(events, texts, special_ids)
+    """The properties that labels speak of: those that stand alone, and those that refine a token by its place."""
+    ids = sample.ids.astype(np.int64)
+    texts = [token_str(i) for i in range(int(ids.max(initial=0)) + 1)]
+    of_token = lambda f: np.array([f(t.strip()) for t in texts], dtype=object)[ids]
+    before = _shifted(ids, sample, 1)
+    kind, place, statement, part, word, head = _layout(sample, texts, special_ids)
     said = lambda t: quoted(str(t))
     token = lambda i: said(texts[i]) if i >= 0 else "the beginning"
 
@@ -96,32 +90,28 @@ def properties(
         return Property(code, lambda i: (name(values[i]), "", ""), form)
 
     def where(column: np.ndarray, form: str, name: Callable, otherwise: str = "") -> Property:
-        """A token, and where it stands. `otherwise`: what is said where there is no name, which is ""."""
+        """A token and its place. otherwise: said of places without a name."""
         code, (tokens, values) = number(ids, column)
+        said_of = lambda what: (form, what) if what else (" ", otherwise)
+        return Property(code, lambda i: (token(tokens[i]), *said_of(name(values[i]))))
 
-        def named(i: int) -> tuple[str, str, str]:
-            what = name(values[i])
-            return (token(tokens[i]), form, what) if what else (token(tokens[i]), " ", otherwise)
-
-        return Property(code, named)
-
-    part_of_sequence = np.searchsorted(np.array(POSITIONS), events.position, side="right") - 1
-    syntax = number(kind, place, statement)
+    part_of_sequence = np.searchsorted(np.array(POSITIONS), sample.position, side="right") - 1
+    code, roles = number(kind, place, statement)
     single = {
         "token": alone(ids, token),
-        "word": alone(lowered[ids], said, "{} (any case)"),
-        "end": alone(end[ids], lambda t: f"-{t}" if t else "(short ones)", "tokens ending in {}"),
-        "start": alone(start[ids], lambda t: f"{t}-" if t else "(short ones)", "tokens beginning with {}"),
+        "word": alone(of_token(str.lower), said, "{} (any case)"),
+        "end": alone(of_token(lambda t: t[-3:] if len(t) > 3 else ""), _short("-{}"), "tokens ending in {}"),
+        "start": alone(of_token(lambda t: t[:3] if len(t) > 3 else ""), _short("{}-"), "tokens beginning with {}"),
         "before": alone(before, token, "after {}"),
-        "next": alone(_shifted(ids, events, -1), token, "before {}"),
+        "next": alone(_shifted(ids, sample, -1), token, "before {}"),
         "whole word": alone(word, lambda w: said(w) if w else "no word", "part of {}"),
         "position": alone(part_of_sequence, lambda p: str(POSITIONS[p]), "in parts of a sequence from token {} on"),
         "line": alone(head, lambda h: said(h) if h else "(nothing yet)", "in lines that begin with {}"),
-        "syntax": Property(syntax[0], _syntax_names(syntax[1])),
+        "syntax": Property(code, lambda i: _role(*(int(x[i]) for x in roles))),
     }
     within = {
         "before": where(before, " after ", token),
-        "two before": where(_shifted(ids, events, 2), " two after ", token),
+        "two before": where(_shifted(ids, sample, 2), " two after ", token),
         "line": where(head, " in lines that begin with ", lambda h: said(h) if h else "", "at the beginning of lines"),
         "kind": where(kind, " ", lambda k: _kind(KINDS[k]), "outside of code"),
         "place": where(place, " ", lambda p: PLACES[p], "outside of code"),
@@ -134,6 +124,10 @@ def properties(
 PARTS = ("outside of words", "as a whole word", "beginning a word", "within a word", "ending a word")
 
 
+def _short(form: str) -> Callable[[str], str]:
+    return lambda t: form.format(t) if t else "(short ones)"
+
+
 def _kind(name: str) -> str:
     return name and f"{'in' if name in ('a comment', 'a docstring', 'a string') else 'as'} {name}"
 
@@ -142,61 +136,53 @@ def _statement(s: int) -> str:
     return STATEMENTS[s] if " " in STATEMENTS[s] else f"'{STATEMENTS[s]}'"
 
 
-def _syntax_names(parts: Sequence[np.ndarray]) -> Callable[[int], tuple[str, str, str]]:
-    """What combinations of kind, place and statement, numbered as `number` does, are called."""
-
-    def name(i: int) -> tuple[str, str, str]:
-        k, p, s = (int(x[i]) for x in parts)
-        first = KINDS[k] + (f" {PLACES[p]}" if p and PLACES[p] != TOP else "") if k else "what is no code"
-        inside = s and KINDS[k] not in ("", "a comment", "a docstring")
-        return (first, " in ", _statement(s)) if inside else (first, "", "")
-
-    return name
+def _role(kind: int, place: int, statement: int) -> tuple[str, str, str]:
+    """The name of a combination of roles in Python's syntax."""
+    if not kind:
+        return ("what is no code", "", "")
+    name = KINDS[kind] + (f" {PLACES[place]}" if place and PLACES[place] != TOP else "")
+    inside = statement and KINDS[kind] not in ("a comment", "a docstring")
+    return (name, " in ", _statement(statement)) if inside else (name, "", "")
 
 
-def _shifted(x: np.ndarray, events: Events, by: int) -> np.ndarray:
-    """The token `by` places before each (or, below 0, after it), -1 beyond its sequence."""
-    n, out = abs(by), np.full_like(x, -1)
-    same = events.sequence[n:] == events.sequence[:-n]
-    if by > 0:
-        out[n:][same] = x[:-n][same]
-    else:
-        out[:-n][same] = x[n:][same]
+def _shifted(ids: np.ndarray, sample: SampledText, by: int) -> np.ndarray:
+    """The token `by` places before each one (below 0: after it), -1 beyond its sequence."""
+    n, out = abs(by), np.full_like(ids, -1)
+    same = sample.sequence[n:] == sample.sequence[:-n]
+    to, source = (slice(n, None), slice(-n)) if by > 0 else (slice(-n), slice(n, None))
+    out[to][same] = ids[source][same]
     return out
 
 
-def _layout(events: Events, texts: np.ndarray, special_ids: Collection[int]) -> list[np.ndarray]:
-    """Of each token, read as part of its document: kind, place and statement in Python's syntax, the word it is part
-    of, which part (PARTS), the first token of its line, and whether that stands before it."""
-    S = len(events.ids)
-    kind, place, statement, part = (np.zeros(S, dtype=np.int64) for _ in range(4))
+def _layout(sample: SampledText, texts: Sequence[str], special_ids: Collection[int]) -> tuple[np.ndarray, ...]:
+    """Each token's (S,) kind, place and statement in Python's syntax, its part (PARTS) of a word, that word, and the
+    first token of its line, "" for that token itself."""
+    S = len(sample.ids)
+    codes = np.zeros((4, S), dtype=np.int64)
     word, head = (np.full(S, "", dtype=object) for _ in range(2))
-    special = np.isin(events.ids, list(special_ids))
-    apart = np.diff(events.sequence, prepend=-9) > 1
+    special = np.isin(sample.ids, list(special_ids))
+    apart = np.diff(sample.sequence, prepend=-9) > 1
     begins = np.flatnonzero(apart | special | np.concatenate(([True], special[:-1])))
-    for a, b in zip(begins, [*begins[1:], S], strict=True):
+    for a, b in zip(begins, [*begins[1:], S], strict=True):  # a document, or a part of one
         if special[a]:
             continue
-        pieces = [texts[i] for i in events.ids[a:b]]
+        pieces = [texts[i] for i in sample.ids[a:b]]
         starts = np.cumsum([0] + [len(p) for p in pieces])
         text = "".join(pieces)
         at = np.minimum([s + len(p) - len(p.lstrip()) for s, p in zip(starts, pieces, strict=False)], len(text) - 1)
         known = annotate(text)
         if known is not None:
-            kind[a:b], place[a:b], statement[a:b] = known[:, at]
+            codes[:3, a:b] = known[:, at]
         for match in re.finditer(r"\w+", text):
-            i, j = np.searchsorted(at, match.span())
-            word[a + i : a + j] = match.group()
-            part[a + i : a + j] = 3
+            i, j = a + np.searchsorted(at, match.span())
+            word[i:j] = match.group()
             if j > i:
-                part[a + i], part[a + j - 1] = 2, 4
-            if j == i + 1:
-                part[a + i] = 1
+                codes[3, i:j] = [1] if j == i + 1 else [2, *[3] * (j - i - 2), 4]
         first = ""
         for n, piece in enumerate(pieces, int(a)):
             head[n] = first
             first = "" if "\n" in piece else first or piece.strip()
-    return [kind, place, statement, word, part, head]
+    return (*codes, word, head)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,8 +190,8 @@ def _layout(events: Events, texts: np.ndarray, special_ids: Collection[int]) -> 
 
 
 class Counted(NamedTuple):
-    """How often each row is active on each value of a property: row, value, hits (C,), by row and value, where it is at
-    all; totals (G,): tokens with each value."""
+    """How often each row is active on each value of a property: row, value, hits (C,), sorted by row and value, pairs
+    without a hit left out; totals (G,): tokens with each value."""
 
     row: np.ndarray
     value: np.ndarray
@@ -218,8 +204,8 @@ class Counted(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """Of every row what was chosen: row (C,), family (0 for a value as such, i for one of the ith refinement), value,
-    hits; score (F,)."""
+    """The rules of all rows: row, family (0 for a value of the root, i for one of the ith refinement), value and hits
+    (C,) of each value taken; score (F,)."""
 
     row: np.ndarray
     family: np.ndarray
@@ -228,29 +214,29 @@ class Rules(NamedTuple):
     score: np.ndarray
 
 
-def count(row: np.ndarray, value: np.ndarray, totals: np.ndarray, *, least: int = 1) -> Counted:
-    """row, value (E,): activations, and the value that the token of each has. Rarer pairs than `least` are left out."""
+def count_pairs(row: np.ndarray, value: np.ndarray, totals: np.ndarray, *, least: int = 1) -> Counted:
+    """row, value (E,): of each activation its row, and its token's value. Pairs with fewer hits are left out."""
     keys, hits = np.unique(row.astype(np.int64) * len(totals) + value, return_counts=True)
     often = hits >= least
     return Counted(*np.divmod(keys[often], len(totals)), hits[often], totals)
 
 
-def choose(root: Counted, finer: Sequence[tuple[Counted, np.ndarray]], n_active: np.ndarray) -> Rules:
-    """For each row the rule with the best score on the text at hand.
+def best_rules(root: Counted, finer: Sequence[tuple[Counted, np.ndarray]], n_active: np.ndarray) -> Rules:
+    """The rule with the best score for each row.
 
-    finer: refinements of root, with the value of root that each value of theirs lies in. Of each value of root a rule
-    takes all, or some values of one refinement, or nothing. Each value taken costs one hit, as if what was seen once
-    were left out, which keeps rules from learning the text by heart. Score: F-beta with that cost; n_active (F,):
-    activations of each row. A value is worth taking if its hits exceed its tokens times score / (1 + BETA2): from 0 on
-    the score grows until that is so of all that is taken, and then no rule has a better one (Dinkelbach's method).
-    Pairs with fewer hits than LEAST are left out by who counts.
+    finer: refinements of root, with the value of root that each of their values is part of. A rule takes each value of
+    root whole, or some values of one refinement of it, or not at all. n_active (F,): activations of each row. The score
+    is F-beta, where each value taken costs one hit, as if what was seen once were left out: this keeps rules from
+    learning the text by heart. A value is worth taking if its hits exceed its tokens times score / (1 + BETA2).
+    Starting at 0, the score grows until that holds of all values taken, and then no rule is better (Dinkelbach's
+    method). The caller leaves out pairs with fewer than LEAST hits.
     """
     F, keys = len(n_active), root.keys
     inside = [np.searchsorted(keys, c.row * len(root.totals) + parent[c.value]) for c, parent in finer]
     parts = list(zip((root, *(c for c, _ in finer)), (np.arange(len(keys)), *inside), strict=True))
     score = np.zeros(F)
     while True:
-        best, hits, named = np.zeros((3, len(keys)))  # of each value of root: what the best way to take it brings
+        best, hits, named = np.zeros((3, len(keys)))  # of the best way to take each value of root
         family = np.full(len(keys), -1)
         taken = []
         for i, (c, cell) in enumerate(parts):
@@ -268,14 +254,12 @@ def choose(root: Counted, finer: Sequence[tuple[Counted, np.ndarray]], n_active:
         score = np.maximum(new, score)
     chosen = [good & (family[cell] == i) for i, (good, (_, cell)) in enumerate(zip(taken, parts, strict=True))]
     joined = lambda get: np.concatenate([get(c)[here] for (c, _), here in zip(parts, chosen, strict=True)])
-    return Rules(
-        joined(lambda c: c.row), np.repeat(np.arange(len(parts)), [here.sum() for here in chosen]),
-        joined(lambda c: c.value), joined(lambda c: c.hits), score,
-    )  # fmt: skip
+    families = np.repeat(np.arange(len(parts)), [here.sum() for here in chosen])
+    return Rules(joined(lambda c: c.row), families, joined(lambda c: c.value), joined(lambda c: c.hits), score)
 
 
-def measure(rules: Rules, families: Iterable[Counted], n_active: np.ndarray) -> np.ndarray:
-    """(2, F): precision and recall of rules on the text that families (root and refinements) and n_active are of."""
+def precision_recall(rules: Rules, families: Iterable[Counted], n_active: np.ndarray) -> np.ndarray:
+    """(2, F): precision and recall of rules on the text that families (root and refinements) and n_active count."""
     F = len(n_active)
     hits, named = np.zeros(F), np.zeros(F)
     for i, c in enumerate(families):
@@ -289,46 +273,46 @@ def measure(rules: Rules, families: Iterable[Counted], n_active: np.ndarray) -> 
 
 
 def make_labels(
-    events: Events, row_of: np.ndarray, token_str: Callable[[int], str], special_ids: Collection[int]
+    sample: SampledText, row_of: np.ndarray, token_str: Callable[[int], str], special_ids: Collection[int]
 ) -> list[Label | None]:
-    """A label for each row, row_of (d_sae,) saying which row a latent has, -1 for none; None for a row that is silent
-    in the half that rules are made from.
+    """A label for each row; None for a row that is silent in the half that rules are made from.
 
-    The halves are one behind the other: were they interleaved, each would have parts of the other's documents.
+    row_of (d_sae,): the row of each latent, -1 for none. The halves follow each other: were they interleaved, each
+    would have parts of the other's documents.
     """
-    on = events.keep[events.token] & (row_of[events.latent] >= 0)
-    row, token = row_of[events.latent[on]].astype(np.int64), events.token[on]
+    on = sample.keep[sample.token] & (row_of[sample.latent] >= 0)
+    row, token = row_of[sample.latent[on]].astype(np.int64), sample.token[on]
     n_rows = int(row_of.max()) + 1
-    half = (events.sequence > events.sequence[(len(events.sequence) - 1) // 2]).astype(np.int64)  # 1: to measure
+    half = (sample.sequence > sample.sequence[(len(sample.sequence) - 1) // 2]).astype(np.int64)  # 1: to measure
     mine = [half[token] == h for h in (0, 1)]
     rows, tokens = ([x[here] for here in mine] for x in (row, token))
     n_active = [np.bincount(r, minlength=n_rows) for r in rows]
 
     def counted(property: Property, h: int) -> Counted:
         v, G = property.values, int(property.values.max(initial=0)) + 1
-        totals = np.bincount(v[events.keep & (half == h)], minlength=G)
-        return count(rows[h], v[tokens[h]], totals, least=1 if h else LEAST)
+        totals = np.bincount(v[sample.keep & (half == h)], minlength=G)
+        return count_pairs(rows[h], v[tokens[h]], totals, least=1 if h else LEAST)
 
-    single, within = properties(events, token_str, special_ids)
+    single, within = properties(sample, token_str, special_ids)
     best = np.zeros(n_rows)
     labels: list[Label | None] = [None] * n_rows
     for name, property in single.items():
         families = [property, *(within.values() if name == "token" else ())]
         finer = [(counted(family, 0), _parents(family.values, property.values)) for family in families[1:]]
-        rules = choose(counted(property, 0), finer, n_active[0])
-        precision, recall = measure(rules, (counted(family, 1) for family in families), n_active[1])
-        order = np.lexsort((-rules.hits, rules.row))
+        rules = best_rules(counted(property, 0), finer, n_active[0])
+        quality = precision_recall(rules, (counted(family, 1) for family in families), n_active[1]).tolist()
+        order = np.lexsort((-rules.hits, rules.row))  # the most frequent value first
         starts = np.searchsorted(rules.row[order], np.arange(n_rows + 1))
         for f in np.flatnonzero(rules.score > best):
-            taken = order[starts[f] : starts[f + 1]]  # the most frequent first
+            taken = order[starts[f] : starts[f + 1]]
             names = [families[i].name(int(v)) for i, v in zip(rules.family[taken], rules.value[taken], strict=True)]
-            labels[f] = Label(*in_words(names, property.form), float(precision[f]), float(recall[f]))
+            labels[f] = Label(*in_words(names, property.form), *(x[f] for x in quality))
         best = np.maximum(best, rules.score)
     return labels
 
 
 def _parents(finer: np.ndarray, root: np.ndarray) -> np.ndarray:
-    """(G,): the value of root that tokens with each value of finer have."""
+    """(G,): the value of root that each value of finer is part of."""
     found = np.zeros(int(finer.max(initial=0)) + 1, dtype=np.int64)
     found[finer] = root
     return found
@@ -345,7 +329,7 @@ def in_words(names: Sequence[tuple[str, str, str]], form: str = "{}") -> tuple[s
 
 
 def _listed(names: Sequence[tuple[str, str, str]]) -> str:
-    """`a`, `b` in a comment; `c` after `d`, `e`: what two names share is said once."""
+    """`a`, `b` in a comment; `c` after `d`, `e`: shared parts are said once."""
     places: dict[tuple[str, str], list[str]] = {}
     for what, form, where in dict.fromkeys(names):
         places.setdefault((what, form), []).append(where)
@@ -356,14 +340,17 @@ def _listed(names: Sequence[tuple[str, str, str]]) -> str:
 
 
 def distribution(labels: Sequence[Label | None]) -> list[str]:
-    """How good they are, in lines to read."""
+    """The quality of labels as a histogram in lines of text."""
     made = [label for label in labels if label is not None]
     least = np.array([min(label.precision, label.recall) for label in made])
     edges = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.01)
     counts = np.histogram(least, edges)[0]
     good = int((least >= 0.5).sum())
-    lines = [f"labels: {good} of {len(labels)} live features have precision and recall >= 0.5 on held-out text "
-             f"({good / max(1, len(labels)):.1%})", "the lesser of the two, and features:"]  # fmt: skip
-    bars = [f"  {a:.1f} to {min(1, b):.1f} {n:6} {'#' * round(50 * n / max(1, counts.max()))}"
-            for a, b, n in zip(edges, edges[1:], counts, strict=False)]  # fmt: skip
-    return lines + bars
+    shown = f"{good} of {len(labels)} live features have precision and recall >= 0.5"
+    lines = [
+        f"labels: {shown} on held-out text ({good / max(1, len(labels)):.1%})",
+        "the lesser of the two, and features:",
+    ]
+    for a, b, n in zip(edges, edges[1:], counts, strict=False):
+        lines.append(f"  {a:.1f} to {min(1, b):.1f} {n:6} {'#' * round(50 * n / max(1, counts.max()))}")
+    return lines

@@ -294,7 +294,7 @@ def test_pages_are_not_added_to_broken_ones(tmp_path):
     whole = (folder / "features.jsonl").read_text()
     (folder / "features.jsonl").write_text(whole[:-200])  # half a line
     before = sorted(p.name for p in folder.rglob("*"))
-    with pytest.raises(UserError, match="is no feature's record"):
+    with pytest.raises(UserError, match="line 3 is not json"):
         write(folder, found[3:])
     assert sorted(p.name for p in folder.rglob("*")) == before
     assert [p.name for p in tmp_path.iterdir()] == ["features"]

@@ -14,7 +14,7 @@ import pytest
 from sae import log
 from sae.config import UserError
 from sae.pages import explainer
-from sae.pages.explainer import Endpoint, Example, Explainer, accuracy, examples, explained, marked, read_list
+from sae.pages.explainer import Endpoint, Example, Explainer, accuracy, examples, marked, read_list, with_explanation
 from sae.pages.records import Context, FeatureRecord, read_features
 from scripts import sae_viz
 from tests.test_feature_viz import run_folder as run_folder
@@ -92,20 +92,20 @@ def model(monkeypatch):
 def test_a_right_explanation_scores_1(model, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOSAE_API_KEY", "secret-key")
     asked = Explainer(Endpoint(model.url, "tiny"), tmp_path / "journal.jsonl")
-    cost = asked.estimate(RECORDS)
-    found = asked.run(RECORDS)
+    cost = asked.estimate(RECORDS, RECORDS)
+    found = asked.run(RECORDS, RECORDS)
     for r in RECORDS:
         assert found[r.latent].text == f"the word {WORDS[r.latent]}"
         assert found[r.latent].detection == pytest.approx(0.5, abs=0.5)
         assert found[r.latent].fuzzing == 1.0
-        assert explained(r, found[r.latent]).explanation == found[r.latent].text
+        assert with_explanation(r, found[r.latent]).explanation == found[r.latent].text
     assert cost["questions"] == len(model.asked) == 5 * (1 + 4 + 4)
     chars = sum(len(system) + len(user) for *_, system, user in model.asked)
     assert cost["tokens_in"] == pytest.approx(chars / explainer.CHARS_PER_TOKEN, rel=0.1)
     assert {(path, name) for path, name, *_ in model.asked} == {("/v1/chat/completions", "tiny")}
     assert set(model.keys) == {"Bearer secret-key"}
     assert "secret" not in (tmp_path / "journal.jsonl").read_text()
-    assert explained(RECORDS[0], None) == RECORDS[0]
+    assert with_explanation(RECORDS[0], None) == RECORDS[0]
 
 
 def test_a_wrong_explanation_scores_by_chance(model, tmp_path):
@@ -175,17 +175,17 @@ def test_a_run_that_was_cut_off_goes_on(model, tmp_path):
     journal = tmp_path / "deep" / "journal.jsonl"
     model.faults = [None] * 20 + [400]  # in the third feature
     with pytest.raises(UserError, match="400"):
-        Explainer(Endpoint(model.url, "tiny"), journal).run(RECORDS)
+        Explainer(Endpoint(model.url, "tiny"), journal).run(RECORDS, RECORDS)
     with journal.open("a") as f:
         f.write('{"latent": 2, "text": "half a li')
     again = Explainer(Endpoint(model.url, "tiny"), journal)
     assert sorted(again.done) == [0, 1]
     n = len(model.asked)  # two features, and two questions of the third
-    assert again.estimate(RECORDS)["questions"] == 27
-    assert sorted(again.run(RECORDS)) == [0, 1, 2, 3, 4]
+    assert again.estimate(RECORDS, RECORDS)["questions"] == 27
+    assert sorted(again.run(RECORDS, RECORDS)) == [0, 1, 2, 3, 4]
     assert len(model.asked) == n + 27
     last = Explainer(Endpoint(model.url, "tiny"), journal)
-    assert last.run(RECORDS) == again.done
+    assert last.run(RECORDS, RECORDS) == again.done
     assert len(model.asked) == n + 27
     assert Explainer(Endpoint(model.url, "another"), journal).done == {}
 

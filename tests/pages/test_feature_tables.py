@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sae.config import SAEConfig
 from sae.kernels.sparse import Codes
 from sae.models import create_sae
-from sae.pages.feature_tables import BLOCK, EDGES, POSITIONS, FeatureTables, Sample, bins
+from sae.pages.feature_tables import BLOCK, EDGES, POSITIONS, SAMPLE_TOKENS, Batch, FeatureTables, Sample, bins
 
 
 @given(st.floats(2.0**-20, 2.0**20, width=32))
@@ -43,7 +43,7 @@ def test_the_merge_against_plain_python(data):
         part = slice(start, start + data.draw(st.integers(1, 4)))
         codes = Codes(indices[part][valid[part]], values[part][valid[part]])
         tables = data.draw(st.sampled_from(ranks))
-        tables.add(ids[part], valid[part], keep[part], codes, first=start)
+        tables.add(Batch(ids[part], valid[part], keep[part], codes, start))
         if data.draw(st.booleans()):
             tables._settle()
         start = part.stop
@@ -73,21 +73,21 @@ def test_the_merge_against_plain_python(data):
 
 
 def stream(n_sequences, *, T=16, F=40, K=3, seed=0):
-    """Batches of sequences with random codes: arguments of FeatureTables.add."""
+    """Batches of sequences with random codes."""
     g = torch.Generator().manual_seed(seed)
     for first in range(0, n_sequences, 4):
         indices = torch.rand(4 * T, F, generator=g).argsort(1)[:, :K]
         values = torch.rand(4 * T, K, generator=g)
         valid = torch.ones(4, T, dtype=torch.bool)
-        yield torch.randint(0, 9, (4, T), generator=g), valid, valid, Codes(indices, values), first
+        yield Batch(torch.randint(0, 9, (4, T), generator=g), valid, valid, Codes(indices, values), first)
 
 
-def filled(n_sequences, *, skip=lambda _: False, **settings):
+def filled(n_sequences, *, skip=lambda _: False, sample_tokens=SAMPLE_TOKENS, seed=0):
     sae = create_sae(SAEConfig(d_in=4, d_sae=40, k=3))
-    tables = FeatureTables(sae, (), top_k=3, context_tokens=2, **settings)
-    for *batch, first in stream(n_sequences):
-        if not skip(first):
-            tables.add(*batch, first=first)
+    tables = FeatureTables(sae, (), top_k=3, context_tokens=2, sample=Sample(sample_tokens, seed=seed))
+    for batch in stream(n_sequences):
+        if not skip(batch.first):
+            tables.add(batch)
     return tables
 
 
@@ -95,10 +95,11 @@ def test_latents_with_a_sign_count_by_their_size():
     """abstopk's latents fire both ways."""
     c = SAEConfig(d_in=4, d_sae=40, k=3)
     one, other = (FeatureTables(create_sae(c), (), top_k=3, context_tokens=2) for _ in range(2))
-    for ids, valid, keep, codes, first in stream(40):
+    for batch in stream(40):
+        codes = batch.codes
         signs = torch.where(codes.indices % 2 == 0, -1.0, 1.0)
-        one.add(ids, valid, keep, codes, first=first)
-        other.add(ids, valid, keep, Codes(codes.indices, codes.values * signs), first=first)
+        one.add(batch)
+        other.add(batch._replace(codes=Codes(codes.indices, codes.values * signs)))
     one.finish(), other.finish()
     assert int(other.histogram.sum()) == 3 * int(other.all_positions.sum())
     for name, table in vars(one).items():
@@ -114,7 +115,7 @@ def test_memory_does_not_grow_with_the_text():
         assert waiting < 4096 * 100
         tables.finish()
         sizes.append({k: v.nbytes for k, v in vars(tables).items() if isinstance(v, torch.Tensor)})
-        sizes[-1]["sample"] = sum(len(part[1]) for parts in tables.sample.blocks.values() for part in parts)
+        sizes[-1]["sample"] = sum(len(text.ids) for block in tables.sample.blocks.values() for text in block.values())
     assert sizes[0] == sizes[1]
     assert sizes[0]["sample"] == 2048
     per_latent = 4 * (len(EDGES) - 1) + 8 + 4 * len(POSITIONS) + 4 + 3 * (4 + 8 + 5 * (4 + 4))
@@ -133,9 +134,11 @@ def test_the_sample_is_whole_blocks_and_the_seeds_alone():
     one, other, again = (filled(800, sample_tokens=1280, seed=seed) for seed in (0, 1, 0))
     assert len(one.sample.blocks) == 1280 // (BLOCK * 16)
     assert one.sample.blocks.keys() == again.sample.blocks.keys() != other.sample.blocks.keys()
-    e = one.sample.events()
-    for block in np.unique(e.block):
-        assert np.unique(e.sequence[e.block == block]).tolist() == list(range(BLOCK * block, BLOCK * block + BLOCK))
+    e = one.sample.text()
+    for block in np.unique(e.sequence // BLOCK):
+        assert np.unique(e.sequence[e.sequence // BLOCK == block]).tolist() == list(
+            range(BLOCK * block, BLOCK * block + BLOCK)
+        )
     assert (np.diff(e.token) >= 0).all()
     assert len(e.latent) == 3 * len(e.ids)
     # what it holds is what was given
@@ -174,5 +177,5 @@ def test_ranks_sample_what_one_process_does(n_sequences):
     halves[0].finish()
     for name in ("histogram", "positions", "all_positions", "peaks", "places", "ids", "values"):
         assert torch.equal(getattr(whole, name), getattr(halves[0], name)), name
-    for a, b in zip(whole.sample.events(), halves[0].sample.events(), strict=True):
+    for a, b in zip(whole.sample.text(), halves[0].sample.text(), strict=True):
         assert np.array_equal(a, b)

@@ -9,17 +9,17 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from sae.pages.feature_tables import Events
+from sae.pages.feature_tables import SampledText
 from sae.pages.labels import (
     BETA2,
     LEAST,
     Label,
-    choose,
-    count,
+    best_rules,
+    count_pairs,
     distribution,
     in_words,
     make_labels,
-    measure,
+    precision_recall,
     properties,
     quoted,
 )
@@ -28,24 +28,21 @@ WORDS = ["alpha", " beta", " walking", " talking", "self", "(", ")", "\n    ", "
 BOS = len(WORDS) - 1
 
 
-def text(n_blocks=20, per_block=4, T=64, seed=0):
-    rng = np.random.default_rng(seed)
-    n = n_blocks * per_block
-    ids = rng.integers(0, BOS, (n, T))
+def text(n=80, T=64, seed=0):
+    ids = np.random.default_rng(seed).integers(0, BOS, (n, T))
     ids[:, 0] = BOS
-    return ids, np.repeat(np.arange(n_blocks), per_block)
+    return ids
 
 
-def events(ids, blocks, fires):
+def sampled(ids, fires):
     """fires (n, T, F) bool: where each latent is active."""
     n, T = ids.shape
     token, latent = np.nonzero(fires.reshape(n * T, -1))
-    return Events(
+    return SampledText(
         ids=ids.flatten().astype(np.int32),
         sequence=np.repeat(np.arange(n), T),
         position=np.tile(np.arange(T), n),
         keep=(ids != BOS).flatten(),
-        block=np.repeat(blocks, T),
         latent=latent.astype(np.int32),
         value=np.ones(len(token), np.float32),
         token=token,
@@ -53,9 +50,9 @@ def events(ids, blocks, fires):
 
 
 def label(fires_of):
-    ids, blocks = text()
+    ids = text()
     fires = fires_of(ids)[:, :, None] & (ids != BOS)[:, :, None]
-    (found,) = make_labels(events(ids, blocks, fires), np.zeros(1, dtype=np.int64), WORDS.__getitem__, {BOS})
+    (found,) = make_labels(sampled(ids, fires), np.zeros(1, dtype=np.int64), WORDS.__getitem__, {BOS})
     return found
 
 
@@ -89,19 +86,19 @@ def test_noise_gets_a_label_that_says_it_is_weak():
 
 def test_quality_is_that_of_the_other_half():
     """A latent that changes what it does between the halves: perfect where the rule is made, useless where measured."""
-    ids, blocks = text()
-    half = (blocks >= 10)[:, None]
+    ids = text()
+    half = (np.arange(len(ids)) >= 40)[:, None]
     fires = np.where(half == 0, ids == 0, ids == 1)[:, :, None]
-    (found,) = make_labels(events(ids, blocks, fires), np.zeros(1, dtype=np.int64), WORDS.__getitem__, {BOS})
+    (found,) = make_labels(sampled(ids, fires), np.zeros(1, dtype=np.int64), WORDS.__getitem__, {BOS})
     assert found == Label("`alpha`", "`alpha`", 0.0, 0.0)
     assert "0 of 1" in distribution([found])[0]
 
 
 def test_a_long_word_costs_its_length_once_and_is_cut_in_words():
     words = ["a" * 2000, *WORDS[1:]]
-    ids, blocks = text()
+    ids = text()
     ids[:, 1:] = 0  # every sequence is a word of 126,000 characters
-    sample = events(ids, blocks, (ids != BOS)[:, :, None])
+    sample = sampled(ids, (ids != BOS)[:, :, None])
     tracemalloc.start()
     (found,) = make_labels(sample, np.zeros(1, dtype=np.int64), words.__getitem__, {BOS})
     peak = tracemalloc.get_traced_memory()[1]
@@ -111,15 +108,15 @@ def test_a_long_word_costs_its_length_once_and_is_cut_in_words():
 
 
 def test_rows_are_those_asked_for_and_silent_ones_have_none():
-    ids, blocks = text()
+    ids = text()
     fires = np.stack([ids == 0, ids == 1, np.zeros_like(ids, bool)], -1)
     row_of = np.array([-1, 1, 0])
-    silent, found = make_labels(events(ids, blocks, fires), row_of, WORDS.__getitem__, {BOS})
+    silent, found = make_labels(sampled(ids, fires), row_of, WORDS.__getitem__, {BOS})
     assert silent is None
     assert found.short == "` beta`"
 
 
-def test_choose_and_measure_against_brute_force():
+def test_rules_and_their_quality_against_brute_force():
     """Of all rules that take each value whole, or some of its four finer values, or not at all, the best is found."""
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -129,9 +126,9 @@ def test_choose_and_measure_against_brute_force():
         token, row = np.nonzero(fires)
         n_active = fires.sum(0)
         both = [(row, v[token], np.bincount(v, minlength=m)) for v, m in ((fine // 4, G), (fine, 4 * G))]
-        often = [count(*x, least=LEAST) for x in both]
-        rules = choose(often[0], [(often[1], np.arange(4 * G) // 4)], n_active)
-        precision, recall = measure(rules, [count(*x) for x in both], n_active)
+        often = [count_pairs(*x, least=LEAST) for x in both]
+        rules = best_rules(often[0], [(often[1], np.arange(4 * G) // 4)], n_active)
+        precision, recall = precision_recall(rules, [count_pairs(*x) for x in both], n_active)
         for f in range(F):
             mine = rules.row == f
             named = np.isin(fine // 4, rules.value[mine & (rules.family == 0)])
@@ -160,7 +157,7 @@ def test_choose_and_measure_against_brute_force():
 def test_syntax_and_words_of_a_text():
     pieces = ["def", " run", "ning", "(", "self", ")", ":", "\n    ", "return", " self", ".", "x", "\n"]
     ids = np.tile(np.arange(len(pieces)), (4, 1))
-    e = events(ids, np.arange(4), np.zeros((*ids.shape, 1), bool))
+    e = sampled(ids, np.zeros((*ids.shape, 1), bool))
     e = e._replace(keep=np.ones_like(e.keep))
     single, within = properties(e, pieces.__getitem__, ())
     found = {**{f"token {key}": p for key, p in within.items()}, **single}
