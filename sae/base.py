@@ -96,10 +96,12 @@ class SAE(nn.Module):
         require(config.d_in is not None, "d_in is not known; give SAEConfig(d_in=width of the activations)")
         # only what an SAE is: a TrainConfig's model, folders and so on stay with the run
         own = {f.name: getattr(config, f.name) for f in fields(SAEConfig)}
-        self.config = SAEConfig(**{**own, "d_sae": n_latents(config), "d_out": config.d_out or config.d_in})
+        D = self.d_in = config.d_in or 0
+        self.d_out, self.d_sae = config.d_out or D, n_latents(config)
+        self.config = SAEConfig(**{**own, "d_sae": self.d_sae, "d_out": self.d_out})
         self.world, self.own = world, world.latents.range(self.d_sae)
         self._check_shards()
-        D, F = self.d_in, len(self.own)
+        F = len(self.own)
         # Layer norm belongs to the forward of a finished SAE; while training, the Learner normalises.
         self.layer_norm = config.normalize_activations == "layer_norm"
         self.packed: native.Packed | None = None
@@ -135,20 +137,8 @@ class SAE(nn.Module):
 
     @property
     def independent(self) -> bool:
-        """Whether a finished SAE's latents are chosen one by one, each by its own pre-activation."""
-        return True
-
-    @property
-    def d_in(self) -> int:
-        return self.config.d_in or 0
-
-    @property
-    def d_out(self) -> int:
-        return self.config.d_out or self.d_in
-
-    @property
-    def d_sae(self) -> int:
-        return n_latents(self.config)
+        """Whether a finished SAE chooses each latent by its own pre-activation: it has thresholds."""
+        return self.penalised or self.needs_batch(self.config)
 
     @property
     def unit_decoder(self) -> bool:
@@ -197,10 +187,8 @@ class SAE(nn.Module):
         k: latents to keep instead of config.k. whole: the result of `survey` for the batch that x is a part of.
         """
         x = self._flat(x)
-        inner, mean, std = layer_norm(x) if self.layer_norm else (x, None, None)
-        codes, source = self.codes(inner, k=k, whole=whole)
-        x_hat = self.predict(inner, codes)
-        return Output(x_hat if std is None or mean is None else x_hat * std + mean, codes, source)
+        codes, source = self.codes(layer_norm(x)[0] if self.layer_norm else x, k=k, whole=whole)
+        return Output(self.reconstruct_from(codes, x), codes, source)
 
     def unit(self, x: Tensor) -> Tensor | None:
         """(B, 1): the size of a unit of the decoder's output at each token of x (B, D); None for 1 everywhere."""

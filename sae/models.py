@@ -38,10 +38,6 @@ class TopK(SAE, kind="topk"):
     flags = frozenset({"k_decay_steps", "multi_topk"})
     saelens: ClassVar[str | None] = "topk"
 
-    @property
-    def independent(self) -> bool:
-        return False
-
     def codes(self, x: Tensor, *, k: int | None = None, whole: Tensor | None = None) -> tuple[Codes, Codes | None]:
         x, k = self.centred(x, held=True), k or self.config.k
         if not (self.config.multi_topk and self.training):
@@ -86,10 +82,6 @@ class BatchTopK(TopK, kind="batchtopk"):
 
     @classmethod
     def needs_batch(cls, c: SAEConfig) -> bool:  # noqa: ARG003
-        return True
-
-    @property
-    def independent(self) -> bool:
         return True
 
     def _make_biases(self, F: int) -> None:
@@ -183,10 +175,6 @@ class Matryoshka(BatchTopK, kind="matryoshka"):
     @classmethod
     def saved_as(cls, c: SAEConfig) -> str:
         return "jumprelu" if cls.needs_batch(c) else "topk"
-
-    @property
-    def independent(self) -> bool:
-        return self.needs_batch(self.config)
 
     def _choose(self, x: Tensor, k: int, whole: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         if not self.needs_batch(self.config):
