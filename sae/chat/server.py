@@ -67,7 +67,7 @@ class Job:
 
 @dataclass
 class Writer:
-    """The thread that has the model: takes the next event of every job in turn."""
+    """The thread that has the model. It writes the first AT_ONCE jobs in turn, one event of each at a time."""
 
     max_waiting: int
     jobs: deque[Job] = field(default_factory=deque)
@@ -93,20 +93,19 @@ class Writer:
             self.wake.notify()
 
     def _run(self) -> None:
-        active: deque[Job] = deque()
         while True:
             with self.wake:
-                self.wake.wait_for(lambda: self.closed or active or self.jobs)
+                self.wake.wait_for(lambda: self.closed or self.jobs)
                 if self.closed:
                     return
-                while self.jobs and (self.jobs[0].brief or len(active) < AT_ONCE):
-                    job = self.jobs.popleft()
-                    (active.appendleft if job.brief else active.append)(job)
-            job = active.popleft()
-            if not job.left and (event := _next_event(job.events)) is not None:
-                job.put(event)
-                if not _is_last(event):
-                    active.append(job)
+                job = self.jobs.popleft()
+            event = None if job.left else _next_event(job.events)
+            if event is None:
+                continue
+            job.put(event)
+            if not _is_last(event):
+                with self.wake:
+                    self.jobs.insert(AT_ONCE - 1, job)  # the last of those being written
 
 
 def _next_event(events: Iterator[Event]) -> Event | None:
@@ -204,7 +203,7 @@ def hosts_of(host: str, port: int) -> Callable[[str], bool]:
 async def read_json(request: Request) -> Any:
     """A request's body. Raises HTTPException."""
     if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-        raise HTTPException(415, "content-type application/json was wanted")
+        raise HTTPException(415, "the content-type must be application/json")
     try:
         return json.loads(await asyncio.wait_for(_body(request), BODY_SECONDS))
     except asyncio.TimeoutError as e:  # not TimeoutError in Python 3.10
@@ -298,7 +297,7 @@ class App:
         value = value if isinstance(value, dict) else {}
         token, ids = value.get("token"), value.get("ids")
         if type(token) is not int or not isinstance(ids, list) or len(ids) > self.most_tokens:
-            raise UserError("a token's id, the answer's ids up to it and its question were wanted")
+            raise UserError("expected a token's id, the answer's ids up to it and its question")
         n, ask = self.chat.lm.tokenizer.vocab_size, self._question(value.get("ask"))
         require(all(type(i) is int and 0 <= i < n for i in (token, *ids)), f"a token is a number from 0 to {n - 1}")
         why = lambda: self.chat.explain(ask, token, ids, place=max(0, len(ids) - 1))
@@ -317,7 +316,7 @@ class App:
         return as_json([{"latent": i, "label": notes.labels.get(i, "")} for i in found])
 
     def _question(self, value: Any) -> Ask:
-        require(isinstance(value, dict) and "messages" in value, "a json object with messages was wanted")
+        require(isinstance(value, dict) and "messages" in value, "expected a json object with messages")
         ask, most = build(Ask, value), self.most_tokens
         require(ask.max_new_tokens <= most, f"max_new_tokens={ask.max_new_tokens}; at most {most} are written here")
         return ask
