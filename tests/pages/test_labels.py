@@ -96,14 +96,14 @@ def test_quality_is_that_of_the_other_half():
 
 def test_a_long_word_costs_its_length_once_and_is_cut_in_words():
     words = ["a" * 2000, *WORDS[1:]]
-    ids = text()
+    ids = text(8)
     ids[:, 1:] = 0  # every sequence is a word of 126,000 characters
     sample = sampled(ids, (ids != BOS)[:, :, None])
     tracemalloc.start()
     (found,) = make_labels(sample, np.zeros(1, dtype=np.int64), words.__getitem__, {BOS})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 50e6
+    assert peak < 20e6  # a word for every token would take 60e6
     assert found.precision == found.recall == 1 and found.short == f"`{'a' * 57}...`"
 
 
