@@ -1,9 +1,8 @@
-"""Sparse encode and decode of chosen latents (selection.py), forward and backward: tensors in, tensors out. Knows no
-module and no config.
+"""Sparse encode and decode of selected latents (selection.py), forward and backward: tensors in, tensors out.
 
-Each operation has a plain twin (`*_reference`) that defines it in dense autograd; tests hold them together.
-Only the K kept latents of a token take part in the backward pass: no (B, F) gradient, no (B*K, D) tensor is made.
-On CPUs, float32 goes through native.cpp where that can be compiled (native.py); on CUDA, float32 and bfloat16 go
+Each operation has a plain twin (`*_reference`) that defines it in dense autograd; tests compare the two.
+Only the K kept latents of a token take part in the backward pass: no (B, F) gradient and no (B*K, D) tensor is made.
+On CPUs, float32 goes through native.cpp where it can be compiled (native.py); on CUDA, float32 and bfloat16 go
 through triton_kernels.py and triton_encoder.py where Triton is installed.
 
 Letters: B tokens in a batch, D width, F latents, K kept latents.
@@ -26,32 +25,32 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sae.kernels import native
 
 Pair = tuple[Tensor, Tensor]
-interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels then serve CPUs too, slowly
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels then run on CPUs too, slowly
 
 
 def compiled(*tensors: Tensor) -> Any:
-    """The compiled operations where these tensors lie, if they serve them: Triton on CUDA, C++ on CPUs; else None."""
+    """The compiled operations if they can take these tensors: Triton's on CUDA, C++ on CPUs; else None."""
     if tensors[0].device.type != "cuda" and not interpreted:
         return native.ops(*tensors)
     return _triton().ops(*tensors) if native.enabled and _triton() else None
 
 
 def encoder(x: Tensor, *tensors: Tensor) -> Any:
-    """What holds a compiled encoder that is worth it for tokens x; else None."""
-    if x.device.type != "cuda" and not interpreted:
-        return native.encoder(x, *tensors)
-    if len(x) < 32 or not compiled(x, *tensors):
-        return None
-    from sae.kernels import triton_encoder
+    """The compiled encoder if it can take these tensors, and if there are enough tokens in x to pay for rounding all
+    latents; else None. On CPUs it needs AVX2 or better."""
+    ops = compiled(x, *tensors) if len(x) >= 32 else None
+    if ops is not None and ops is _triton():
+        from sae.kernels import triton_encoder
 
-    return triton_encoder
+        return triton_encoder
+    return ops if hasattr(ops, "encode_top_k") else None
 
 
 @functools.cache
 def _triton() -> Any:
     try:
         from sae.kernels import triton_kernels
-    except ImportError:  # it is not in all builds of torch
+    except ImportError:  # not all builds of torch come with it
         return None
     return triton_kernels
 
@@ -69,7 +68,7 @@ def using(kernels: str) -> Iterator[None]:
 
 
 def status(device: torch.device) -> str:
-    """What runs on this device, in words."""
+    """The kernels that run on this device, in words."""
     if device.type != "cuda" and not interpreted:
         return native.status() if device.type == "cpu" else "plain torch"
     if not native.enabled:
@@ -83,7 +82,7 @@ class Codes(NamedTuple):
     """Latent activations, sparse where `indices` is given.
 
     indices (B, K) int64 and values (B, K): latent `indices[b, j]` of token b has activation `values[b, j]`; a value of
-    0 means "not active" and its index is meaningless. With offsets (B,), tokens have latents of their own number:
+    0 means "not active" and its index is meaningless. With offsets (B,), the number of latents differs by token:
     indices and values are flat (n,), and token b's begin at offsets[b]. With indices None, values is the dense (B, F).
     """
 
@@ -102,8 +101,7 @@ class Codes(NamedTuple):
         return zeros.index_put((rows_of(self.indices, self.offsets), self.indices), self.values, accumulate=True)
 
     def activity(self, n_latents: int) -> Pair:
-        """Active latents of each token (B,), counted after the selection and the ReLU, and on how many tokens each
-        latent is active (F,); int64."""
+        """How many latents are active on each token (B,), and on how many tokens each latent is active (F,); int64."""
         if self.indices is not None and (ops := compiled(self.values)):
             return ops.activity(self.indices.contiguous(), self.offsets, self.values.contiguous(), n_latents)
         active = self.values != 0
@@ -114,7 +112,7 @@ class Codes(NamedTuple):
         return l0, count(self.indices, n_latents, active)
 
     def each(self, of_latents: Tensor) -> Tensor:
-        """A number per latent (F,) at the place of each value (to be broadcast where values are dense)."""
+        """The number of each value's latent, from numbers (F,); for dense values these broadcast."""
         return of_latents if self.indices is None else of_latents[self.indices]
 
     def times(self, W: Tensor, bias: Tensor) -> Tensor:
@@ -135,14 +133,14 @@ class Codes(NamedTuple):
         return found.scatter_add_(1, column[self.indices], self.values)[:, :-1]
 
     def strongest(self, k: int) -> Codes:
-        """The same codes, of each token the k largest in size at most, in no particular order: (B, k or fewer). Reads
-        no device."""
+        """The same codes with at most the k largest in size of each token, in no particular order: (B, k or fewer).
+        Does not read the device."""
         if self.offsets is None and self.indices is not None and self.values.shape[1] <= k:
             return self
         if self.offsets is None or self.indices is None:
             best = self.values.abs().topk(min(k, self.values.shape[1]), dim=1, sorted=False).indices
             return Codes(best if self.indices is None else self.indices.gather(1, best), self.values.gather(1, best))
-        if len(self.offsets) == 1:  # a chat's newest token: all of them are its own
+        if len(self.offsets) == 1:  # a chat's newest token: all codes are of this one
             one = Codes(self.indices[None], self.values[None]).strongest(k)
             assert one.indices is not None
             missing = (0, k - one.values.shape[1])
@@ -151,12 +149,13 @@ class Codes(NamedTuple):
         order = self.values.abs().argsort(descending=True)
         order = order[rows[order].argsort(stable=True)]  # token by token, strongest first
         rank = torch.arange(len(order), device=order.device) - self.offsets[rows[order]]
-        place = (rows[order], rank.clamp(max=k))  # the last column takes what is too many
+        place = (rows[order], rank.clamp(max=k))  # the last column takes the rest, and is dropped
         put = lambda x: x.new_zeros(len(self.offsets), k + 1).index_put(place, x[order])[:, :k]
         return Codes(put(self.indices), put(self.values))
 
     def sparse(self, n_latents: int = 0) -> Codes:
-        """The same codes as (B, K), K that of the busiest token (reads the device unless they are so already)."""
+        """The same codes as (B, K), with K the most that any token has. Reads the device unless they are (B, K)
+        already."""
         if self.indices is not None and self.offsets is None:
             return self
         dense = self.dense(n_latents)
@@ -166,19 +165,20 @@ class Codes(NamedTuple):
 
 
 def rows_of(indices: Tensor, offsets: Tensor) -> Tensor:
-    """(n,) int64: the token that each of the flat places belongs to."""
+    """(n,) int64: the token of each flat place."""
     return torch.searchsorted(offsets, torch.arange(len(indices), device=offsets.device), right=True) - 1
 
 
 def count(indices: Tensor, n: int, weights: Tensor | None = None) -> Tensor:
-    """(n,) int64: how often each of 0..n-1 occurs in indices (unlike bincount, reads nothing back from a GPU)."""
+    """(n,) int64: how often each of 0..n-1 occurs in indices. Unlike bincount it does not read the device."""
     flat = indices.reshape(-1)
     ones = torch.ones_like(flat) if weights is None else weights.reshape(-1).to(torch.int64)
     return torch.zeros(n, dtype=torch.int64, device=flat.device).index_add_(0, flat, ones)
 
 
 def tokens_at_once(n_latents: int, device: str) -> int:
-    """Tokens whose pre-activations are made at a time: on CPUs what caches hold, if a product runs well on so few."""
+    """Tokens whose pre-activations are computed at a time: on CPUs as many as caches hold, but enough for a fast
+    product."""
     return max(256, (2**21 if device == "cpu" else 2**25) // n_latents)
 
 
@@ -186,7 +186,7 @@ _sorted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # both gradients o
 
 
 def _by_latent(indices: Tensor, offsets: Tensor | None, n_latents: int, ops: Any) -> tuple[Any, ...]:
-    """The places in the order of their latents, as ops, or plain torch, take them; kept while indices stay the same."""
+    """The places in the order of their latents, as ops or plain torch take them; kept until indices change."""
     state = (indices._version, n_latents, ops, None if offsets is None else (id(offsets), offsets._version))
     known = _sorted.get(indices)
     if known is None or known[0] != state:
@@ -206,7 +206,7 @@ def _by_latent_plain(indices: Tensor, offsets: Tensor | None, n_latents: int) ->
 def _sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: Tensor, n_latents: int) -> Tensor:
     """(F, D): for each latent the sum of values[place] * x[token] over the places whose index is that latent.
 
-    Sorting the places by latent turns the sum into an embedding bag whose bags are latents: deterministic, and the
+    Sorted by latent, the places are an embedding bag whose bags are latents: the sum is deterministic, and the
     (places, D) products are never stored.
     """
     ops = compiled(x, values)
@@ -218,15 +218,16 @@ def _sum_by_latent(indices: Tensor, offsets: Tensor | None, values: Tensor, x: T
 
 
 def _sum_values(indices: Tensor, offsets: Tensor | None, values: Tensor, n_tokens: int, n_latents: int) -> Tensor:
-    """(F,): the sum of each latent's values; on a GPU through the sort that the sums of rows take, not by atomic
-    additions, whose order changes."""
+    """(F,): the sum of each latent's values; on a GPU in the sorted order, since the order of atomic additions is not
+    fixed."""
     if values.device.type != "cpu" or interpreted:
         return _sum_by_latent(indices, offsets, values, values.new_ones(n_tokens, 1), n_latents)[:, 0]
     return values.new_zeros(n_latents).index_add_(0, indices.reshape(-1), values.reshape(-1))
 
 
 def _dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """Like indices: left[token] . right[indices[place]], for left (B, D) and right (F, D), (places, D) never stored."""
+    """Shaped like indices: left[token] . right[indices[place]], for left (B, D) and right (F, D). (places, D) is never
+    stored."""
     if ops := compiled(left, right):
         return ops.dot_at(indices.contiguous(), offsets, left.contiguous(), right.contiguous())
     flat = indices.reshape(-1).contiguous()
@@ -243,8 +244,7 @@ def _dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor
 
 
 def _bag(indices: Tensor, offsets: Tensor | None, values: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(B, D): for each token the sum of values[place] * rows[indices[place]] over its places, plus bias, (D,) or
-    (B, D)."""
+    """(B, D): each token's sum of values[place] * rows[indices[place]] over its places, plus bias (D,) or (B, D)."""
     if ops := compiled(values, rows):
         bias = None if bias is None else bias.contiguous()
         return ops.bag(indices.contiguous(), offsets, values.contiguous(), rows.contiguous(), bias)
@@ -254,7 +254,7 @@ def _bag(indices: Tensor, offsets: Tensor | None, values: Tensor, rows: Tensor, 
 
 
 def _bag_backward(indices: Tensor, offsets: Tensor | None, values: Tensor, grad: Tensor, rows: Tensor) -> Pair:
-    """Gradients of a bag's values and of its rows (F, D), of grad (B, D)."""
+    """The gradients of a bag's values and rows (F, D), from grad (B, D)."""
     ops = compiled(values, rows, grad)
     if hasattr(ops, "bag_backward"):
         by = _by_latent(indices, offsets, len(rows), ops)
@@ -264,7 +264,7 @@ def _bag_backward(indices: Tensor, offsets: Tensor | None, values: Tensor, grad:
 
 
 def _combine(weights: Tensor, rows: Tensor) -> Tensor:
-    """(D,): the rows (F, D) weighted by (F,) and summed; in parts, which keeps several cores busy."""
+    """(D,): the sum of rows (F, D) weighted by (F,); in parts, to use several cores."""
     if native.ops(weights, rows) is None:
         return weights @ rows
     places = torch.arange(len(weights))
@@ -272,11 +272,11 @@ def _combine(weights: Tensor, rows: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Pre-activations at chosen latents, with a backward that touches those latents only."""
+    """Pre-activations at selected latents, with a backward that touches those latents only."""
 
     @staticmethod
     def forward(ctx, x, centre, W_enc, b_enc, values, indices, offsets):
-        del centre, b_enc  # they are in x and in the values already; arguments so that their gradients come back
+        del centre, b_enc  # x and values include them already; they are arguments so that they get gradients
         ctx.save_for_backward(x, W_enc, indices, offsets)
         return values.to(x.dtype)
 
@@ -294,7 +294,7 @@ class _Gather(torch.autograd.Function):
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
             grad_b = _sum_values(indices, offsets, grad, len(x), n_latents)
         if ctx.needs_input_grad[1] and grad_b is not None:
-            grad_centre = -_combine(grad_b, W_enc.t())  # of the tokens' sum: cheaper than all of theirs
+            grad_centre = -_combine(grad_b, W_enc.t())  # of the tokens' sum: cheaper than the sum of their gradients
         return grad_x, grad_centre, grad_W, grad_b, None, None, None
 
 
@@ -326,12 +326,11 @@ def gather_pre(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None = None,
     *, centre: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Pre-activations of the chosen latents, differentiable in x, centre, W_enc and b_enc.
+    """Pre-activations of selected latents, differentiable in x, centre, W_enc and b_enc.
 
-    x (B, D), W_enc (D, F), b_enc (F,); values x @ W_enc + b_enc at indices (B, K), or (n,) with offsets (B,), found
-    without a graph. centre (D,): what has been taken off x without a graph. Returns the values. Every use of
-    pre-activations of the kinds that select (main code, AuxK, multi-TopK) comes through here, so each one trains the
-    encoder.
+    x (B, D), W_enc (D, F), b_enc (F,); values: x @ W_enc + b_enc at indices (B, K), or (n,) with offsets (B,), as
+    selection.py found them, without a graph. centre (D,): was subtracted from x without a graph. Returns the values.
+    All pre-activations of selected latents (main code, AuxK, multi-TopK) come from here, so all train the encoder.
     """
     if not torch.is_grad_enabled():
         return values.to(x.dtype)
@@ -342,20 +341,20 @@ def gather_pre_reference(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None = None,
     *, centre: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Twin of gather_pre: the dense product, then a gather (values are ignored)."""
+    """Twin of gather_pre: the dense product, then a gather; values are ignored."""
     del values
     return at((x if centre is None else x + centre.detach() - centre) @ W_enc + b_enc, indices, offsets)
 
 
 def at(pre: Tensor, indices: Tensor, offsets: Tensor | None) -> Tensor:
-    """Like indices: pre (B, F) at these latents."""
+    """Shaped like indices: pre (B, F) at these latents."""
     return pre.gather(1, indices) if offsets is None else pre[rows_of(indices, offsets), indices]
 
 
 def decode(
     indices: Tensor, values: Tensor, W_dec: Tensor, offsets: Tensor | None = None, *, bias: Tensor | None = None
 ) -> Tensor:
-    """(B, D): the kept latents' decoder rows, weighted and summed, plus bias (D,), or (B, D), each token its own.
+    """(B, D): the weighted sum of the kept latents' decoder rows, plus bias (D,), or (B, D) with one for each token.
 
     indices, values (B, K), or (n,) and offsets (B,).
     """
@@ -409,12 +408,12 @@ class _SquareNorms(torch.autograd.Function):
 
 
 def square_norms(x: Tensor) -> Tensor:
-    """(B,): |x|^2 per token of x (B, D), in one pass either way."""
+    """(B,): |x|^2 per token of x (B, D); forward and backward take one pass each."""
     return _SquareNorms.apply(x)
 
 
 def project_rows_(grad: Tensor, W: Tensor) -> None:
-    """Drop the part of every row of grad (F, D) that lies along the same row of W (F, D), in place."""
+    """In place: subtract from each row of grad (F, D) its part along the same row of W (F, D)."""
     if grad.is_contiguous() and W.is_contiguous() and (ops := compiled(grad, W)):
         ops.project_rows_(grad, W)
     else:
@@ -423,7 +422,7 @@ def project_rows_(grad: Tensor, W: Tensor) -> None:
 
 
 def unit_rows_(W: Tensor) -> Tensor:
-    """Set every row of W (F, D) to unit norm, in place; returns the factors (F, 1) that took."""
+    """In place: scale each row of W (F, D) to unit norm; returns the factors (F, 1)."""
     if W.is_contiguous() and (ops := compiled(W)):
         return ops.unit_rows_(W)
     factors = 1 / W.norm(dim=1, keepdim=True).clamp(min=1e-12)

@@ -1,12 +1,12 @@
 """The encoder in Triton, for CUDA: the twins of native.cpp's encode_top_k and encode_above, called alike.
 
-encode_top_k finds the K largest of x @ W^T + b per token without writing the (B, F) matrix. A product of bfloat16s on
-tensor cores comes tile by tile; what rounding can have changed has a bound, by Cauchy-Schwarz,
-|x.w - x'.w'| <= |x - x'| |w| + |x'| |w - w'|, and so has the order in which tensor cores add. With it each number has
-an upper and a lower end. Of each tile a token's few latents of the largest upper ends go to memory. The K-th best lower
-end of a token is at most its K-th best product, so only latents whose upper end reaches it can be among the K best.
-These few are computed again in float32, and chosen from. Where a tile may hold more of them than it kept, which shows
-in the last that it kept, all of its latents are computed again.
+encode_top_k finds the K largest of x @ W^T + b per token without writing the (B, F) matrix. Tensor cores multiply
+bfloat16s tile by tile. The error of rounding has a bound, by Cauchy-Schwarz,
+|x.w - x'.w'| <= |x - x'| |w| + |x'| |w - w'|, and so has the error of the order in which tensor cores add. So each
+product has an upper and a lower end. Each tile writes a token's few latents with the largest upper ends to memory. The
+K-th largest lower end of a token is at most its K-th largest product, so only latents whose upper end reaches it can be
+among the K largest. These few are computed again in float32, and the K largest of them are kept. If even the last
+latent that a tile wrote can be among the K largest, the tile may hide more, and all of its latents are computed again.
 
 Letters: B tokens in a batch, D width, F latents, K kept latents. M candidates of a token, C of them from each tile.
 """
@@ -14,23 +14,26 @@ Letters: B tokens in a batch, D width, F latents, K kept latents. M candidates o
 from __future__ import annotations
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from sae.kernels.triton_kernels import dot_at, dots
 
 # Tokens, latents and dimensions in a tile of the product: two such programs fit on a multiprocessor of an H100, so that
 # one multiplies while the other selects.
-ROWS, TILE, DEPTH = 128, 128, 64
-LOWEST = tl.constexpr(-(2**31))  # below the key of every number
+ROWS, TILE, DEPTH = constexpr(128), constexpr(128), constexpr(64)
+LOWEST = constexpr(-(2**31))  # below the key of every number
+WIDEN = constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter takes bfloat16 for whole numbers
 
 
 # --------------------------------------------------------------------------------------------------
-# numbers as integers of the same order
+# floats as integers of the same order
 
 
 @triton.jit
@@ -59,11 +62,9 @@ def _kth(keys, K):
 
 
 @triton.jit
-def _round(
-    x, rounded, norm, error, n, D, width, STORE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _round(x, rounded, norm, error, n, D, width, STORE: constexpr, AT_ONCE: constexpr, BLOCK: constexpr):
     """Rows as bfloat16, their norms, and the norms of what rounding changed."""
-    rows, d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
+    rows, d = tl.program_id(0).to(tl.int64) * AT_ONCE + tl.arange(0, AT_ONCE), tl.arange(0, BLOCK)[None, :]
     there, row = (rows < n)[:, None], rows[:, None]
     value = tl.load(x + row * D + d, mask=there & (d < D), other=0.0).to(tl.float32)
     near = value.to(tl.bfloat16)
@@ -76,9 +77,9 @@ def _round(
 
 
 @triton.jit
-def _place(B, n_tiles, ROWS: tl.constexpr):
-    """The block of tokens and the tile of latents of a program: neighbours share what is in the cache."""
-    n_blocks = tl.cdiv(B, ROWS)
+def _place(B, n_tiles, N: constexpr):
+    """The block of N tokens and the tile of latents of a program: neighbours share what is in the cache."""
+    n_blocks = tl.cdiv(B, N)
     of_group = 8 * n_tiles
     first = tl.program_id(0) // of_group * 8
     size = tl.minimum(n_blocks - first, 8)
@@ -87,18 +88,15 @@ def _place(B, n_tiles, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _uppers(
-    x, W, bias, norm, slack, reach, rows, latents, B, F, width,
-    ABSOLUTE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """(ROWS, TILE): as much as x @ W^T + bias, or its size, can be. x (B, width), W (F, width): bfloat16."""
+def _uppers(x, W, bias, norm, slack, reach, rows, latents, B, F, width, ABSOLUTE: constexpr):
+    """(rows, latents): the upper ends of x @ W^T + bias, or of its size. x (B, width), W (F, width): bfloat16."""
     depth, rows, latents = tl.arange(0, DEPTH), rows % B, latents % F
     left = x + rows.to(tl.int64)[:, None] * width + depth[None, :]
     right = W + latents.to(tl.int64)[None, :] * width + depth[:, None]
-    product = tl.zeros((ROWS, TILE), tl.float32)
+    product = tl.zeros((rows.shape[0], TILE), tl.float32)
     for _ in range(0, width, DEPTH):
         a, b = tl.load(left), tl.load(right)
-        if WIDEN:  # the interpreter takes bfloat16 for whole numbers
+        if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
         product = tl.dot(a, b, product)
         left += DEPTH
@@ -111,17 +109,14 @@ def _uppers(
 
 
 @triton.jit
-def _candidates(
-    x, W, bias, norm, slack, reach, keys, B, F, width, C,
-    ABSOLUTE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """keys (B, tiles, C), descending: of each tile the C largest upper ends, whose low bits tell the latent."""
+def _candidates(x, W, bias, norm, slack, reach, keys, B, F, width, C, ABSOLUTE: constexpr):
+    """keys (B, tiles, C), descending: each tile's C largest upper ends, whose low bits tell the latent."""
     n_tiles = tl.cdiv(F, TILE)
     block, tile = _place(B, n_tiles, ROWS)
     rows, lane = block * ROWS + tl.arange(0, ROWS), tl.arange(0, TILE)
     latents = tile * TILE + lane
-    upper = _uppers(x, W, bias, norm, slack, reach, rows, latents, B, F, width, ABSOLUTE, ROWS, TILE, DEPTH, WIDEN)
-    key = (_key(upper) & -TILE) | (TILE - 1 - lane)[None, :]
+    upper = _uppers(x, W, bias, norm, slack, reach, rows, latents, B, F, width, ABSOLUTE)
+    key = (_key(upper) & -TILE) | (lane ^ (TILE - 1))[None, :]
     key = tl.where((latents < F)[None, :], key, LOWEST)
     to = keys + (rows.to(tl.int64) * n_tiles + tile) * C
     for c in range(C):
@@ -132,16 +127,15 @@ def _candidates(
 
 @triton.jit
 def _sift(
-    keys, norm, slack, reach, survivors, counts, leasts, B, K, M, C,
-    TILE: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The candidates of tokens that can be among their K best, as survivors (B, ROOM) and their counts; -1 where a tile
-    may hide more of them, or where they are too many. least: the K-th best lower end, as a key."""
-    rows, p = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
+    keys, norm, slack, reach, survivors, proofs, B, K, M, C, ROOM: constexpr, AT_ONCE: constexpr, BLOCK: constexpr
+):
+    """The candidates that can be among a token's K best, as survivors (B, ROOM). proofs (2, B): how many they are, -1
+    where a tile may hide more of them or where they are too many; and the K-th best lower end, as a key."""
+    rows, p = tl.program_id(0).to(tl.int64) * AT_ONCE + tl.arange(0, AT_ONCE), tl.arange(0, BLOCK)[None, :]
     row = rows[:, None]
     key = tl.load(keys + row * M + p, mask=(rows < B)[:, None] & (p < M), other=LOWEST)
     there = key != LOWEST
-    latent = p // C * TILE + (TILE - 1 - (key & (TILE - 1)))
+    latent = p // C * TILE + (~key & (TILE - 1))
     far = tl.load(norm + latent, mask=there, other=0.0) * tl.load(reach + rows, mask=rows < B, other=0.0)[:, None]
     far += tl.load(slack + latent, mask=there, other=0.0)
     least = _kth(tl.where(there, _key(_number(key & -TILE) - 2 * far), LOWEST), K)
@@ -150,38 +144,37 @@ def _sift(
     hidden = tl.sum((keep & (p % C == C - 1)).to(tl.int32), 1)
     slot = tl.cumsum(keep.to(tl.int32), 1) - 1
     tl.store(survivors + row * ROOM + slot, latent, mask=keep & (slot < ROOM))
-    tl.store(counts + rows, tl.where((hidden == 0) & (n >= K) & (n <= ROOM), n, -1), mask=rows < B)
-    tl.store(leasts + rows, tl.where(n >= K, least, LOWEST), mask=rows < B)  # fewer: not finite
+    tl.store(proofs + rows, tl.where((hidden == 0) & (n >= K) & (n <= ROOM), n, -1), mask=rows < B)
+    tl.store(proofs + B + rows, tl.where(n >= K, least, LOWEST), mask=rows < B)  # fewer: not finite
 
 
 @triton.jit
-def _rank(
-    x, W, b, keys, survivors, counts, leasts, indices, values, D, F, K, M, C,
-    ABSOLUTE: tl.constexpr, TILE: tl.constexpr, ROOM: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr,
-    DEPTH: tl.constexpr,
-):  # fmt: skip
+def _rank(x, W, b, keys, survivors, proofs, indices, values, B, D, F, K, M, C, ABSOLUTE: constexpr, N: constexpr):
     """The K best of a token's survivors, or of all latents that its tiles may hide, by products in float32."""
+    STEP: constexpr = N if N < TILE else TILE
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, N)
-    count, least = tl.load(counts + row), tl.load(leasts + row)
+    count, least = tl.load(proofs + row), tl.load(proofs + B + row)
     proven = count >= 0
     best = tl.full((N,), -(2**63), tl.int64)
     for start in range(0, tl.where(proven, count, F), STEP):
-        tile = keys + row * M + start // TILE * C
+        tile = keys + row * M + C * (start // TILE)
         first = tl.load(tile, mask=count < 0, other=0) | (TILE - 1)
         last = tl.load(tile + C - 1, mask=count < 0, other=0) | (TILE - 1)
         hides = last >= least
-        if proven | hides | ((first >= least) & (start % TILE == 0)):
+        if proven | hides | ((first >= least) & (start // TILE * TILE == start)):
             if proven:
                 there = (lane < STEP) & (start + lane < count)
-                latent = tl.load(survivors + row * ROOM + start + lane, mask=there, other=0)
-            elif hides:  # without proof: all of a tile that may hide some, what another kept
+                latent = tl.load(survivors + row * 2 * N + start + lane, mask=there, other=0)
+            elif hides:  # without proof: all latents of a tile that may hide some, and the candidates of the others
                 there = (lane < STEP) & (start + lane < F)
                 latent = start + lane
             else:
                 kept = tl.load(tile + lane, mask=lane < C, other=LOWEST)
                 there = kept != LOWEST
-                latent = start + (TILE - 1 - (kept & (TILE - 1)))
-            value = dots(x + row * D, W, latent, there, D, N, DEPTH) + tl.load(b + latent, mask=there, other=0.0)
+                latent = start + (~kept & (TILE - 1))
+            value = dots(x + row * D, W, latent, there, D, N, 4096 // N if N <= 256 else 16) + tl.load(
+                b + latent, mask=there, other=0.0
+            )
             # of equal ones the first latents; the last bit is a sign
             code = (0x7FFFFFFF - latent).to(tl.int64) * 2
             if ABSOLUTE:
@@ -197,14 +190,11 @@ def _rank(
 
 
 @triton.jit
-def _above(
-    x, W, bias, norm, slack, reach, places, count, B, F, width, room,
-    ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+def _above(x, W, bias, norm, slack, reach, places, count, B, F, width, room, N: constexpr):
     """places (room,), in no order: token * F + latent wherever the upper end exceeds 0; count is how many there are."""
-    block, tile = _place(B, tl.cdiv(F, TILE), ROWS)
-    rows, latents = block * ROWS + tl.arange(0, ROWS), tile * TILE + tl.arange(0, TILE)
-    upper = _uppers(x, W, bias, norm, slack, reach, rows, latents, B, F, width, False, ROWS, TILE, DEPTH, WIDEN)
+    block, tile = _place(B, tl.cdiv(F, TILE), N)
+    rows, latents = block * N + tl.arange(0, N), tile * TILE + tl.arange(0, TILE)
+    upper = _uppers(x, W, bias, norm, slack, reach, rows, latents, B, F, width, False)
     hit = (upper > 0) & (rows < B)[:, None] & (latents < F)[None, :]
     of_row = tl.sum(hit.to(tl.int32), 1)
     begin = tl.atomic_add(count, tl.sum(of_row).to(tl.int64))
@@ -220,40 +210,48 @@ class _Rounded(NamedTuple):
 
 def _rounded(x: Tensor) -> _Rounded:
     n, D = x.shape
-    width = triton.cdiv(D, DEPTH) * DEPTH
+    width = triton.cdiv(D, DEPTH.value) * DEPTH.value
     store = x.dtype != torch.bfloat16 or width != D
     data = x.new_empty(n, width, dtype=torch.bfloat16) if store else x
     norm, error = x.new_empty(2, n, dtype=torch.float32)
     block = triton.next_power_of_2(width)
     at_once = max(1, 4096 // block)
-    _round[(triton.cdiv(n, at_once),)](x, data, norm, error, n, D, width, STORE=store, ROWS=at_once, BLOCK=block)
+    _round[(triton.cdiv(n, at_once),)](x, data, norm, error, n, D, width, STORE=store, AT_ONCE=at_once, BLOCK=block)
     return _Rounded(data, norm, error)
 
 
-def _product(x: Tensor, W: Tensor, b: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """What the tiles of a product take: bfloat16 x and W, bias, and the bounds |w|, slack (F,) and reach (B,).
+class _Product(NamedTuple):
+    """What the tiles of a product take. A number is at most norm * reach + slack away from what float32 gives."""
 
-    A number is at most |w| reach + slack away from what float32 gives.
-    """
+    x: Tensor  # (B, width) bfloat16
+    W: Tensor  # (F, width) bfloat16
+    bias: Tensor  # (F,)
+    norm: Tensor  # (F,)
+    slack: Tensor  # (F,)
+    reach: Tensor  # (B,)
+
+
+def _product(x: Tensor, W: Tensor, b: Tensor, bias: Tensor) -> _Product:
+    """Of x (B, D) and W (F, D), plus bias, which is b or b less a floor."""
     tokens, latents = _rounded(x), _rounded(W)
     worst = (latents.error / latents.norm.clamp(min=1e-37)).amax()
     # each addition of tensor cores may lose 2^-23 of the largest sum on its way, and float32 itself loses some
     lost = 2.0**-20 + 1.1 * x.shape[1] * 2.0**-23
     reach = tokens.error + (tokens.norm + tokens.error) * worst + tokens.norm * lost
     slack = torch.maximum(b.abs(), bias.abs()).float() * 2.0**-21
-    return tokens.data, latents.data, bias.float(), latents.norm, slack, reach
+    return _Product(tokens.data, latents.data, bias.float(), latents.norm, slack, reach)
 
 
 def _operands(*tensors: Tensor) -> list[Tensor]:
-    """In the type of autocast, where that is on."""
+    """In bfloat16 where autocast asks for it."""
     kind = tensors[0].device.type
     cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
     return [t.to(torch.bfloat16) if cast else t for t in tensors]
 
 
 def _kept_of_tile(k: int, n_tiles: int) -> int:
-    """Candidates of a tile: fewer would hide some of a token's best, were these spread by chance, in 1 of 10,000."""
-    mean = 1.5 * k / n_tiles  # and half as many again that rounding leaves in doubt
+    """Candidates of a tile: so many that tiles hide some of the best of 1 token in 10,000, were these spread evenly."""
+    mean = 1.5 * k / n_tiles  # half as many again are in doubt because of rounding
     term = left = math.exp(-mean)
     c = 0
     while n_tiles * (1 - left) > 1e-4 and c < 15:
@@ -264,53 +262,44 @@ def _kept_of_tile(k: int, n_tiles: int) -> int:
 
 
 def encode_top_k(x: Tensor, W: Tensor, b: Tensor, k: int, absolute: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, D), W (F, D), b (F,) -> indices (B, k), values (B, k) = (x @ W^T + b) there, and how many tokens took a
-    second look, a scalar on the device."""
+    """x (B, D), W (F, D), b (F,) -> indices (B, k), values (B, k) = (x @ W^T + b) there, and how many tokens were
+    encoded again for want of proof, a scalar on the device."""
     B, F = len(x), len(W)
     indices = torch.empty(B, k, dtype=torch.int64, device=x.device)
     values = torch.empty(B, k, dtype=torch.float32, device=x.device)
     if not B:
         return indices, values.to(x.dtype), indices.new_zeros(())
     rows, latents = _operands(x, W)
-    n_tiles = triton.cdiv(F, TILE)
+    n_tiles = triton.cdiv(F, TILE.value)
     C = _kept_of_tile(k, n_tiles)
     M, N = n_tiles * C, max(16, triton.next_power_of_2(k))
     keys, survivors = (torch.empty(B, n, dtype=torch.int32, device=x.device) for n in (M, 2 * N))
-    counts, leasts = torch.empty(2, B, dtype=torch.int32, device=x.device)
+    proofs = torch.empty(2, B, dtype=torch.int32, device=x.device)
     product = _product(rows, latents, b, b)
-    norm, slack, reach = product[3:]
-    _candidates[(triton.cdiv(B, ROWS) * n_tiles,)](
-        *product, keys, B, F, product[0].shape[1], C,
-        ABSOLUTE=absolute, ROWS=ROWS, TILE=TILE, DEPTH=DEPTH, WIDEN=not x.is_cuda, num_warps=4, num_stages=3,
-    )  # fmt: skip
+    grid, width = (triton.cdiv(B, ROWS.value) * n_tiles,), product.x.shape[1]
+    _candidates[grid](*product, keys, B, F, width, C, ABSOLUTE=absolute, num_warps=4, num_stages=3)
     block = triton.next_power_of_2(M)
     at_once = max(1, 2048 // block)
-    _sift[(triton.cdiv(B, at_once),)](
-        keys, norm, slack, reach, survivors, counts, leasts, B, k, M, C,
-        TILE=TILE, ROOM=2 * N, ROWS=at_once, BLOCK=block, num_warps=max(4, min(16, block // 512)),
-    )  # fmt: skip
-    _rank[(B,)](
-        rows, latents, b, keys, survivors, counts, leasts, indices, values, x.shape[1], F, k, M, C,
-        ABSOLUTE=absolute, TILE=TILE, ROOM=2 * N, N=N, STEP=min(N, TILE), DEPTH=max(16, 4096 // N),
-    )  # fmt: skip
-    return indices, values.to(x.dtype), (counts < 0).sum()
+    sizes = {"ROOM": 2 * N, "AT_ONCE": at_once, "BLOCK": block, "num_warps": max(4, min(16, block // 512))}
+    _sift[(triton.cdiv(B, at_once),)](keys, *product[3:], survivors, proofs, B, k, M, C, **sizes)
+    found = keys, survivors, proofs, indices, values
+    _rank[(B,)](rows, latents, b, *found, B, x.shape[1], F, k, M, C, ABSOLUTE=absolute, N=N)
+    return indices, values.to(x.dtype), (proofs[0] < 0).sum()
 
 
 def encode_above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x (B, D), W (F, D), b (F,), floor (F,) -> the places where x @ W^T + b exceeds floor, token by token: latents
-    (n,), values (n,), and where each token's begin (B,)."""
+    (n,), values (n,), and where those of each token begin (B,)."""
     B, F = len(x), len(W)
     tokens = torch.arange(B, device=x.device)
     rows, latents = _operands(x, W)
     product = _product(rows, latents, b, (b - floor).clamp(-3e38, 3e38))  # no difference of infinities
-    grid, room = (triton.cdiv(B, ROWS // 2) * triton.cdiv(F, TILE),), 64 * B
+    half, width, room = ROWS.value // 2, product.x.shape[1], 64 * B
+    grid = (triton.cdiv(B, half) * triton.cdiv(F, TILE.value),)
     while True:
         places, count = tokens.new_empty(room), tokens.new_zeros(1)
         if B:
-            _above[grid](
-                *product, places, count, B, F, product[0].shape[1], room,
-                ROWS=ROWS // 2, TILE=TILE, DEPTH=DEPTH, WIDEN=not x.is_cuda, num_warps=8, num_stages=3,
-            )  # fmt: skip
+            _above[grid](*product, places, count, B, F, width, room, N=half, num_warps=8, num_stages=3)
         n = int(count)
         if n <= room:
             break

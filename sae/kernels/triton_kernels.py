@@ -1,8 +1,8 @@
 """The sparse operations in Triton, for CUDA: the twins of native.cpp's, called alike; the encoder is triton_encoder.py.
 
-float32 or bfloat16 in, sums in float32. kernels.py imports this file where Triton is installed and a tensor lies on a
-GPU, or where its interpreter is wanted (TRITON_INTERPRET=1), which runs all of it on CPUs. Nothing here reads the
-device. Sums over the tokens of a latent go through a sort, not through atomic additions: the same bits every time.
+float32 or bfloat16 in, sums in float32. sparse.py imports this file where Triton is installed and a tensor is on a
+GPU, or where Triton's interpreter is wanted (TRITON_INTERPRET=1), which runs it on CPUs. Nothing here reads the
+device. The tokens of a latent are summed in the order of a sort, not by atomic additions: the same bits every time.
 
 Letters: B tokens in a batch, D width, F latents, K kept latents.
 """
@@ -17,8 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
-PIECE = 128  # tokens of a latent that one program adds up
+PIECE = constexpr(128)  # places of a latent that one program sums
+PLACES = constexpr(32)  # places that a program reads at a time
+FEW = constexpr(8)  # the same, where it holds a long row of each
 
 
 def ops(*tensors: Tensor) -> Any:
@@ -30,28 +33,30 @@ def ops(*tensors: Tensor) -> Any:
 # sparse products
 
 
+def _counts(indices: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
+    """(n, B, K): all places, tokens, and the places of each token, 0 if offsets tell them."""
+    return indices.numel(), *(indices.shape if offsets is None else (len(offsets), 0))
+
+
 @triton.jit
-def _span(token, offsets, n, B, K, RAGGED: tl.constexpr):
+def _span(token, offsets, n, B, K):
     """Where a token's places begin and end."""
-    if RAGGED:
+    if offsets is None:
+        return token * K, token * K + K
+    else:
         first = tl.load(offsets + token)
         return first, tl.load(offsets + token + 1, mask=token + 1 < B, other=n)
-    else:
-        return token * K, token * K + K
 
 
 @triton.jit
-def _bag(
-    indices, offsets, values, W, bias, out, n, B, K, D, bias_stride,
-    RAGGED: tl.constexpr, BIAS: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+def _bag(indices, offsets, values, W, bias, out, n, B, K, D, bias_stride, WIDE: constexpr):
     token, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    first, last = _span(token, offsets, n, B, K, RAGGED)
+    first, last = _span(token, offsets, n, B, K)
     total = tl.zeros((WIDE,), tl.float32)
-    if BIAS:
+    if bias is not None:
         total += tl.load(bias + token * bias_stride + d, mask=d < D, other=0.0).to(tl.float32)
-    for start in range(first, last, PLACES):
-        at = start + tl.arange(0, PLACES)
+    for start in range(first, last, FEW):
+        at = start + tl.arange(0, FEW)
         value = tl.load(values + at, mask=at < last, other=0.0).to(tl.float32)
         latent = tl.load(indices + at, mask=at < last, other=0)
         mask = (value != 0)[:, None] & (d < D)[None, :]
@@ -61,21 +66,18 @@ def _bag(
 
 
 def bag(indices: Tensor, offsets: Tensor | None, values: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, D): for each token the sum of values[place] * W[indices[place]] over its places, plus bias (D,) or (B, D)."""
-    B, D = len(indices if offsets is None else offsets), W.shape[1]
+    """(B, D): each token's sum of values[place] * W[indices[place]] over its places, plus bias (D,) or (B, D)."""
+    (n, B, K), D = _counts(indices, offsets), W.shape[1]
     out = W.new_empty(B, D)
     wide = min(512, triton.next_power_of_2(D))
+    bias_stride = D if bias is not None and bias.ndim == 2 else 0
     if B:
-        _bag[(B, triton.cdiv(D, wide))](
-            indices, offsets, values, W, bias, out, indices.numel(), B, 0 if offsets is not None else indices.shape[1],
-            D, D if bias is not None and bias.ndim == 2 else 0, RAGGED=offsets is not None, BIAS=bias is not None,
-            PLACES=8, WIDE=wide,
-        )  # fmt: skip
+        _bag[(B, triton.cdiv(D, wide))](indices, offsets, values, W, bias, out, n, B, K, D, bias_stride, WIDE=wide)
     return out
 
 
 @triton.jit
-def dots(left, right, at, there, D, N: tl.constexpr, DEPTH: tl.constexpr):
+def dots(left, right, at, there, D, N: constexpr, DEPTH: constexpr):
     """(N,): the row `left` times the rows `at` of right."""
     depth = tl.arange(0, DEPTH)
     total = tl.zeros((N, DEPTH), tl.float32)
@@ -88,38 +90,31 @@ def dots(left, right, at, there, D, N: tl.constexpr, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def _dot_at(
-    indices, offsets, left, right, out, n, B, K, D,
-    RAGGED: tl.constexpr, PLACES: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+def _dot_at(indices, offsets, left, right, out, n, B, K, D):
     token = tl.program_id(0).to(tl.int64)
-    first, last = _span(token, offsets, n, B, K, RAGGED)
+    first, last = _span(token, offsets, n, B, K)
     for start in range(first, last, PLACES):
         at = start + tl.arange(0, PLACES)
         latent = tl.load(indices + at, mask=at < last, other=0)
-        tl.store(out + at, dots(left + token * D, right, latent, at < last, D, PLACES, DEPTH), mask=at < last)
+        tl.store(out + at, dots(left + token * D, right, latent, at < last, D, PLACES, 128), mask=at < last)
 
 
 def dot_at(indices: Tensor, offsets: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """Like indices: left[token] . right[indices[place]], for left (B, D) and right (F, D)."""
+    """Shaped like indices: left[token] . right[indices[place]], for left (B, D) and right (F, D)."""
     out = torch.empty(indices.shape, dtype=left.dtype, device=left.device)
     if len(left):
-        _dot_at[(len(left),)](
-            indices, offsets, left, right, out, indices.numel(), len(left),
-            0 if offsets is not None else indices.shape[1], left.shape[1],
-            RAGGED=offsets is not None, PLACES=32, DEPTH=128,
-        )  # fmt: skip
+        _dot_at[(len(left),)](indices, offsets, left, right, out, *_counts(indices, offsets), left.shape[1])
     return out
 
 
 class ByLatent(NamedTuple):
-    """Places in the order of their latents."""
+    """Places in the order of their latents, and those of a latent in pieces of PIECE."""
 
     order: Tensor  # (n,)
     tokens: Tensor  # (n,)
-    starts: Tensor  # (F + 1,), where each latent's begin
-    ends: Tensor  # (F,), where each latent's further pieces of PIECE places end, among all of those
-    latents: Tensor  # (n // PIECE,), whose piece it is; F if nobody's
+    starts: Tensor  # (F + 1,), where the places of each latent begin
+    ends: Tensor  # (F,), where the pieces of each latent after its first end, among all such pieces
+    latents: Tensor  # (n // PIECE,), the latent of each such piece; F for no latent
 
 
 def by_latent(indices: Tensor, offsets: Tensor | None, n_latents: int) -> ByLatent:
@@ -131,17 +126,14 @@ def by_latent(indices: Tensor, offsets: Tensor | None, n_latents: int) -> ByLate
     else:
         tokens = torch.searchsorted(offsets, order, right=True) - 1
     starts = torch.searchsorted(latents, torch.arange(n_latents + 1, dtype=torch.int32, device=flat.device))
-    ends = ((starts.diff() - 1).clamp(min=0) // PIECE).cumsum(0)
-    owners = torch.searchsorted(ends, torch.arange(len(flat) // PIECE, device=flat.device), right=True)
+    ends = ((starts.diff() - 1).clamp(min=0) // PIECE.value).cumsum(0)
+    owners = torch.searchsorted(ends, torch.arange(len(flat) // PIECE.value, device=flat.device), right=True)
     return ByLatent(order, tokens, starts, ends, owners)
 
 
 @triton.jit
-def _sum_pieces(
-    order, tokens, starts, ends, latents, values, x, out, further, F, D,
-    PIECE: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """The first PIECE places of each latent, to out (F, D), and each further piece of it, to a row of its own."""
+def _sum_pieces(order, tokens, starts, ends, latents, values, x, out, further, F, D, WIDE: constexpr):
+    """Sums the first piece of each latent into out (F, D), and each further piece into a row of `further`."""
     piece, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     is_first = piece < F
     latent = tl.where(is_first, piece, tl.load(latents + piece - F, mask=piece >= F, other=0))
@@ -149,8 +141,8 @@ def _sum_pieces(
     first = tl.load(starts + latent) + tl.where(is_first, 0, piece - F - begin + 1) * PIECE
     last = tl.minimum(tl.load(starts + latent + 1, mask=latent < F, other=0), first + PIECE)
     total = tl.zeros((WIDE,), tl.float32)
-    for start in range(first, last, PLACES):
-        at = start + tl.arange(0, PLACES)
+    for start in range(first, last, FEW):
+        at = start + tl.arange(0, FEW)
         place = tl.load(order + at, mask=at < last, other=0)
         value = tl.load(values + place, mask=at < last, other=0.0).to(tl.float32)
         token = tl.load(tokens + at, mask=at < last, other=0)
@@ -162,8 +154,8 @@ def _sum_pieces(
 
 
 @triton.jit
-def _add_pieces(ends, out, further, D, WIDE: tl.constexpr):
-    """Add to each latent's first piece the further ones, in order."""
+def _add_pieces(ends, out, further, D, WIDE: constexpr):
+    """Adds a latent's further pieces to its first, in order."""
     latent, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     first, last = tl.load(ends + latent - 1, mask=latent > 0, other=0), tl.load(ends + latent)
     if last > first:
@@ -181,19 +173,17 @@ def sum_by_latent(
     out = x.new_empty(F, D, dtype=torch.float32)
     further = out.new_empty(len(latents), D)
     wide = min(512, triton.next_power_of_2(D))
-    blocks = triton.cdiv(D, wide)
-    _sum_pieces[(F + len(further), blocks)](
-        order, tokens, starts, ends, latents, values, x, out, further, F, D, PIECE=PIECE, PLACES=8, WIDE=wide,
-    )  # fmt: skip
+    blocks, by = triton.cdiv(D, wide), (order, tokens, starts, ends, latents)
+    _sum_pieces[(F + len(further), blocks)](*by, values, x, out, further, F, D, WIDE=wide)
     if len(further):
         _add_pieces[(F, blocks)](ends, out, further, D, WIDE=wide)
     return out.to(x.dtype)
 
 
 @triton.jit
-def _activity(indices, offsets, values, l0, fired, n, B, K, RAGGED: tl.constexpr, PLACES: tl.constexpr):
+def _activity(indices, offsets, values, l0, fired, n, B, K):
     token = tl.program_id(0).to(tl.int64)
-    first, last = _span(token, offsets, n, B, K, RAGGED)
+    first, last = _span(token, offsets, n, B, K)
     count = tl.zeros((PLACES,), tl.int64)
     for start in range(first, last, PLACES):
         at = start + tl.arange(0, PLACES)
@@ -204,14 +194,11 @@ def _activity(indices, offsets, values, l0, fired, n, B, K, RAGGED: tl.constexpr
 
 
 def activity(indices: Tensor, offsets: Tensor | None, values: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
-    """How many of each token's values are not 0 (B,), and how often each latent's are (F,); int64."""
-    B = len(indices if offsets is None else offsets)
+    """How many values of each token are not 0 (B,), and how many of each latent (F,); int64."""
+    n, B, K = _counts(indices, offsets)
     l0, fired = indices.new_zeros(B), indices.new_zeros(n_latents)
     if B:
-        _activity[(B,)](
-            indices, offsets, values, l0, fired, indices.numel(), B, 0 if offsets is not None else indices.shape[1],
-            RAGGED=offsets is not None, PLACES=32, num_warps=1,
-        )  # fmt: skip
+        _activity[(B,)](indices, offsets, values, l0, fired, n, B, K, num_warps=1)
     return l0, fired
 
 
@@ -220,7 +207,7 @@ def activity(indices: Tensor, offsets: Tensor | None, values: Tensor, n_latents:
 
 
 @triton.jit
-def _moments(x, y, rows, columns, B, D, ROWS: tl.constexpr, WIDE: tl.constexpr):
+def _moments(x, y, rows, columns, B, D, ROWS: constexpr, WIDE: constexpr):
     block = tl.program_id(0).to(tl.int64)
     row = block * ROWS + tl.arange(0, ROWS)
     zero = tl.zeros((ROWS,), tl.float64)
@@ -253,66 +240,68 @@ def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _along(g, w):
-    """(rows, 1): how much of each row of w is in that of g."""
+    """(rows, 1): the coefficient of each row of g along that of w."""
     return (tl.sum(g * w, 1) / tl.maximum(tl.sum(w * w, 1), 1e-24))[:, None]
 
 
 @triton.jit
 def _at_random(number, random):
-    """Rounded up or down to bfloat16 by 16 random bits, in proportion to what is near (float32, ready to be stored)."""
+    """Rounds to bfloat16 stochastically, by 16 random bits: the mean is the number. Returns float32, to be stored."""
     return ((number.to(tl.int32, bitcast=True) + (random & 0xFFFF)) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _step_rows(
-    p, grad, m, v, scale, factors, n, D, seed, rate, per_root, beta1, beta2, eps,
-    PROJECT: tl.constexpr, ADAM: tl.constexpr, UNIT: tl.constexpr, RANDOM: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Drop the gradient along rows, take Adam's step, bring rows to unit norm; any of these, in one pass."""
+    p, grad, m, v, scale, factors, n, D, seed, rate, per_root, beta1, beta2, eps, ROWS: constexpr, BLOCK: constexpr
+):
+    """In one pass: drop the gradient's part along rows, take Adam's step, scale rows to unit norm. Without factors
+    rows keep their norm, and a step its whole gradient; without moments m and v there is no step."""
     rows, d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
     at = rows[:, None] * D + d
     mask = (d < D) & (at < n)
     w = tl.load(p + at, mask=mask, other=0.0).to(tl.float32)
-    if PROJECT or ADAM:
+    if grad is not None:
         g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-        if PROJECT:
+        if (m is None) or (factors is not None):
             g -= _along(g, w) * w
-        if ADAM:
+        if m is None:
+            tl.store(grad + at, g, mask=mask)
+        else:
             g *= tl.load(scale).to(tl.float32)
             first = beta1 * tl.load(m + at, mask=mask, other=0.0).to(tl.float32) + (1 - beta1) * g
             second = beta2 * tl.load(v + at, mask=mask, other=0.0).to(tl.float32) + (1 - beta2) * g * g
             w -= rate * first / (tl.sqrt(second) * per_root + eps)
-            if RANDOM:
+            if m.dtype.element_ty == tl.bfloat16:
                 random = tl.randint(seed, at.to(tl.int32)).to(tl.int32, bitcast=True)
                 first, second = _at_random(first, random), _at_random(second, random >> 16)
             tl.store(m + at, first, mask=mask)
             tl.store(v + at, second, mask=mask)
-        else:
-            tl.store(grad + at, g, mask=mask)
-    if UNIT:
+    if factors is not None:
         factor = 1 / tl.maximum(tl.sqrt(tl.sum(w * w, 1)), 1e-12)
         tl.store(factors + rows, factor, mask=rows * D < n)
         w *= factor[:, None]
-    if ADAM or UNIT:
+    if (m is not None) or (factors is not None):
         tl.store(p + at, w, mask=mask)
 
 
 @triton.jit
-def _squares(grad, W, out, n, D, PROJECT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of rows of grad: the sum of squares, without what lies along W's."""
+def _squares(grad, W, out, n, D, ROWS: constexpr, BLOCK: constexpr):
+    """The sum of squares of rows of grad, without their part along W's rows if W is given."""
     rows, d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
     at = rows[:, None] * D + d
     mask = (d < D) & (at < n)
     g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-    if PROJECT:
+    if W is not None:
         w = tl.load(W + at, mask=mask, other=0.0).to(tl.float32)
         g -= _along(g, w) * w
     tl.store(out + tl.program_id(0), tl.sum(tl.sum(g * g, 1)))
 
 
+NO_STEP = (0, 0.0, 0.0, 0.0, 0.0, 0.0)  # seed, rate, per_root, beta1, beta2, eps
+
+
 def _row_grid(n: int, D: int | None) -> tuple[int, int, dict[str, int]]:
-    """Of n numbers in rows of D, or in a line: how many programs take them, the width, and the size of blocks."""
+    """For n numbers in rows of D, or in a line: the number of programs, the width, and the size of their blocks."""
     D = D or 2048
     block = triton.next_power_of_2(D)
     at_once = max(1, 2048 // block)
@@ -320,11 +309,11 @@ def _row_grid(n: int, D: int | None) -> tuple[int, int, dict[str, int]]:
 
 
 def squares(grad: Tensor, W: Tensor | None) -> Tensor:
-    """Sum of squares of grad, a float64 scalar on the device; with rows W, of what is left of grad's rows (F, D)
-    without their part along W's."""
+    """Sum of squares of grad, a float64 scalar on the device; with W, of grad's rows (F, D) without their part along
+    the rows of W."""
     n_programs, D, block = _row_grid(grad.numel(), None if W is None else grad.shape[1])
     out = torch.empty(n_programs, dtype=torch.float32, device=grad.device)
-    _squares[(n_programs,)](grad, W, out, grad.numel(), D, PROJECT=W is not None, **block)
+    _squares[(n_programs,)](grad, W, out, grad.numel(), D, **block)
     return out.sum(dtype=torch.float64)
 
 
@@ -332,35 +321,27 @@ def adam_(
     p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float,
     scale: Tensor | float, unit_rows: bool,
 ) -> None:  # fmt: skip
-    """In place, Adam (Kingma & Ba 2015, algorithm 1) on numbers that lie alike in all four tensors, with the gradient
-    times scale, a number or a scalar on the device. step counts from 1. unit_rows: p's rows (F, D) move on the sphere:
-    the gradient's part along a row is dropped first, and the row gets unit norm after. Moments in bfloat16 are rounded
-    up or down at random."""
+    """In place, Adam (Kingma & Ba 2015, algorithm 1) on four tensors of the same layout, with the gradient times scale,
+    a number or a scalar on the device. step counts from 1. unit_rows: p's rows (F, D) move on the sphere: the
+    gradient's part along a row is dropped first, and the row gets unit norm after. Moments in bfloat16 are rounded
+    stochastically."""
     n_programs, D, block = _row_grid(p.numel(), p.shape[1] if unit_rows else None)
     rate, per_root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
     factors = torch.empty(len(p), dtype=torch.float32, device=p.device) if unit_rows else None
     scale = scale if isinstance(scale, Tensor) else p.new_full((), scale)
-    _step_rows[(n_programs,)](
-        p, grad, m, v, scale, factors, p.numel(), D, step, rate, per_root, beta1, beta2, eps,
-        PROJECT=unit_rows, ADAM=True, UNIT=unit_rows, RANDOM=m.dtype == torch.bfloat16, **block,
-    )  # fmt: skip
+    numbers = step, rate, per_root, beta1, beta2, eps
+    _step_rows[(n_programs,)](p, grad, m, v, scale, factors, p.numel(), D, *numbers, **block)
 
 
 def project_rows_(grad: Tensor, W: Tensor) -> None:
-    """In place: the part of every row of grad (F, D) along the same row of W is dropped."""
+    """In place: subtract from each row of grad (F, D) its part along the same row of W (F, D)."""
     n_programs, D, block = _row_grid(W.numel(), W.shape[1])
-    _step_rows[(n_programs,)](
-        W, grad, None, None, None, None, W.numel(), D, 0, 0.0, 0.0, 0.0, 0.0, 0.0,
-        PROJECT=True, ADAM=False, UNIT=False, RANDOM=False, **block,
-    )  # fmt: skip
+    _step_rows[(n_programs,)](W, grad, None, None, None, None, W.numel(), D, *NO_STEP, **block)
 
 
 def unit_rows_(W: Tensor) -> Tensor:
-    """In place: every row of W (F, D) gets unit norm; returns the factors (F, 1) that took."""
+    """In place: scale each row of W (F, D) to unit norm; returns the factors (F, 1)."""
     n_programs, D, block = _row_grid(W.numel(), W.shape[1])
     factors = W.new_empty(len(W), 1)
-    _step_rows[(n_programs,)](
-        W, None, None, None, None, factors, W.numel(), D, 0, 0.0, 0.0, 0.0, 0.0, 0.0,
-        PROJECT=False, ADAM=False, UNIT=True, RANDOM=False, **block,
-    )  # fmt: skip
+    _step_rows[(n_programs,)](W, None, None, None, None, factors, W.numel(), D, *NO_STEP, **block)
     return factors

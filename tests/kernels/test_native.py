@@ -31,7 +31,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture
 def encoder():
     """The compiled encoder; tests of what only it promises are left out on processors without one."""
-    ops = native.encoder(torch.ones(32, 1))
+    ops = sparse.encoder(torch.ones(32, 1))
     if ops is None:
         pytest.skip("no encoder for this processor")
     return ops
@@ -152,7 +152,7 @@ def test_the_best_are_found_where_rounding_moves_products_as_far_as_it_can(encod
     indices, values, again = encoder.encode_top_k(x, W.t().contiguous(), b, 8, False)
     assert (indices.sort(1).values == torch.arange(700, 708)).all()
     assert (values == torch.tensor(100.52)).all()
-    if "avx512_vnni" in native._processor() and "-march=native" in native._flags():
+    if "avx512_vnni" in native.cpuinfo("flags") and "-march=native" in native._flags():
         assert again > 0  # eight bits were tried, and refused
 
 
@@ -565,5 +565,5 @@ def test_the_selection_is_the_best_on_real_activations(model, layer, k, minilm_p
     sae = learner.sae
     inner, W, b = x * learner.scale - sae.b_dec.detach(), sae.W_enc.detach(), sae.b_enc.detach()
     assert_best(inner, W, b, k, *selection.choose_top_k(inner, W, b, k))
-    if ops := native.encoder(inner, W, b):  # proven by the 16-bit bound at the first attempt, for most
+    if ops := sparse.encoder(inner, W, b):  # proven by the 16-bit bound at the first attempt, for most
         assert ops.encode_top_k(inner, W.t().contiguous(), b, k, False)[2] < len(x) / 2

@@ -374,22 +374,26 @@ def compile(kernel, types, num_warps=4, **constants):
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": 3})
 
-sizes = dict(ROWS=encoder.ROWS, TILE=encoder.TILE, DEPTH=encoder.DEPTH, WIDEN=False)
-tile = compile(encoder._candidates, [h, h, f, f, f, f, i, n, n, n, n], ABSOLUTE=False, **sizes)
-compile(encoder._above, [h, h, f, f, f, f, l, l, n, n, n, n], 8, **{**sizes, "ROWS": encoder.ROWS // 2})
-compile(encoder._round, [f, h, f, f, n, n, n], STORE=True, ROWS=4, BLOCK=1024)
-compile(encoder._sift, [i, f, f, f, i, i, i, n, n, n, n], TILE=128, ROOM=64, ROWS=2, BLOCK=1024)
-compile(encoder._rank, [h, h, f, i, i, i, i, l, f, n, n, n, n, n],
-        ABSOLUTE=True, TILE=128, ROOM=64, N=32, STEP=32, DEPTH=128)
-compile(kernels._bag, [l, l, f, f, f, f, n, n, n, n, n], RAGGED=True, BIAS=True, PLACES=8, WIDE=512)
-compile(kernels._dot_at, [l, f, f, f, n, n, n, n], offsets=None, RAGGED=False, PLACES=32, DEPTH=128)
-compile(kernels._sum_pieces, [l, l, l, l, l, f, f, f, f, n, n], PIECE=128, PLACES=8, WIDE=512)
+tile = compile(encoder._candidates, [h, h, f, f, f, f, i, n, n, n, n], ABSOLUTE=False)
+compile(encoder._above, [h, h, f, f, f, f, l, l, n, n, n, n], 8, N=64)
+compile(encoder._round, [f, h, f, f, n, n, n], STORE=True, AT_ONCE=4, BLOCK=1024)
+compile(encoder._sift, [i, f, f, f, i, i, n, n, n, n], ROOM=64, AT_ONCE=2, BLOCK=1024)
+for N in (32, 512):
+    compile(encoder._rank, [h, h, f, i, i, i, l, f, n, n, n, n, n, n], ABSOLUTE=True, N=N)
+compile(kernels._bag, [l, l, f, f, f, f, n, n, n, n, n], WIDE=512)
+compile(kernels._bag, [l, f, f, f, n, n, n, n, n], offsets=None, bias=None, WIDE=512)
+compile(kernels._dot_at, [l, f, f, f, n, n, n, n], offsets=None)
+compile(kernels._sum_pieces, [l, l, l, l, l, f, f, f, f, n, n], WIDE=512)
 compile(kernels._add_pieces, [l, f, f, n], WIDE=512)
-compile(kernels._activity, [l, l, f, l, l, n, n, n], RAGGED=True, PLACES=32)
+compile(kernels._activity, [l, l, f, l, l, n, n, n])
 compile(kernels._moments, [f, f, d, d, n, n], ROWS=16, WIDE=128)
-compile(kernels._squares, [f, f, f, n, n], PROJECT=True, ROWS=2, BLOCK=1024)
-compile(kernels._step_rows, [f, f, h, h, d, f, n, n, n, r, r, r, r, r],
-        PROJECT=True, ADAM=True, UNIT=True, RANDOM=True, ROWS=2, BLOCK=1024)
+compile(kernels._squares, [f, f, f, n, n], ROWS=2, BLOCK=1024)
+compile(kernels._squares, [f, f, n, n], W=None, ROWS=2, BLOCK=1024)
+rows, numbers = dict(ROWS=2, BLOCK=1024), [n, n, n, r, r, r, r, r]
+compile(kernels._step_rows, [f, f, h, h, d, f, *numbers], **rows)
+compile(kernels._step_rows, [f, f, f, f, f, *numbers], factors=None, **rows)
+compile(kernels._step_rows, [f, f, *numbers], m=None, v=None, scale=None, factors=None, **rows)
+compile(kernels._step_rows, [f, f, *numbers], grad=None, m=None, v=None, scale=None, **rows)
 print("wgmma" in tile.asm["ptx"], tile.metadata.shared)
 """
 
