@@ -7,15 +7,14 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from sae import log
 from sae.config import UploadConfig, UserError, from_cli, require
-from sae.formats import store
-from sae.lm.language_model import load_language_model
-from sae.neuronpedia import KEY, Journal, NeuronpediaClient
-from sae.pages import neuronpedia_format as form
+
+if TYPE_CHECKING:
+    from sae.pages.neuronpedia_format import Inspection
 
 SHOWN = 100  # broken records named
 
@@ -33,6 +32,9 @@ class Target(NamedTuple):
 
 def find_target(c: UploadConfig) -> Target:
     """The features and names that the flags mean. No SAE is needed if --features and names are given."""
+    from sae.formats import store
+    from sae.pages.neuronpedia_format import check_model, check_set
+
     folder, trained_on = None, {}
     if c.sae_path or not (c.features and c.model_id and c.layer is not None):
         path = Path(c.sae_path) if c.sae_path else store.newest_run("sae_models")
@@ -49,13 +51,16 @@ def find_target(c: UploadConfig) -> Target:
     require(bool(model_id), "the SAE does not say which model it belongs to; give --model_id")
     if layer is None:
         raise UserError(f"hookpoint '{trained_on.get('hookpoint')}' names no layer; give --layer")
-    form.check_model(model_id)
-    form.check_set(c.set_name)
+    check_model(model_id)
+    check_set(c.set_name)
     return Target(features, folder, trained_on, model_id, layer, f"{layer}-{c.set_name}")
 
 
 def count_layers(c: UploadConfig, target: Target) -> int:
     """The number of the model's layers. Without --model_layers the model is loaded to see."""
+    from sae.lm.language_model import load_language_model
+    from sae.pages.neuronpedia_format import check_model
+
     layers = c.model_layers
     if layers is None:
         name = str(target.trained_on.get("model_name") or "")
@@ -63,11 +68,11 @@ def count_layers(c: UploadConfig, target: Target) -> int:
         dataset = target.trained_on.get("dataset_path")
         layers = load_language_model(name, device="cpu", dataset=None if dataset == "embedded" else dataset).n_layers
     require(target.layer < layers, f"layer {target.layer} was given and the model has {layers}")
-    form.check_model(target.model_id, layers)
+    check_model(target.model_id, layers)
     return layers
 
 
-def show(found: form.Inspection, target: Target, api_base: str) -> None:
+def show(found: Inspection, target: Target, api_base: str) -> None:
     """Say what would be sent. Raise UserError if a record breaks a rule."""
     for problem in found.problems[:SHOWN]:
         log.say(problem)
@@ -83,18 +88,23 @@ def show(found: form.Inspection, target: Target, api_base: str) -> None:
 
 def export(c: UploadConfig, target: Target) -> None:
     """Write the import tree, with decoder directions if there is an SAE."""
+    from sae.formats import store
+    from sae.pages.neuronpedia_format import Export, write_export
+
     assert c.export is not None
     layers, hookpoint = count_layers(c, target), str(target.trained_on.get("hookpoint") or "")
     is_block = re.fullmatch(r"[\w.]*\.\d+", hookpoint)
     hook_name = f"blocks.{target.layer}.hook_resid_post" if is_block else hookpoint
     dataset = str(target.trained_on.get("dataset_path") or "")
     vectors = store.load_sae(target.folder).W_dec.detach().numpy() if target.folder else None
-    about = form.Export(target.model_id, layers, c.set_name, target.layer, hook_name, dataset, vectors)
-    log.say(f"written to {form.write_export(target.features, c.export, about)}")
+    about = Export(target.model_id, layers, c.set_name, target.layer, hook_name, dataset, vectors)
+    log.say(f"written to {write_export(target.features, c.export, about)}")
 
 
 def ask_key() -> str:
     """The API key, from the environment or a hidden prompt."""
+    from sae.neuronpedia import KEY
+
     key = os.environ.get(KEY, "").strip()
     if not key and sys.stdin.isatty():
         key = getpass.getpass("Neuronpedia API key (neuronpedia.org, Settings): ").strip()
@@ -102,8 +112,11 @@ def ask_key() -> str:
     return key
 
 
-def upload(c: UploadConfig, target: Target, found: form.Inspection) -> None:
+def upload(c: UploadConfig, target: Target, found: Inspection) -> None:
     """Send what is not there yet."""
+    from sae.neuronpedia import Journal, NeuronpediaClient
+    from sae.pages.neuronpedia_format import features_of
+
     client = NeuronpediaClient(ask_key(), api_base=c.api_base)
     about = {"api_base": client.api_base, "model_id": target.model_id, "source": target.source, "sha256": found.sha256}
     host = urlsplit(client.api_base).netloc.replace(":", "_")
@@ -113,7 +126,7 @@ def upload(c: UploadConfig, target: Target, found: form.Inspection) -> None:
     with Journal(path, about, lambda: not is_there()) as journal:
         if not is_there():
             client.create(target.model_id, count_layers(c, target), c.set_name)
-        features, bar = form.features_of(target.features), log.progress(found.features, "uploading", unit="feature")
+        features, bar = features_of(target.features), log.progress(found.features, "uploading", unit="feature")
         with bar:
             client.upload(features, target.model_id, target.source, journal, batch_size=c.batch_size, sent=bar.update)
     assert found.first is not None
@@ -122,6 +135,8 @@ def upload(c: UploadConfig, target: Target, found: form.Inspection) -> None:
 
 def main(argv: list[str]) -> None:
     c = from_cli(UploadConfig, argv, prog="python -m scripts.sae_upload", description=__doc__)
+    from sae.pages import neuronpedia_format as form
+
     target = find_target(c)
     log.say(f"checking {target.features}")
     with log.progress(None, "checking", unit="feature") as bar:
