@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sae import log
 from sae.config import UserError, require
-from sae.data.cache import BLOCK_ROWS, HOOKPOINT, BlockSource, first_held_out
+from sae.data.cache import HOOKPOINT, BlockSource, first_held_out
 from sae.files import one_sentence, read_torch
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -145,9 +145,7 @@ def _safetensors(path: Path) -> dict[str, Array]:
         }
 
 
-KINDS: dict[str, Callable[[Path], dict[str, Array]]] = {
-    ".npy": _npy, ".h5": _h5, ".hdf5": _h5, ".pt": _pt, ".safetensors": _safetensors,
-}  # fmt: skip
+KINDS = {".npy": _npy, ".h5": _h5, ".hdf5": _h5, ".pt": _pt, ".safetensors": _safetensors}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,14 +225,13 @@ def as_hookpoints(arrays: dict[str, Array], hook_point: str = "") -> dict[str, A
 class FileSource(BlockSource):
     """The activations in a file, by the names of its tensors (or the file's own name where it has but one).
 
-    given: a path, or path:name. hookpoints: some of the names. hook_point: another name for the only tensor. Held out
-    are the last sequences, or the last rows where there is nothing that says what a sequence is. Raises UserError.
+    given: a path, or path:name. hookpoints: some of the names. hook_point: another name for the only tensor. The last
+    sequences are held out, or the last rows of a [n, d]. order: seed and block_rows. Raises UserError.
     """
 
     def __init__(
-        self, given: str, *, hookpoints: Sequence[str] = (), val_split: float = 0.05, hook_point: str = "",
-        seed: int | None = None, block_rows: int = BLOCK_ROWS,
-    ):  # fmt: skip
+        self, given: str, *, hookpoints: Sequence[str] = (), val_split: float = 0.05, hook_point: str = "", **order: Any
+    ):
         self.path, name = split_name(given)
         if name and hookpoints:
             raise UserError(f"'{given}' names a tensor and --hookpoints was given too; give one of them")
@@ -247,9 +244,12 @@ class FileSource(BlockSource):
         super().__init__(
             {name: array.read for name, array in self.arrays.items()},
             {name: array.shape[-1] for name, array in self.arrays.items()},
-            one.n_rows, first_held_out(one.shape[0], val_split) * one.positions,
-            where=str(self.path), positions=one.positions, seed=seed, block_rows=block_rows,
-        )  # fmt: skip
+            one.n_rows,
+            first_held_out(one.shape[0], val_split) * one.positions,
+            str(self.path),
+            one.positions,
+            **order,
+        )
 
     def provenance(self) -> dict[str, Any]:
         """What the file was, so that a resumed run can tell whether it still is."""

@@ -8,15 +8,16 @@ Letters: N sequences, T positions, B tokens in a batch, D width, M tokens in the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sae import log
 from sae.config import UserError
-from sae.data.buffer import Buffer
+from sae.data.buffer import Buffer, Wanted
 from sae.data.tokens import HOLD_OUT, PIECE_CHARS, Rows, TokenRows
 from sae.distributed import ALONE, World
 from sae.hooks import Acts as Acts
@@ -152,9 +153,7 @@ class Turns:
         return Block(len(next(iter(acts.values()))) if acts else 0, holder, acts)
 
 
-def gather(
-    source: Source, n: int, what: str, *, world: World = ALONE, wanted: Sequence[Collection[str]] | None = None
-) -> Acts:
+def gather(source: Source, n: int, what: str, *, world: World = ALONE, wanted: Wanted = None) -> Acts:
     """The first n rows of a source, in memory; fewer where it holds fewer. Raises UserError for none, or for NaN.
 
     Of several processes each reads a part, and gets every n-th row, n being the replicas, of what it wants (buffer.py).
@@ -184,6 +183,7 @@ def gather(
 # the stream
 
 
+@dataclass(eq=False)
 class Stream:
     """Batches of B mixed activations per hookpoint: {hookpoint: (B, D)}, n_batches of them.
 
@@ -197,23 +197,30 @@ class Stream:
     part of a batch. All of them follow the same plan, so none waits for one that has no more.
     """
 
-    def __init__(
-        self, source: Source, *, n_tokens: int, batch_size: int, buffer_tokens: int, uses: int = 1, seed: int = 0,
-        device: torch.device | str = "cpu", world: World = ALONE, wanted: Sequence[Collection[str]] | None = None,
-    ):  # fmt: skip
-        self.source, self.batch_size, self.uses, self.world = source, batch_size, uses, world
-        self.turns = Turns(source, world)
-        self.n_batches = n_tokens * uses // batch_size
+    source: Source
+    _: KW_ONLY
+    n_tokens: int
+    batch_size: int
+    buffer_tokens: int
+    uses: int = 1
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    world: World = ALONE
+    wanted: Wanted = None
+    STATE: ClassVar = ("order", "cursor", "n_drawn", "n_given", "n_passes")  # beside its parts'
+
+    def __post_init__(self) -> None:
+        size, world = self.batch_size, self.world
+        self.turns = Turns(self.source, world)
+        self.n_batches = self.n_tokens * self.uses // size
         if self.n_batches < 1:
-            raise UserError(f"{n_tokens} tokens do not fill one batch of {batch_size}; lower --batch_size")
-        if batch_size < world.shape[1]:
-            raise UserError(
-                f"a batch of {batch_size} leaves some of {world.shape[1]} replicas without; raise --batch_size"
-            )
-        self.n_tokens = -(-self.n_batches * batch_size // uses)
-        self.size = min(max(2, buffer_tokens // batch_size) * batch_size, self.n_tokens)
-        self.buffer = Buffer(self.size, source.widths, device=device, world=world, wanted=wanted)
-        self.generator = torch.Generator().manual_seed(seed)
+            raise UserError(f"{self.n_tokens} tokens do not fill one batch of {size}; lower --batch_size")
+        if size < world.shape[1]:
+            raise UserError(f"batch_size {size} is below the {world.shape[1]} replicas; raise --batch_size")
+        self.n_tokens = -(-self.n_batches * size // self.uses)
+        self.size = min(max(2, self.buffer_tokens // size) * size, self.n_tokens)
+        self.buffer = Buffer(self.size, self.source.widths, device=self.device, world=world, wanted=self.wanted)
+        self.generator = torch.Generator().manual_seed(self.seed)
         self.order = torch.arange(0)  # slots in the order they are given out, each as often as it is still due
         self.cursor = self.n_drawn = self.n_given = self.n_passes = 0
         self.spill = Block(0, 0, {})  # read and not yet in the buffer
@@ -278,11 +285,9 @@ class Stream:
 
     def state_dict(self) -> dict[str, Any]:
         """What every process knows; what each holds for itself is in held_dict."""
-        return {
-            "source": self.source.state_dict(), "order": self.order, "cursor": self.cursor,
-            "n_drawn": self.n_drawn, "n_given": self.n_given, "n_passes": self.n_passes,
-            "n_spill": self.spill.n_rows, "generator": self.generator.get_state(),
-        }  # fmt: skip
+        own = {name: getattr(self, name) for name in self.STATE}
+        parts = {"source": self.source.state_dict(), "generator": self.generator.get_state()}
+        return {**own, **parts, "n_spill": self.spill.n_rows}
 
     def held_dict(self) -> dict[str, Any]:
         """The activations that this process holds."""
@@ -292,8 +297,8 @@ class Stream:
         """held: the held_dict of each of the processes there were, of any number."""
         self.source.load_state_dict(state["source"])
         self.buffer.load_state_dict(held)
-        self.order, self.cursor = state["order"], state["cursor"]
-        self.n_drawn, self.n_given, self.n_passes = state["n_drawn"], state["n_given"], state["n_passes"]
+        for name in self.STATE:
+            setattr(self, name, state[name])
         spill: Acts = next((h["spill"] for h in held if h["spill"]), {}) if self.world.everyone.rank == 0 else {}
         self.spill = Block(state["n_spill"], 0, spill)
         self.generator.set_state(state["generator"])

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.distributed import ALONE, World
+from sae.distributed import World
 from sae.hooks import Acts
+
+Wanted = Sequence[Collection[str]] | None
 
 
 class Buffer:
@@ -24,9 +26,8 @@ class Buffer:
     """
 
     def __init__(
-        self, size: int, widths: Mapping[str, int], *, device: torch.device | str = "cpu", world: World = ALONE,
-        wanted: Sequence[Collection[str]] | None = None,
-    ):  # fmt: skip
+        self, size: int, widths: Mapping[str, int], *, device: torch.device | str, world: World, wanted: Wanted = None
+    ):
         self.size, self.widths, self.world, self.device = size, dict(widths), world, device
         self.wanted = [[n for n in widths if wanted is None or n in wanted[g]] for g in range(world.n_groups)]
         self.rank, self.n_ranks = world.everyone.rank, world.everyone.size

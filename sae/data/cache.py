@@ -13,7 +13,9 @@ import json
 import os
 import re
 import shutil
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,23 +44,29 @@ Reader = Callable[[int, int], Tensor]  # (start, stop) -> these rows, (stop - st
 # reading what is on disk
 
 
+@dataclass(eq=False)
 class BlockSource:
     """Rows on disk, in contiguous blocks that come in a new random order every pass (in file order without a seed).
 
     Only one block is held at a time; the Stream's buffer mixes the rows of many. readers: by hookpoint; they agree on
-    the rows. Of n_rows those from `cut` on are kept for validation. positions: rows per sequence where all are equally
-    long, which blocks then do not cut. Raises UserError for a row with NaN or infinity.
+    the rows. Of n_rows those from `cut` on are kept for validation. where: the name of it all in errors. positions:
+    rows per sequence where all are equally long, which blocks then do not cut. Raises UserError for a row with NaN or
+    infinity.
     """
 
-    def __init__(
-        self, readers: dict[str, Reader], widths: dict[str, int], n_rows: int, cut: int, *, where: str,
-        positions: int = 1, seed: int | None = None, block_rows: int = BLOCK_ROWS,
-    ):  # fmt: skip
-        self.readers, self.widths, self.where = readers, widths, where
-        self.rows, self.kept = range(cut), range(cut, n_rows)
-        self.positions, self.seed = positions, seed
-        n = max(1, min(block_rows, BLOCK_BYTES // (4 * sum(widths.values()))))
-        self.block_rows = n - n % positions if positions < n else n
+    readers: dict[str, Reader]
+    widths: dict[str, int]
+    n_rows: int
+    cut: int
+    where: str
+    positions: int = 1
+    seed: int | None = None
+    block_rows: int = BLOCK_ROWS
+
+    def __post_init__(self) -> None:
+        self.rows, self.kept = range(self.cut), range(self.cut, self.n_rows)
+        n = max(1, min(self.block_rows, BLOCK_BYTES // (4 * sum(self.widths.values()))))
+        self.block_rows = n - n % self.positions if self.positions < n else n
         self.n_passes = self.block = 0
         self._shuffle()
 
@@ -130,9 +138,14 @@ def first_held_out(n: int, share: float) -> int:
 
 
 def write_cache(
-    folder: Path, source: ModelSource, *, n_tokens: int, dtype: str = "float32", shard_tokens: int = 262_144,
+    folder: Path,
+    source: ModelSource,
+    *,
+    n_tokens: int,
+    dtype: str = "float32",
+    shard_tokens: int = 1 << 18,
     overwrite: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Write the next n_tokens rows of a source to `folder`, whole or not at all; returns the manifest.
 
     Layout: manifest.json, and per shard one raw file for each hookpoint (rows of D values of `dtype`) and one with
@@ -143,36 +156,16 @@ def write_cache(
     tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         tmp.mkdir(parents=True)
-        shards: list[int] = []
-        bar = log.progress(n_tokens, "collecting")
-        acts, numbers, n_passes = Acts(), torch.empty(0, dtype=torch.int64), 0
-        done = 0
-        while done < n_tokens and n_passes == 0:
-            room = min(shard_tokens, n_tokens - done)
-            written = 0
-            with _shard_files(tmp, len(shards), source.hookpoints) as files:
-                while written < room:
-                    if not len(numbers):
-                        acts, numbers = source.read_numbered()
-                        if not acts:
-                            n_passes = 1
-                            break
-                    n = min(room - written, len(numbers))
-                    for name, x in acts.items():
-                        _write_rows(files[name], x[:n].to(DTYPES[dtype]))
-                    _write_rows(files[""], numbers[:n])
-                    acts, numbers = {name: x[n:] for name, x in acts.items()}, numbers[n:]
-                    written += n
-                    bar.update(n)
-            shards.append(written)
-            done += written
-        bar.close()
+        shards = _write_shards(tmp, source, n_tokens, DTYPES[dtype], shard_tokens)
+        done = sum(shards)
         require(done >= 2, "the dataset gave no tokens to collect; give a longer text")
-        manifest = {
-            "version": CACHE_VERSION, **source.rows.provenance(), "dtype": dtype, "n_tokens": done, "shards": shards,
-            "hookpoints": {name: {"d_in": d, "file": f"{i:02d}"} for i, (name, d) in enumerate(source.widths.items())},
-        }  # fmt: skip
+        of = {name: {"d_in": d, "file": f"{i:02d}"} for i, (name, d) in enumerate(source.widths.items())}
+        sizes = {"dtype": dtype, "n_tokens": done, "shards": shards, "hookpoints": of}
+        manifest = {"version": CACHE_VERSION, **source.rows.provenance(), **sizes}
         (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for file in tmp.iterdir():
+            with file.open("rb+") as f:
+                os.fsync(f.fileno())
         if folder.exists():
             shutil.rmtree(folder)
         tmp.replace(folder)
@@ -183,38 +176,38 @@ def write_cache(
     return manifest
 
 
+def _write_shards(folder: Path, source: ModelSource, n_tokens: int, dtype: torch.dtype, shard_tokens: int) -> list[int]:
+    """Append one pass of the source, at most n_tokens, to the files of shards; the number of rows in each."""
+    shards: list[int] = []
+    done = 0
+    with log.progress(n_tokens, "collecting") as bar:
+        while done < n_tokens and len((block := source.read_numbered())[1]):
+            acts, numbers = block
+            start = 0
+            while start < len(numbers) and done < n_tokens:
+                if not shards or shards[-1] == shard_tokens:
+                    shards.append(0)
+                stop = min(len(numbers), start + shard_tokens - shards[-1], start + n_tokens - done)
+                of = {f"{i:02d}": acts[name].to(dtype) for i, name in enumerate(source.widths)} | {"seq": numbers}
+                for name, x in of.items():
+                    with (folder / f"{len(shards) - 1:05d}_{name}.bin").open("ab") as f:
+                        f.write(x[start:stop].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                bar.update(stop - start)
+                shards[-1] += stop - start
+                done += stop - start
+                start = stop
+    return shards
+
+
 def check_target(folder: Path, overwrite: bool) -> None:
     """Raise UserError unless `folder` is free, or holds a cache and nothing else and may be overwritten."""
     if not folder.exists():
         return
     if not overwrite:
         raise UserError(f"'{folder}' exists; choose another --output_dir or give --overwrite")
-    strange = (
-        [p.name for p in folder.iterdir() if not CACHE_FILE.fullmatch(p.name)] if folder.is_dir() else [folder.name]
-    )
-    if strange:
-        raise UserError(f"'{folder}' holds '{strange[0]}', which no cache does; choose another --output_dir")
-
-
-class _shard_files:
-    """The open files of one shard: hookpoint -> file, and "" -> the sequence numbers."""
-
-    def __init__(self, folder: Path, shard: int, hookpoints: Sequence[str]):
-        names = {name: f"{shard:05d}_{i:02d}.bin" for i, name in enumerate(hookpoints)} | {"": f"{shard:05d}_seq.bin"}
-        self.files = {name: (folder / file).open("wb") for name, file in names.items()}
-
-    def __enter__(self) -> dict[str, Any]:
-        return self.files
-
-    def __exit__(self, *_: object) -> None:
-        for f in self.files.values():
-            f.flush()
-            os.fsync(f.fileno())
-            f.close()
-
-
-def _write_rows(file: Any, x: Tensor) -> None:
-    file.write(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name in [p.name for p in folder.iterdir()] if folder.is_dir() else [folder.name]:
+        if not CACHE_FILE.fullmatch(name) or not folder.is_dir():
+            raise UserError(f"'{folder}' holds '{name}', which no cache does; choose another --output_dir")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,13 +217,10 @@ def _write_rows(file: Any, x: Tensor) -> None:
 class CacheSource(BlockSource):
     """The activations in a folder that sae_collect wrote, some of its sequences (the last ones) held out.
 
-    Raises UserError for a folder that is not a whole cache, with the reason.
+    order: seed and block_rows. Raises UserError for a folder that is not a whole cache, with the reason.
     """
 
-    def __init__(
-        self, folder: str | Path, *, hookpoints: Sequence[str] = (), val_split: float = 0.05,
-        seed: int | None = None, block_rows: int = BLOCK_ROWS,
-    ):  # fmt: skip
+    def __init__(self, folder: str | Path, *, hookpoints: Sequence[str] = (), val_split: float = 0.05, **order: Any):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         known = self.manifest["hookpoints"]
@@ -242,8 +232,9 @@ class CacheSource(BlockSource):
         n = self.manifest["n_tokens"]
         # Whole sequences are held out: neighbours in one text are too alike to validate on.
         n_sequences = int(self._numbers(n - 1, n)[0]) + 1
-        cut = self._first_row_of(first_held_out(n_sequences, val_split))
-        super().__init__(readers, widths, n, cut, where=str(folder), seed=seed, block_rows=block_rows)
+        first = first_held_out(n_sequences, val_split)
+        cut = bisect_left(range(n), first, key=lambda row: int(self._numbers(row, row + 1)[0]))
+        super().__init__(readers, widths, n, cut, where=str(folder), **order)
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         place, dtype = self.manifest["hookpoints"][name], DTYPES[self.manifest["dtype"]]
@@ -259,24 +250,10 @@ class CacheSource(BlockSource):
         for shard, n in enumerate(self.manifest["shards"]):
             a, b = max(start, first), min(stop, first + n)
             if a < b:
-                path = self.folder / f"{shard:05d}_{file}.bin"
-                raw = np.memmap(
-                    path, dtype=np.uint8, mode="r", offset=(a - first) * row_bytes, shape=((b - a) * row_bytes,)
-                )
-                parts.append(torch.from_numpy(np.array(raw)))
+                path, size = self.folder / f"{shard:05d}_{file}.bin", (b - a) * row_bytes
+                parts.append(torch.from_numpy(np.fromfile(path, np.uint8, size, offset=(a - first) * row_bytes)))
             first += n
         return torch.cat(parts)
-
-    def _first_row_of(self, number: int) -> int:
-        """First row whose sequence number is at least `number` (they never fall)."""
-        low, high = 0, self.manifest["n_tokens"]
-        while low < high:
-            middle = (low + high) // 2
-            if int(self._numbers(middle, middle + 1)[0]) < number:
-                low = middle + 1
-            else:
-                high = middle
-        return low
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

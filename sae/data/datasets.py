@@ -16,22 +16,20 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sae import log
 from sae.config import UserError, require
-from sae.files import beside
+from sae.files import beside, one_sentence
 
 PIECE = 1 << 20  # characters or tokens: a longer file is read as several documents, texts cut at line ends
 BATCH = 256  # rows of a table read at a time
 PEEK = 20  # records that are looked at to find the column
 # What the hub's datasets call the column that holds the text or the chat, in the order it is looked for.
-COLUMNS = (
-    "input_ids", "text", "content", "messages", "conversations", "conversation", "chat", "document", "article",
-    "passage", "body", "story", "code", "dialogue", "hard_text", "sentence", "context", "question",
-)  # fmt: skip
+COLUMNS = "input_ids text content messages conversations conversation chat document article passage body".split()
+COLUMNS += "story code dialogue hard_text sentence context question".split()
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 HELD_OUT = ("validation", "valid", "val", "dev", "test")  # splits that can validate, in the order they are taken
 FOLDERS = ("data", "datasets", "out")  # with these, owner/name is meant as a path
@@ -172,20 +170,15 @@ def _parquet_documents(file: Path, column: str | None, name: str) -> Iterator[An
     parquet, types = _extra("pyarrow.parquet", f"'{file}'"), _extra("pyarrow.types", f"'{file}'")
     nested = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_struct)
     texts = (types.is_string, types.is_large_string, types.is_dictionary, *nested)
-    try:
-        with parquet.ParquetFile(file) as table:
-            schema = table.schema_arrow
-            likely = [c for c, kind in zip(schema.names, schema.types, strict=True) if any(is_(kind) for is_ in texts)]
+    with one_sentence(f"cannot read '{file}' as parquet", "copy it again"), parquet.ParquetFile(file) as open_file:
+        schema = open_file.schema_arrow
+        likely = [c for c, kind in zip(schema.names, schema.types, strict=True) if any(is_(kind) for is_ in texts)]
 
-            def rows(columns: Sequence[str]) -> Iterator[dict]:
-                for batch in table.iter_batches(batch_size=BATCH, columns=columns):
-                    yield from batch.to_pylist()
+        def rows(columns: Sequence[str]) -> Iterator[dict]:
+            for batch in open_file.iter_batches(batch_size=BATCH, columns=columns):
+                yield from batch.to_pylist()
 
-            yield from documents_of(rows(likely), column, str(file), name, schema.names, rows)
-    except (OSError, ValueError, NotImplementedError) as e:  # what pyarrow's errors are
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"cannot read '{file}' as parquet ({_reason(e)}); copy it again") from e
+        yield from documents_of(rows(likely), column, str(file), name, Table(schema.names, rows))
 
 
 def _token_pieces(file: Path) -> Iterator[np.ndarray]:
@@ -219,13 +212,10 @@ def _hash_files(files: Sequence[Path]) -> str:
 def _from_disk(name: str, column: str | None, split: str) -> Dataset:
     """A folder that save_to_disk wrote."""
     library = _extra("datasets", f"'{name}'")
-    try:
+    with one_sentence(f"cannot read the dataset saved in '{name}'", "save it again"):
         whole = library.load_from_disk(name)
-    except Exception as e:  # a broken folder can raise anything
-        raise UserError(f"cannot read the dataset saved in '{name}' ({_reason(e)}); save it again") from e
     splits = dict(whole) if isinstance(whole, dict) else {"train" if split == "train" else str(whole.split): whole}
-    files = lambda: sorted(Path(name).rglob("*.arrow"))
-    return _from_splits(name, splits, column, split, False, lambda _: _hash_files(files()))
+    return _from_splits(name, splits, column, split, False, lambda _: _hash_files(sorted(Path(name).rglob("*.arrow"))))
 
 
 def _from_hub(name: str, column: str | None, split: str, streaming: bool) -> Dataset:
@@ -240,7 +230,8 @@ def _from_hub(name: str, column: str | None, split: str, streaming: bool) -> Dat
     library.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # versions that still can would ask
     path, _, config = name.partition(":")
     load = lambda **which: library.load_dataset(path, config or None, streaming=streaming, **which)
-    try:
+    todo = "it is no file or folder here either, so check the name and the network"
+    with one_sentence(f"cannot load '{name}' from the HuggingFace hub", todo):
         try:
             splits = load()
         except ValueError:
@@ -253,11 +244,6 @@ def _from_hub(name: str, column: str | None, split: str, streaming: bool) -> Dat
             splits = load()
         # a slice, as in train[:10%]
         more = {split: load(split=split)} if split not in splits and re.search(r"[\[+]", split) else {}
-    except Exception as e:  # the network, the hub's and the dataset's own faults come as anything
-        raise UserError(
-            f"cannot load '{name}' from the HuggingFace hub ({_reason(e)}), and it is no file or folder here; "
-            "check the name and the network"
-        ) from e
 
     def prints(used: list[Any]) -> str:
         told = [str(d.info.version) if streaming else d._fingerprint for d in used]
@@ -267,9 +253,8 @@ def _from_hub(name: str, column: str | None, split: str, streaming: bool) -> Dat
 
 
 def _from_splits(
-    name: str, splits: dict[str, Any], column: str | None, split: str, streaming: bool,
-    fingerprint: Callable[[list[Any]], str],
-) -> Dataset:  # fmt: skip
+    name: str, splits: dict[str, Any], column: str | None, split: str, streaming: bool, prints: Callable[[list], str]
+) -> Dataset:
     if split not in splits:
         raise UserError(f"'{name}' has no split '{split}' (it has: {_some(splits)}); choose one with --split")
     words = re.findall(r"\w+", split)
@@ -277,8 +262,8 @@ def _from_splits(
     val = next((c for c in candidates if c in splits and c not in words), None)
     used = {"train": splits[split], "val": splits[val or split]}
     readers = {part: _row_reader(data, column, name) for part, data in used.items()}
-    prints = lambda: fingerprint(list(used.values()))
-    return Dataset(name, val is not None, lambda part: readers[part](), prints, column, split, streaming)
+    fingerprint = lambda: prints(list(used.values()))
+    return Dataset(name, val is not None, lambda part: readers[part](), fingerprint, column, split, streaming)
 
 
 def _row_reader(data: Any, column: str | None, name: str) -> Callable[[], Iterator[Any]]:
@@ -288,25 +273,18 @@ def _row_reader(data: Any, column: str | None, name: str) -> Callable[[], Iterat
 
     def rows(wanted: Sequence[str]) -> Iterator[dict]:
         chosen = data.select_columns(list(wanted)) if wanted else data
-        try:
+        with one_sentence(f"cannot read on in '{name}'", "--resume goes on from a checkpoint"):
             for batch in chosen.with_format("arrow").iter(BATCH):  # 40 times quicker than row by row
                 yield from batch.to_pylist()
-        except Exception as e:  # a stream can break in any way
-            raise UserError(f"cannot read on in '{name}' ({_reason(e)}); --resume goes on from a checkpoint") from e
 
     @cache
     def head() -> list[dict]:
         return list(islice(rows([c for c in columns if c not in pictures]), PEEK))
 
     def documents() -> Iterator[Any]:
-        yield from documents_of(head(), column, f"'{name}'", name, columns, rows)
+        yield from documents_of(head(), column, f"'{name}'", name, Table(columns, rows))
 
     return documents
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _some(names: Iterable[str]) -> str:
@@ -318,22 +296,28 @@ def _some(names: Iterable[str]) -> str:
 # records -> documents
 
 
+class Table(NamedTuple):
+    """All columns of a table, and what reads the rows of some of them."""
+
+    columns: Sequence[str]
+    rows: Callable[[Sequence[str]], Iterator[dict]]
+
+
 def documents_of(
-    records: Iterable[Any], column: str | None, where: str, name: str, columns: Sequence[str] = (),
-    read: Callable[[Sequence[str]], Iterator[dict]] | None = None,
-) -> Iterator[Any]:  # fmt: skip
+    records: Iterable[Any], column: str | None, where: str, name: str, table: Table | None = None
+) -> Iterator[Any]:
     """The documents in records: dicts that hold one in a column, or texts and chats as they are; empty ones left out.
 
-    where: what an error names; name: what the choice of the column is said of. Columns that records do not show can be
-    told; read(columns) reads the records again, and of them only what is needed.
+    where: the records' place, for errors. name: the dataset, for the message about its column. table: the records come
+    from its head; the column with the documents alone is read from it.
     """
     records = iter(records)
     head = list(islice(records, PEEK))
-    found = choose_column(head, column, where, name, columns)
+    found = choose_column(head, column, where, name, table.columns if table else ())
     records = chain(head, records)
-    if read is not None and found is not None:
+    if table is not None and found is not None:
         masked = found == "input_ids" and "attention_mask" in head[0]
-        records = read([found, "attention_mask"] if masked else [found])
+        records = table.rows([found, "attention_mask"] if masked else [found])
     for number, record in enumerate(records, 1):
         value = record.get(found) if isinstance(record, dict) and found is not None else record
         if value is None or value in ("", [], {}) or (isinstance(value, str) and value.isspace()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -134,6 +135,7 @@ class Rows(NamedTuple):
     keep: Tensor
 
 
+@dataclass(eq=False)
 class TokenRows:
     """Documents cut into rows of T tokens, from any place on: `state_dict` is a place.
 
@@ -146,17 +148,21 @@ class TokenRows:
     are the same for any number.
     """
 
-    def __init__(
-        self, lm: LanguageModel, dataset: Dataset, split: str, ctx_len: int,
-        *, skip_first: bool = False, exclude_tokens: Sequence[int] = (), n_threads: int = 1,
-    ):  # fmt: skip
-        self.lm, self.dataset, self.split, self.n_threads = lm, dataset, split, n_threads
-        self.skip_first, self.exclude_tokens = skip_first, tuple(exclude_tokens)
-        self.ctx_len = min(ctx_len, lm.max_len)
-        if lm.wrap is not None and self.ctx_len < 3:
+    lm: LanguageModel
+    dataset: Dataset
+    split: str
+    ctx_len: int
+    _: KW_ONLY
+    skip_first: bool = False
+    exclude_tokens: Sequence[int] = ()
+    n_threads: int = 1
+
+    def __post_init__(self) -> None:
+        self.ctx_len = min(self.ctx_len, self.lm.max_len)
+        if self.lm.wrap is not None and self.ctx_len < 3:
             raise UserError(f"ctx_len={self.ctx_len} has no room between an encoder's [CLS] and [SEP]; raise --ctx_len")
-        if n_threads > 1:
-            lm.tokenizer.encode("")  # settles what a tokenizer prepares on first use, before threads share it
+        if self.n_threads > 1:
+            self.lm.tokenizer.encode("")  # settles what a tokenizer prepares on first use, before threads share it
         self.rewind()
 
     def rewind(self) -> None:
@@ -164,10 +170,9 @@ class TokenRows:
         self.load_state_dict({"n_documents": 0, "n_rows": 0, "carry": [], "queue": [], "ended": False})
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "n_documents": self.n_documents, "n_rows": self.n_rows, "carry": list(self.carry),
-            "queue": [list(row) for row in self.queue], "ended": self.ended,
-        }  # fmt: skip
+        queue = [list(row) for row in self.queue]
+        counts = {"n_documents": self.n_documents, "n_rows": self.n_rows, "ended": self.ended}
+        return {**counts, "carry": list(self.carry), "queue": queue}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.n_documents, self.n_rows = state["n_documents"], state["n_rows"]
@@ -204,20 +209,11 @@ class TokenRows:
     def provenance(self) -> dict[str, Any]:
         """What decides activations of these rows, as a cache's manifest records it."""
         lm, dataset = self.lm, self.dataset
-        return {
-            "model": lm.name,
-            "model_dtype": lm.dtype,
-            "model_hash": lm.weights_hash,
-            "tokenizer_hash": lm.tokenizer.content_hash(),
-            "dataset": dataset.name,
-            "dataset_hash": dataset.fingerprint(),
-            "text_column": dataset.text_column,
-            "split": dataset.split,
-            "streaming": dataset.streaming,
-            "ctx_len": self.ctx_len,
-            "skip_first": self.skip_first,
-            "exclude_tokens": sorted(self.exclude_tokens),
-        }
+        model = {"model": lm.name, "model_dtype": lm.dtype, "model_hash": lm.weights_hash}
+        text = {"dataset": dataset.name, "dataset_hash": dataset.fingerprint()}
+        text |= {name: getattr(dataset, name) for name in ("text_column", "split", "streaming")}
+        cut = {"ctx_len": self.ctx_len, "skip_first": self.skip_first, "exclude_tokens": sorted(self.exclude_tokens)}
+        return {**model, "tokenizer_hash": lm.tokenizer.content_hash(), **text, **cut}
 
     def _ready(self) -> bool:
         """Whether a row is in the queue, after reading on if need be."""
