@@ -181,15 +181,10 @@ class NeuronpediaClient:
         """
         require(1 <= batch_size <= MAX_FEATURES, f"batch_size={batch_size}; 1 to {MAX_FEATURES} were wanted")
 
-        def new() -> Iterable[Json]:
-            for feature in features:
-                if feature["index"] in journal.done:
-                    sent(1)
-                else:
-                    yield feature
-
-        for batch in batches(new(), batch_size):
-            self._send(batch, model_id, source, journal)
+        for batch in batches(features, batch_size):
+            new = [f for f in batch if f["index"] not in journal.done]
+            if new:
+                self._send(new, model_id, source, journal)
             sent(len(batch))
 
     def _send(self, batch: list[Json], model_id: str, source: str, journal: Journal) -> None:
@@ -218,8 +213,7 @@ class NeuronpediaClient:
         """What the server lacks of a batch at the time `settled`, when no request can be at work on it any more."""
         while True:
             found = (missing(f, self._there(f, model_id, source)) for f in batch)
-            todo = [f for f in found if f is not None]
-            left = settled - time.time()
+            todo, left = [f for f in found if f is not None], settled - time.time()
             if not todo or left <= 0:
                 return todo
             time.sleep(left)
