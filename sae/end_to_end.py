@@ -9,6 +9,7 @@ Letters: N sequences, T positions, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -49,12 +50,6 @@ class RowStream:
             )
         self.n_tokens = self.n_batches * self.batch_size
         self.n_given = self.n_passes = 0
-
-    def __len__(self) -> int:
-        return self.n_batches
-
-    def __iter__(self) -> RowStream:
-        return self
 
     def sample(self) -> Acts:
         """Activations of some of the first rows, which are not used up; of n processes each gets every n-th token."""
@@ -109,32 +104,29 @@ class EndToEnd:
         of kinds that choose over a batch (BatchTopK, Matryoshka): these keep their k per part.
         """
         n_kept, n_counted = int(batch.keep.sum()), int(_counted(batch).sum())
-        device = self.lm.device
-        terms: dict[Learner, Terms] = {}  # of the whole step
+        terms: dict[str, Terms] = {}  # of the whole step
         own = (t[self.data.rank :: self.data.size] for t in batch)
         for part in zip(*(t.split(self.model_batch_size) for t in own), strict=True):
             rows = Rows(*part)
             share = int(rows.keep.sum()) / max(1, n_kept)
             if not share:
                 continue
-            at = rows.keep.flatten().nonzero()[:, 0].to(device)  # found on the CPU: masks on a GPU make it wait
-            sides: list[tuple[Learner, Tensor, Any, Any]] = []
+            sides: dict[str, tuple[Tensor, Output, Losses]] = {}
 
-            def stand_in(learner: Learner, x: Tensor, y: Tensor, sides: list = sides, at: Tensor = at) -> Tensor:
-                inputs, targets = x.flatten(0, 1)[at].float(), y.flatten(0, 1)[at].float()
-                if learner not in terms:
-                    terms[learner] = learner.terms(step, inputs, [inputs])
-                x_hat, target, out, losses = _reconstruct(learner, inputs, targets, terms[learner])
-                sides.append((learner, target, out, losses))
-                return y.flatten(0, 1).index_copy(0, at, x_hat.to(y.dtype)).view_as(y)
+            def reconstruct(name: str, x: Tensor, y: Tensor, sides: dict = sides) -> Tensor:
+                learner = learners[name]
+                if name not in terms:
+                    terms[name] = learner.terms(step, x, [x])
+                x_hat, *sides[name] = _reconstruct(learner, x, y, terms[name])
+                return x_hat
 
-            objective = self._loss(rows, self._edits(learners, stand_in)) / max(1, n_counted)
-            total = objective + sum(losses.total * share for _, _, _, losses in sides)
+            objective = self._loss(rows, self._edits(learners, rows, reconstruct)) / max(1, n_counted)
+            total = objective + sum(losses.total * share for _, _, losses in sides.values())
             total.backward()
-            for learner, target, out, losses in sides:
+            for name, (target, out, losses) in sides.items():
                 whole = losses._replace(total=losses.total + objective.detach() / share)
-                learner.account(target, out, whole, share, objective=objective.detach() / share)
-                learner.pending = (out, None)
+                learners[name].account(target, out, whole, share, objective=objective.detach() / share)
+                learners[name].pending = (out, None)
         for learner in learners.values():
             learner.counts.n_tokens = n_kept
 
@@ -144,34 +136,31 @@ class EndToEnd:
         saes = {name: learner.finished() for name, learner in learners.items()}
         total, n = 0.0, 0
         for rows in self.val[self.data.rank :: self.data.size]:
-            at = rows.keep.flatten().nonzero()[:, 0].to(self.lm.device)
-
-            def stand_in(learner: Learner, x: Tensor, y: Tensor, at: Tensor = at) -> Tensor:
-                name = next(n for n, one in learners.items() if one is learner)
-                x_hat = saes[name](x.flatten(0, 1)[at].float()).x_hat
-                return y.flatten(0, 1).index_copy(0, at, x_hat.to(y.dtype)).view_as(y)
-
-            total += float(self._loss(rows, self._edits(learners, stand_in)))
+            edits = self._edits(learners, rows, lambda name, x, y: saes[name](x).x_hat)  # noqa: ARG005
+            total += float(self._loss(rows, edits))
             n += int(_counted(rows).sum())
         return sum(self.data.objects(total)) / max(1, sum(self.data.objects(n)))
 
     def _edits(
-        self, learners: Mapping[str, Learner], stand_in: Callable[[Learner, Tensor, Tensor], Tensor]
+        self, learners: Mapping[str, Learner], rows: Rows, reconstruct: Callable[[str, Tensor, Tensor], Tensor]
     ) -> dict[str, Callable[[Tensor], Tensor | None]]:
-        """What to do at each hookpoint: remember a transcoder's input, put the reconstruction in place."""
+        """The edit at each hookpoint: remember a transcoder's input, put the reconstruction in place.
+
+        reconstruct(name, x, y): for the kept positions' raw input x and target y, the raw reconstruction (n, D_out).
+        """
+        at = rows.keep.flatten().nonzero()[:, 0].to(self.lm.device)  # found on the CPU: masks on a GPU make it wait
         inputs: dict[str, Tensor] = {}
         edits: dict[str, Callable[[Tensor], Tensor | None]] = {}
 
-        def remember(name: str) -> Callable[[Tensor], None]:
-            return lambda x: inputs.__setitem__(name, x)
+        def put(name: str, reads: str, y: Tensor) -> Tensor:
+            x = inputs.get(reads, y)
+            x_hat = reconstruct(name, x.flatten(0, 1)[at].float(), y.flatten(0, 1)[at].float())
+            return y.flatten(0, 1).index_copy(0, at, x_hat.to(y.dtype)).view_as(y)
 
-        def put(learner: Learner) -> Callable[[Tensor], Tensor]:
-            return lambda y: stand_in(learner, inputs[learner.reads] if learner.config.transcode else y, y)
-
-        for learner in learners.values():
+        for name, learner in learners.items():
             if learner.config.transcode:
-                edits[learner.reads] = remember(learner.reads)
-            edits[learner.hookpoint] = put(learner)
+                edits[learner.reads] = partial(inputs.__setitem__, learner.reads)
+            edits[learner.hookpoint] = partial(put, name, learner.reads)
         return edits
 
     def _loss(self, rows: Rows, edits: dict[str, Callable[[Tensor], Tensor | None]]) -> Tensor:

@@ -6,8 +6,7 @@ Steps are optimiser steps, counted from 0. Letters: D width, F latents.
 from __future__ import annotations
 
 import math
-import typing
-from typing import NamedTuple, TypeVar
+from typing import Any
 
 from sae.config import SAEConfig, kind_of, require
 
@@ -17,7 +16,7 @@ def n_latents(c: SAEConfig) -> int:
     if c.d_sae is not None:
         return c.d_sae
     require(c.d_in is not None, "neither d_sae nor d_in is known; give one of them")
-    return typing.cast(int, c.d_in) * c.expansion_factor
+    return (c.d_in or 0) * c.expansion_factor
 
 
 def tokens_per_step(c: SAEConfig) -> int:
@@ -93,27 +92,18 @@ def sparsity_at(step: int, c: SAEConfig, n_steps: int) -> float:
 
 # What a step does per error of log L0: to thresholds, to the drift of thresholds, to the log of the weight.
 STEER, STEER_DRIFT, STEER_WEIGHT = 0.2, 0.004, 0.01
-Scalar = TypeVar("Scalar", bound=typing.Any)  # a float or a tensor without axes
 
 
-class Steered(NamedTuple):
-    """One move of the L0 controller: by how much thresholds rise now, the new drift, the new log of the weight."""
+def steered(error: Any, drift: Any, log_weight: Any, share: float) -> tuple[Any, Any, Any]:
+    """Keep L0 at its target: by how much thresholds rise now, their new drift, the new log of the penalty's weight.
 
-    rise: typing.Any
-    drift: typing.Any
-    log_weight: typing.Any
-
-
-def steered(error: Scalar, drift: Scalar, log_weight: Scalar, share: float) -> Steered:
-    """Keep L0 at its target: thresholds follow the error at once, the penalty's weight follows slowly.
-
-    error: log(L0 / target), clamped. share: the step size over its peak. The weight alone acts through many steps of
-    learning, and overshoots; thresholds act on the next batch. The integral of the error is the drift of thresholds,
-    scaled by the step size, since learning causes it. The drift turns the weight until the drift is gone: thresholds
-    that rise for ever fight the SAE's learning.
+    Scalars. error: log(L0 / target), clamped. share: the step size over its peak. Thresholds act on the next batch; the
+    weight alone acts through many steps of learning, and overshoots. The drift is the error's integral, scaled by the
+    step size, since learning causes it. It turns the weight until it is gone itself: thresholds that rise for ever
+    fight the SAE's learning.
     """
     drift = drift + STEER_DRIFT * error
-    return Steered(STEER * error + drift * share, drift, log_weight + STEER_WEIGHT * error + drift * share)
+    return STEER * error + drift * share, drift, log_weight + STEER_WEIGHT * error + drift * share
 
 
 def p_at(step: int, c: SAEConfig, n_steps: int) -> float:
