@@ -23,8 +23,9 @@ from sae.data.activations import Stream, gather
 from sae.data.cache import CacheSource
 from sae.kernels import native
 from sae.models import KINDS, create_sae
+from sae.rundir import git_commit
 from sae.schedules import peak_lr
-from sae.trainer import SAETrainer, git_commit
+from sae.trainer import SAETrainer
 
 HELD_OUT = 0.15  # of the sequences: a few files of text alone differ in L0 by 5%
 RESULTS = Path(__file__).parent / "results" / "architectures.json"

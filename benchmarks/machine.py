@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sae.kernels import native
-from sae.trainer import git_commit
+from sae.rundir import git_commit
 
 
 def about() -> dict[str, Any]:

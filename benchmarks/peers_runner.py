@@ -314,7 +314,7 @@ def main() -> None:
     trained = TRAIN[library](x, job, job["matched"])
     if library == "nanosae":
         from sae.config import VERSION as version
-        from sae.trainer import git_commit
+        from sae.rundir import git_commit
 
         commit = git_commit()
     else:

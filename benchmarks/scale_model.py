@@ -3,7 +3,7 @@
     python -m benchmarks.scale_model [--measure] [--d_in 12288 --d_sae 16777216 --batch 131072]
 
 A step of a process takes its kernels on b = B / R tokens and F / S latents, and for every axis a latency per collective
-and its bytes (sae/plan.py) over the link. --measure runs R x S processes over gloo: times the same kernels without the
+and its bytes (wire_bytes) over the link. --measure runs R x S processes over gloo: times the same kernels without the
 others, the links without the kernels, and then the real steps; the difference is the error. For a cluster the kernels
 are counted: one product for the encoder, four passes over what Adam keeps, the rest a third of the product.
 Writes benchmarks/results/scale_model.json and assets/scale.png.
@@ -28,9 +28,10 @@ from benchmarks.machine import about
 from sae import distributed, plan
 from sae.config import SAEConfig
 from sae.data.activations import Stream, TensorSource
-from sae.distributed import ALONE, Axis, World
+from sae.distributed import ALONE, CAPACITY, DIGIT_BITS, Axis, World
 from sae.kernels import native
 from sae.models import create_sae
+from sae.schedules import n_latents, tokens_per_step
 from sae.trainer import SAETrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +41,47 @@ SHAPE = {"d_in": 256, "d_sae": 4096, "k": 32, "batch_size": 2048}  # what is mea
 LAYOUTS = ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4))  # replicas, shards
 N_STEPS = 8
 CALLS = {"data": 4, "latents": 5, "everyone": 1}  # collectives in a step of a TopK SAE
+
+
+def wire_bytes(c: SAEConfig, replicas: int = 1, shards: int = 1, *, any_dead: bool = False) -> dict[str, int]:
+    """Bytes that one process hands to the collectives in a step of one SAE, by axis, with no micro-batches.
+
+    data      4 (parameters + F/S + 2) gradients and firing counts; 8 (D + 2) the batch's variance
+    latents   4 b D (1 + x) partial reconstructions, x further ones: matryoshka's prefixes, gated's gate, multi-TopK;
+              8 b L0 of tokens; 4 D gradient of b_dec; 8 the gradient's norm; 4 each penalty;
+              4 b min(k, ceil(4 k / S)) candidates of TopK (4k of them too for multi-TopK), and when latents are dead
+              as many candidates, 4 b D and 8 for AuxK
+    team      8 + 8 (2^11 + 2^11 + 2^10) + 4 the threshold of BatchTopK; 8 the L0 of jumprelu's quadratic penalty
+
+    Nothing has F times D numbers but the gradients, which cross `data` alone. Beside that the delivery of a batch takes
+    4 B D S per hookpoint, what stays where it is included, over all processes (buffer.py).
+    """
+    b, D, k = tokens_per_step(c) // replicas, c.d_out or c.d_in or 0, c.k
+    kind, matryoshka = c.activation, c.activation == "matryoshka"
+    selects = kind in ("topk", "abstopk") or (matryoshka and c.matryoshka_base == "topk")
+    by_batch = kind == "batchtopk" or (matryoshka and not selects)
+    found = {"data": 0, "latents": 0, "team": 0}
+    if replicas > 1:
+        found["data"] = 4 * (plan.parameters(c, shards) + n_latents(c) // shards + 2)
+        found["data"] += 8 * (D + 2) if c.loss_fn == "fvu" else 0
+    if shards > 1:
+        room = min(k, -(-CAPACITY * k // shards))
+        further = len(c.matryoshka_prefixes) if matryoshka else int(kind == "gated" or c.multi_topk)
+        penalties = int(kind in ("relu", "gated", "jumprelu"))
+        found["latents"] = 4 * b * D * (1 + further) + 8 * b + 4 * D + 8 + 4 * penalties
+        found["latents"] += 4 * b * room if selects else 0
+        found["latents"] += 4 * b * min(4 * k, -(-CAPACITY * 4 * k // shards)) if c.multi_topk else 0
+        if any_dead and c.auxk_alpha > 0 and kind not in ("relu", "gated"):
+            found["latents"] += 4 * b * room + 4 * b * D + 8
+    if replicas * shards > 1:
+        found["team"] = (8 + 8 * sum(2**bits for bits in DIGIT_BITS) + 4) if by_batch else 0
+        found["team"] += 8 if kind == "jumprelu" and c.jumprelu_penalty == "quadratic" else 0
+    return found
+
+
+def delivery(batch: int, widths: list[int], shards: int) -> int:
+    """Bytes of a batch on its way to who learns from it, over all processes, per step."""
+    return 4 * batch * sum(widths) * shards
 
 
 class Cluster(NamedTuple):
@@ -61,7 +103,7 @@ def step_on(cluster: Cluster, c: SAEConfig, replicas: int, shards: int) -> dict[
     numbers = plan.parameters(c, shards)
     if 16 * numbers + 24 * b * D > cluster.memory:
         return None
-    wire = plan.wire(c, replicas, shards)
+    wire = wire_bytes(c, replicas, shards)
     # shards of an SAE sit side by side; replicas of them reach across nodes
     rate = lambda size: cluster.inside if size <= cluster.per_node else cluster.outside
     product = 2 * b * D * (c.d_sae or 0) / shards / cluster.flops
@@ -70,7 +112,7 @@ def step_on(cluster: Cluster, c: SAEConfig, replicas: int, shards: int) -> dict[
         "kernels": product * 4 / 3 + 16 * numbers / cluster.memory_rate,
         "data": around(wire["data"], replicas) / rate(n) + CALLS["data"] * cluster.latency * (replicas > 1),
         "latents": around(wire["latents"], shards) / rate(shards) + CALLS["latents"] * cluster.latency * (shards > 1),
-        "delivery": plan.delivery(c.batch_size, [D], shards) / n / rate(n) + cluster.latency * (n > 1),
+        "delivery": delivery(c.batch_size, [D], shards) / n / rate(n) + cluster.latency * (n > 1),
     }
 
 
@@ -143,8 +185,8 @@ def work(replicas: int, shards: int) -> None:
     part = SAEConfig(**{**SHAPE, "d_sae": c.d_sae // shards, "batch_size": c.batch_size // replicas}, auxk_alpha=0.0)  # type: ignore[arg-type, operator]
     kernels = seconds_of_steps(trainer(part, ALONE), everyone)
     links = {name: link(getattr(world, name)) for name in CALLS}
-    wire = plan.wire(c, replicas, shards)
-    wire["everyone"] = plan.delivery(c.batch_size, [c.d_in or 0], shards) // everyone.size
+    wire = wire_bytes(c, replicas, shards)
+    wire["everyone"] = delivery(c.batch_size, [c.d_in or 0], shards) // everyone.size
     parts = {name: CALLS[name] * links[name][0] + wire[name] * links[name][1] for name in CALLS}
     measured = seconds_of_steps(trainer(c, world), everyone)
     if everyone.rank == 0:

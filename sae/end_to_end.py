@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae import hooks
 from sae.base import Losses, Output, layer_norm
-from sae.config import UserError
+from sae.config import TrainConfig, UserError, require
 from sae.data.activations import ModelSource, gather
 from sae.data.tokens import Rows
 from sae.distributed import ALONE, World
@@ -26,6 +26,7 @@ from sae.hooks import Acts
 from sae.learner import Learner, Terms
 from sae.lm.language_model import LanguageModel
 from sae.metrics import divergence
+from sae.schedules import tokens_per_step
 
 
 class RowStream:
@@ -204,3 +205,16 @@ def held_out(source: ModelSource, n_tokens: int) -> list[Rows]:
         found.append(rows)
         n += int(rows.keep.sum())
     return found
+
+
+def open_run(c: TrainConfig, source: Any, validation: Any, world: World) -> tuple[RowStream, EndToEnd]:
+    """The stream of sequences and the objective of a run with --loss_fn ce or kl, on a live model."""
+    assert isinstance(source, ModelSource) and isinstance(validation, ModelSource) and c.loss_fn in ("ce", "kl")
+    gated = "gated" in c.sweep.get("activation", (c.activation,)) and c.fvu_coefficient == 0
+    needs = f"a gate learns from reconstruction alone; with --loss_fn {c.loss_fn} give --fvu_coefficient 0.1"
+    require(not gated, needs)
+    validation.rewind()
+    val = held_out(validation, min(c.val_tokens, 8192))
+    n_tokens = c.max_tokens * c.num_epochs
+    stream = RowStream(source, n_tokens=n_tokens, batch_size=tokens_per_step(c), world=world)
+    return stream, EndToEnd(source.lm, c.loss_fn, val, model_batch_size=c.model_batch_size, world=world)

@@ -1,6 +1,6 @@
-"""What a run takes before it is started: memory, time, bytes on the wire. From settings and shapes alone.
+"""What a run takes before it is started: its SAEs, their place on several processes, memory and time.
 
-Letters: B tokens in a batch, D width, F latents, R replicas, S shards of latents, b = B / R tokens of a replica.
+From settings and shapes alone. Letters: B tokens in a batch, D width, F latents.
 """
 
 from __future__ import annotations
@@ -11,18 +11,118 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from sae.config import SAEConfig, TrainConfig, UserError
-from sae.distributed import CAPACITY, DIGIT_BITS
+from sae import distributed, hooks
+from sae.config import SAEConfig, TrainConfig, UserError, kind_of, variants
+from sae.data.training import collected_source, trained_at, with_inputs
 from sae.files import beside, read_torch
+from sae.hooks import SAEName
 from sae.kernels.sparse import tokens_at_once
-from sae.lm.language_model import PYGPT, LanguageModel
+from sae.lm.language_model import PYGPT, LanguageModel, best_device
+from sae.models import KINDS
 from sae.schedules import n_latents, tokens_per_step
 
-BIASES = {"gated": 3, "jumprelu": 2}  # vectors (F,) of a kind that have a gradient; others have one
+Mesh = tuple[int, int, int]  # groups of SAEs, replicas, shards of latents
+OPTIMISER_BYTES = {"adam": 8, "adam8bit": 2, "muon": 4, "signum": 4, "sgd": 4}  # per parameter
+
+# --------------------------------------------------------------------------------------------------
+# which SAEs, and where
+
+
+class Layout(NamedTuple):
+    """The mesh of processes, the group of them that trains each SAE, and the hookpoints that each group needs."""
+
+    shape: Mesh
+    owner: dict[str, int]
+    wanted: list[list[str]]
+
+    def lines(self) -> list[str]:
+        """The SAEs of each group, where there are several."""
+        named = [", ".join(name for name, group in self.owner.items() if group == g) for g in range(self.shape[0])]
+        return [f"  group {group}: {names}" for group, names in enumerate(named) if len(named) > 1]
+
+
+def settings_of_saes(c: TrainConfig, widths: Mapping[str, int], hookpoints: Sequence[str]) -> dict[str, TrainConfig]:
+    """A config for every hookpoint and combination of swept settings, by name."""
+    configs = {}
+    for hookpoint in hookpoints:
+        d_in, d_out = (widths[place] for place in hooks.places(hookpoint, c.transcode))
+        for flag, given, width in (("d_in", c.d_in, d_in), ("d_out", c.d_out, d_out)):
+            if given not in (None, width):
+                raise UserError(f"--{flag} {given} was given and '{hookpoint}' is {width} wide; leave --{flag} out")
+        for label, one in variants(c).items():
+            name = str(SAEName(hookpoint, label))
+            configs[name] = replace(one, d_in=d_in, d_out=d_out, hook_point=hookpoint)
+    return configs
+
+
+def lay_out(c: TrainConfig, configs: Mapping[str, SAEConfig], n_processes: int) -> Layout:
+    """The SAEs shared out by what a step of each costs."""
+    apart, n = c.distribute_modules, len(configs)
+    shape = distributed.arrange(n_processes, n_saes=n, shard_latents=c.shard_latents, distribute_modules=apart)
+    costs = {name: float(n_latents(one) * (one.d_in or 0)) for name, one in configs.items()}
+    owner = distributed.balance(costs, shape[0])
+    wanted: list[list[str]] = [[] for _ in range(shape[0])]
+    for name, group in owner.items():
+        wanted[group] += hooks.places(SAEName.parse(name).hookpoint, c.transcode)
+    return Layout(shape, owner, wanted)
+
+
+def check_processes(c: TrainConfig) -> None:
+    """Raise UserError for what the number of processes does not allow."""
+    several, in_parts = distributed.started(), c.shard_latents > 1 or c.distribute_modules
+    if several and c.loss_fn in ("ce", "kl") and (in_parts or kind_of(c).needs_batch(c)):
+        alone = [name for name, kind in KINDS.items() if not kind.needs_batch(c)]
+        raise UserError(
+            f"--loss_fn {c.loss_fn} trains through the model: several processes can be replicas and no more, with "
+            f"latents chosen token by token ({', '.join(alone)}); leave out "
+            "--shard_latents, --distribute_modules and other kinds, or run it without torchrun"
+        )
+    if in_parts and not several:
+        layout = f"--shard_latents {c.shard_latents}" if c.shard_latents > 1 else "--distribute_modules"
+        raise UserError(f"{layout} is for several processes; start them with torchrun")
+
+
+# --------------------------------------------------------------------------------------------------
+# what that takes
+
+
+def lines(c: TrainConfig) -> list[str]:
+    """What the run would take on as many processes as were started."""
+    n, device = int(os.environ.get("WORLD_SIZE", "1")), best_device(distributed.local_device(c.device))
+    model_numbers = model_bytes = 0
+    if c.activations is not None:
+        source = collected_source(c)
+        widths, hookpoints = source.widths, trained_at(c, source)
+    else:
+        lm = outline(c.model)
+        hookpoints = hooks.choose(c, lm.module)
+        widths = lm.widths(with_inputs(hookpoints, c.transcode))
+        model_numbers = sum(p.numel() for p in lm.module.parameters())
+        blocks = 16 * c.model_batch_size * min(c.ctx_len, lm.max_len) * lm.d_model  # what they hold in a forward
+        model_bytes = (4 if c.model_dtype == "float32" else 2) * (model_numbers + blocks)
+    configs = settings_of_saes(c, widths, hookpoints)
+    shape, owner, _ = lay_out(c, configs, n)
+    groups = [[one for name, one in configs.items() if owner[name] == group] for group in range(shape[0])]
+    each = [memory(c, saes, widths, model_bytes, shape, device.type) for saes in groups]
+    parts = max(each, key=lambda parts: sum(parts.values()))
+    room = machine_memory(device) / (n if device.type == "cpu" else 1)
+    rate = tokens_per_second(c, list(configs.values()), model_numbers, shape, flops_here(device))
+    total, peak = sum(map(parameters, configs.values())), sum(parts.values())
+    cache = 4 * c.max_tokens * sum(widths.values())
+    mib = lambda name, size: f"  {name:16} {size / 2**20:10,.0f} MiB"
+    return [
+        f"{len(configs)} SAEs, {total:,} parameters; {n} processes: modules x data x latents = {shape}",
+        *(mib(name, size) for name, size in parts.items()),
+        f"{mib('peak per process', peak)} of {room / 2**20:,.0f}: {advice(c, parts, room)}",
+        f"about {rate:,.0f} tokens/s, {c.max_tokens * c.num_epochs / rate:,.0f} s by arithmetic alone",
+        f"a cache of the activations: {cache / 2**30:,.2f} GiB as float32",
+    ]
 
 
 def outline(name: str) -> LanguageModel:
@@ -52,61 +152,12 @@ def parameters(c: SAEConfig, shards: int = 1) -> int:
     """Numbers in the SAE that one process holds: W_enc and W_dec (tied: one of them), biases, b_dec, W_skip."""
     D, D_out, F = c.d_in or 0, c.d_out or c.d_in or 0, n_latents(c) // shards
     matrices = F * D_out + (0 if c.tied else F * D)
-    return matrices + BIASES.get(c.activation, 1) * F + D_out + (D * D_out if c.skip_connection else 0)
-
-
-def wire(c: SAEConfig, replicas: int = 1, shards: int = 1, *, any_dead: bool = False) -> dict[str, int]:
-    """Bytes that one process hands to the collectives in a step of one SAE, by axis, with no micro-batches.
-
-    data      4 (parameters + F/S + 2) gradients and firing counts; 8 (D + 2) the batch's variance
-    latents   4 b D (1 + x) partial reconstructions, x further ones: matryoshka's prefixes, gated's gate, multi-TopK;
-              8 b L0 of tokens; 4 D gradient of b_dec; 8 the gradient's norm; 4 each penalty;
-              4 b min(k, ceil(4 k / S)) candidates of TopK (4k of them too for multi-TopK), and when latents are dead
-              as many candidates, 4 b D and 8 for AuxK
-    team      8 + 8 (2^11 + 2^11 + 2^10) + 4 the threshold of BatchTopK; 8 the L0 of jumprelu's quadratic penalty
-
-    Nothing has F times D numbers but the gradients, which cross `data` alone. Beside that the delivery of a batch takes
-    4 B D S per hookpoint, what stays where it is included, over all processes (buffer.py).
-    """
-    b, D, k = tokens_per_step(c) // replicas, c.d_out or c.d_in or 0, c.k
-    kind, matryoshka = c.activation, c.activation == "matryoshka"
-    selects = kind in ("topk", "abstopk") or (matryoshka and c.matryoshka_base == "topk")
-    by_batch = kind == "batchtopk" or (matryoshka and not selects)
-    found = {"data": 0, "latents": 0, "team": 0}
-    if replicas > 1:
-        found["data"] = 4 * (parameters(c, shards) + n_latents(c) // shards + 2)
-        found["data"] += 8 * (D + 2) if c.loss_fn == "fvu" else 0
-    if shards > 1:
-        room = min(k, -(-CAPACITY * k // shards))
-        further = len(c.matryoshka_prefixes) if matryoshka else int(kind == "gated" or c.multi_topk)
-        penalties = int(kind in ("relu", "gated", "jumprelu"))
-        found["latents"] = 4 * b * D * (1 + further) + 8 * b + 4 * D + 8 + 4 * penalties
-        found["latents"] += 4 * b * room if selects else 0
-        found["latents"] += 4 * b * min(4 * k, -(-CAPACITY * 4 * k // shards)) if c.multi_topk else 0
-        if any_dead and c.auxk_alpha > 0 and kind not in ("relu", "gated"):
-            found["latents"] += 4 * b * room + 4 * b * D + 8
-    if replicas * shards > 1:
-        found["team"] = (8 + 8 * sum(2**bits for bits in DIGIT_BITS) + 4) if by_batch else 0
-        found["team"] += 8 if kind == "jumprelu" and c.jumprelu_penalty == "quadratic" else 0
-    return found
-
-
-def delivery(batch: int, widths: list[int], shards: int) -> int:
-    """Bytes of a batch on its way to who learns from it, over all processes, per step."""
-    return 4 * batch * sum(widths) * shards
-
-
-# --------------------------------------------------------------------------------------------------
-# memory and time
-
-
-OPTIMISER_BYTES = {"adam": 8, "adam8bit": 2, "muon": 4, "signum": 4, "sgd": 4}  # per parameter
+    return matrices + kind_of(c).n_biases * F + D_out + (D * D_out if c.skip_connection else 0)
 
 
 def memory(
-    c: TrainConfig, saes: Sequence[SAEConfig], widths: Mapping[str, int], model_bytes: int, shape: tuple[int, int, int],
-    device: str,
-) -> dict[str, float]:  # fmt: skip
+    c: TrainConfig, saes: Sequence[SAEConfig], widths: Mapping[str, int], model_bytes: int, shape: Mesh, device: str
+) -> dict[str, float]:
     """Bytes of one process at its peak, by part: of one that trains `saes` on activations of these widths.
 
     On CPUs the process itself is among them, at what it takes before anything is loaded.
@@ -128,13 +179,11 @@ def memory(
     stepping = 4 * size + moments
     batch = 4 * product + 16 * b * wide + 8 * b * own_widths
     saving = 8 * max(numbers) + 4 * rows
-    parts = {
-        "process": _own_size() if device == "cpu" else 0, "language model": model_bytes, "weights": 4 * size,
-        "gradients": 4 * size, "optimiser": moments + (4 * size if c.ema else 0),
-        "counts": 48 * sum(latents), "buffer": 4 * rows, "held out": 4 * c.val_tokens * own_widths // shape[1],
-        "activations": max(batch, saving, starting - stepping),
-    }  # fmt: skip
-    return {name: float(value) for name, value in parts.items()}
+    parts: dict[str, float] = {"process": _own_size() if device == "cpu" else 0, "language model": model_bytes}
+    parts |= {"weights": 4 * size, "gradients": 4 * size}
+    parts |= {"optimiser": moments + (4 * size if c.ema else 0), "counts": 48 * sum(latents), "buffer": 4 * rows}
+    parts |= {"held out": 4 * c.val_tokens * own_widths // shape[1]}
+    return {**parts, "activations": max(batch, saving, starting - stepping)}
 
 
 def _own_size() -> int:
@@ -163,7 +212,7 @@ def flops_here(device: torch.device) -> float:
 
 
 def tokens_per_second(
-    c: TrainConfig, saes: Sequence[SAEConfig], model_parameters: int, shape: tuple[int, int, int], flops: float
+    c: TrainConfig, saes: Sequence[SAEConfig], model_parameters: int, shape: Mesh, flops: float
 ) -> float:
     """Of all processes, by arithmetic: a forward of the model, and 1.5 encoder products per SAE and use of a token."""
     n_processes = shape[0] * shape[1] * shape[2]
@@ -177,9 +226,11 @@ def advice(c: TrainConfig, parts: Mapping[str, float], room: float) -> str:
     if sum(parts.values()) <= room:
         return "fits"
     changes = {
-        "buffer": "lower --buffer_tokens", "held out": "lower --val_tokens", "language model": "give a smaller --model",
+        "buffer": "lower --buffer_tokens",
+        "held out": "lower --val_tokens",
+        "language model": "give a smaller --model",
         "activations": "lower --batch_size or raise --micro_acc_steps, and lower --buffer_tokens",
-    }  # fmt: skip
+    }
     largest = max((name for name in parts if name != "process"), key=lambda name: parts[name])
     ways = changes.get(
         largest, f"give --shard_latents {2 * c.shard_latents} on more processes, or lower --expansion_factor"

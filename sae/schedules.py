@@ -132,3 +132,8 @@ def dead_below(c: SAEConfig) -> float | None:
 def resamples_at(step: int, c: SAEConfig, n_steps: int) -> bool:
     """Whether dead latents are resampled after this step: every resample_every steps, in the first half of the run."""
     return c.resample_every is not None and (step + 1) % c.resample_every == 0 and 2 * (step + 1) <= n_steps
+
+
+def shuffle_seed(c: SAEConfig) -> int:
+    """The seed of shuffling: one for all SAEs of a run."""
+    return c.shuffle_seed if c.shuffle_seed is not None else c.seed

@@ -1,7 +1,7 @@
 """SAETrainer: one loop that reads top to bottom, and the state that a checkpoint needs.
 
-Activations come from a Stream (or a tensor), SAEs learn side by side (learner.py), results go to a run directory. Knows
-nothing of language models or text.
+Activations come from a Stream (or a tensor), SAEs learn side by side (learner.py), results go to a run directory
+(rundir.py).
 
 Letters: B tokens in a batch, D width, F latents.
 """
@@ -9,29 +9,23 @@ Letters: B tokens in a batch, D width, F latents.
 from __future__ import annotations
 
 import copy
-import json
-import platform
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae import checkpoint, files, log
-from sae import config as cfg
+from sae import checkpoint, log, rundir
 from sae import schedules as sched
-from sae.checkpoint import checkpoints
-from sae.config import VERSION, SAEConfig, UserError
+from sae.config import SAEConfig, UserError
 from sae.data.activations import ModelSource, Stream, TensorSource
 from sae.distributed import ALONE, World
+from sae.end_to_end import EndToEnd, RowStream
 from sae.formats import store
-from sae.hooks import Acts
+from sae.hooks import Acts, SAEName
 from sae.kernels import sparse
 from sae.learner import Learner
 from sae.log import Stopwatch
@@ -41,30 +35,7 @@ from sae.models import SAE, create_sae
 CHECK_EVERY = 100  # steps between looks whether replicas are still equal
 
 
-class Batches(Protocol):
-    """What activations come in: activations.Stream, or end_to_end.RowStream."""
-
-    source: Any
-    batch_size: int
-    n_batches: int
-    n_tokens: int
-    n_given: int
-    n_passes: int
-
-    @property
-    def n_sample(self) -> int | None: ...
-    def sample(self) -> Acts: ...
-    def __next__(self) -> Any: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def held_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any], held: Sequence[dict[str, Any]]) -> None: ...
-
-
-class Objective(Protocol):
-    """A loss that is not a sum over SAEs (end_to_end.py): adds the gradients of a step for all learners at once."""
-
-    def learn(self, batch: Any, learners: Mapping[str, Learner], step: int) -> None: ...
-    def validate(self, learners: Mapping[str, Learner]) -> float: ...
+Batches = Stream | RowStream
 
 
 class SAETrainer:
@@ -83,12 +54,13 @@ class SAETrainer:
         self, sae: SAE | Mapping[str, SAE | None], config: SAEConfig, activations: Tensor | Acts | Batches,
         val_activations: Tensor | Acts | None = None, device: str | torch.device = "cpu",
         save_dir: str | Path | None = None, *, metadata: dict[str, Any] | None = None, overwrite: bool = False,
-        configs: Mapping[str, SAEConfig] | None = None, pretrained: bool = False, objective: Objective | None = None,
+        configs: Mapping[str, SAEConfig] | None = None, pretrained: bool = False, objective: EndToEnd | None = None,
         wandb: dict[str, Any] | None = None, world: World = ALONE,
     ):  # fmt: skip
         saes: Mapping[str, SAE | None] = {"": sae} if isinstance(sae, SAE) else sae
+        hookpoints = {name: SAEName.parse(name).hookpoint for name in saes}
         if isinstance(val_activations, Tensor):
-            val_activations = {name.split("/")[0]: val_activations for name in saes}
+            val_activations = dict.fromkeys(hookpoints.values(), val_activations)
         self.val = {k: v.to(device) for k, v in (val_activations or {}).items()}
         self.config, self.metadata, self.overwrite = config, metadata or {}, overwrite
         self.pretrained, self.objective, self.wandb = pretrained, objective, wandb
@@ -96,22 +68,14 @@ class SAETrainer:
         self.save_dir = Path(save_dir) if save_dir is not None else None
         self.device = torch.device(device)
         self._activations = {"": activations} if isinstance(activations, Tensor) else activations
-        self.stream = self._stream(config.num_epochs)
-        self.learners = {
-            name: Learner(
-                one, (configs or {}).get(name, config), self.stream.n_batches, self.device, name.split("/")[0]
-            )
-            for name, one in saes.items()
-            if one is not None
-        }
-        for learner in self.learners.values():
-            widths, one = self.stream.source.widths, learner.sae
-            given = (widths[learner.reads], widths[learner.hookpoint])
-            if given != (one.d_in, one.d_out):
-                raise UserError(
-                    f"activations are {given[0]} wide and the SAE reads {one.d_in}; set d_in={given[0]}"
-                    + (f" and d_out={given[1]}" if one.config.transcode else "")
-                )
+        self.stream = self._stream()
+        self.learners: dict[str, Learner] = {}
+        for name, one in saes.items():
+            if one is not None:
+                its_config = (configs or {}).get(name, config)
+                learner = Learner(one, its_config, self.stream.n_batches, self.device, hookpoints[name])
+                self._check_widths(learner)
+                self.learners[name] = learner
         self.watch = Stopwatch(self.device)  # of the SAEs' steps
         self.step = 0
         self.last: dict[str, dict[str, float]] = {}  # the latest metrics of every SAE
@@ -137,7 +101,14 @@ class SAETrainer:
         """Passes over the data completed so far."""
         return self.stream.n_passes
 
-    def _stream(self, n_epochs: int) -> Batches:
+    def _check_widths(self, learner: Learner) -> None:
+        widths, sae = self.stream.source.widths, learner.sae
+        d_in, d_out = widths[learner.reads], widths[learner.hookpoint]
+        if (d_in, d_out) != (sae.d_in, sae.d_out):
+            wanted = f"d_in={d_in} and d_out={d_out}" if sae.config.transcode else f"d_in={d_in}"
+            raise UserError(f"activations are {d_in} wide and the SAE reads {sae.d_in}; set {wanted}")
+
+    def _stream(self) -> Batches:
         """The stream given, or one over the tensors given."""
         acts, c = self._activations, self.config
         if not isinstance(acts, dict):
@@ -147,11 +118,9 @@ class SAETrainer:
                 raise UserError(f"activations have shape {tuple(x.shape)}; a matrix (tokens, width) was wanted")
         check_finite(acts)
         n = len(next(iter(acts.values())))
-        size = min(sched.tokens_per_step(c), n)
-        return Stream(
-            TensorSource(acts, seed=shuffle_seed(c)), n_tokens=n * n_epochs, batch_size=size, buffer_tokens=2 * size,
-            seed=shuffle_seed(c), device=self.device, world=self.world,
-        )  # fmt: skip
+        size, seed = min(sched.tokens_per_step(c), n), sched.shuffle_seed(c)
+        options: dict[str, Any] = {"batch_size": size, "seed": seed, "device": self.device, "world": self.world}
+        return Stream(TensorSource(acts, seed=seed), n_tokens=n * c.num_epochs, buffer_tokens=2 * size, **options)
 
     # ----------------------------------------------------------------------------------------------
     # the loop
@@ -185,22 +154,23 @@ class SAETrainer:
                 + ("has begun; make a new trainer" if self.step else "trains on a stream, whose length is its own")
             )
         self.config = replace(self.config, num_epochs=n)
-        self.stream = self._stream(n)
+        self.stream = self._stream()
         for name, x in self.learners.items():
             config = replace(x.config, num_epochs=n)
             self.learners[name] = Learner(x.sae, config, self.stream.n_batches, self.device, x.hookpoint)
 
     def _pace(self, n_tokens: int, seconds: float) -> str:
-        """How quick a run was, and how near to what it cannot do without: the forwards and the steps alone, one after
-        the other on one device, side by side on two."""
-        steps, forwards = self.watch.seconds(), 0.0
-        source = self.stream.source
+        """The speed of a run, and the share of its time that forwards and steps took: the bound on its speed.
+
+        The model and the SAEs take turns on one device; on two they run side by side.
+        """
+        source, steps, forwards = self.stream.source, self.watch.seconds(), 0.0
+        busy = steps
         if isinstance(source, ModelSource):
             forwards = source.watch.seconds()
-        apart = isinstance(source, ModelSource) and source.lm.device != self.device
-        share = (max(steps, forwards) if apart else steps + forwards) / seconds
+            busy = steps + forwards if source.lm.device == self.device else max(steps, forwards)
         parts = f"forwards {forwards:.1f} s, steps" if forwards else "steps"
-        rate = f"{n_tokens / seconds:,.0f} tokens/s, {share:.0%} of the bound"
+        rate = f"{n_tokens / seconds:,.0f} tokens/s, {busy / seconds:.0%} of the bound"
         return f"{rate} ({parts} {steps:.1f} s of {seconds:.1f} s)"
 
     def _loop(self, metric_log: log.MetricLog, verbose: bool, stop: Callable[[], bool]) -> dict[str, float]:
@@ -261,24 +231,18 @@ class SAETrainer:
 
     def _log(self, metric_log: log.MetricLog, rate: float) -> dict[str, float]:
         found: dict[str, dict[str, float]] = {}
-        for name, learner in self.learners.items():
-            metrics = learner.read_window()
-            found[name] = {
-                "lr": sched.lr_at(self.step - 1, learner.config, learner.n_steps),
-                "k": sched.k_at(self.step - 1, learner.config), **metrics,
-            }  # fmt: skip
-        found = self._of_all(found)
-        for name, metrics in found.items():
-            metric_log.write({
-                "step": self.step, "tokens": self.stream.n_given, **({"hookpoint": name} if name else {}),
-                **metrics, "n_passes": self.stream.n_passes, "tokens_per_s": rate,
-            })  # fmt: skip
+        for name, x in self.learners.items():
+            set_to = {"lr": sched.lr_at(self.step - 1, x.config, x.n_steps), "k": sched.k_at(self.step - 1, x.config)}
+            found[name] = {**set_to, **x.read_window()}
+        for name, metrics in self._of_all(found).items():
+            head = {"step": self.step, "tokens": self.stream.n_given, **({"hookpoint": name} if name else {})}
+            metric_log.write({**head, **metrics, "n_passes": self.stream.n_passes, "tokens_per_s": rate})
             self.last[name] = {key: value for key, value in metrics.items() if key not in ("lr", "k")}
         self.train_losses.append(self.last[self.names[-1]])
         return self.train_losses[-1]
 
-    def _of_all(self, found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-        """Metrics of this process's SAEs -> those of all, in the order of the run's SAEs."""
+    def _of_all(self, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Figures of this process's SAEs -> those of all, in the order of the run's SAEs."""
         together = {name: one for theirs in self.world.everyone.objects(found) for name, one in theirs.items()}
         return {name: together[name] for name in self.names}
 
@@ -292,8 +256,10 @@ class SAETrainer:
                 metrics["total_loss"] = objective
             if metrics["total_loss"] < learner.best_val_loss:
                 learner.best_val_loss = metrics["total_loss"]
-                if learner.config.save_best:
-                    self._save_best(name, learner)
+                if learner.config.save_best and self.save_dir is not None and self.world.data.rank == 0:
+                    best = {"step": self.step, "epoch": self.epoch, "best_val_loss": learner.best_val_loss}
+                    counts, path = learner.firing.feature_counts, self.folder(name) / "best_model.pt"
+                    rundir.write_best(path, learner.finished(), counts, best)
         self.last |= self._of_all(found)
         for name, metrics in self.last.items():
             named = {"hookpoint": name} if name else {}
@@ -316,57 +282,38 @@ class SAETrainer:
 
     def _begin_run(self) -> None:
         """Start the SAEs from data, and write what this run is, in the place of an old one if that is wanted."""
-        if self.save_dir is not None and not self.overwrite and self.world.everyone.rank == 0:
-            refuse_existing(self.save_dir)
+        first = self.world.everyone.rank == 0
+        if self.save_dir is not None and first and not self.overwrite:
+            rundir.refuse_existing(self.save_dir)
         sample, n_tokens = self.stream.sample(), self.stream.n_sample
         for learner in self.learners.values():
             learner.start_from(sample, self.pretrained, n_tokens)
         if self.save_dir is None:
             return
         settings = self.describe()
-        if self.world.everyone.rank == 0:
-            if self.overwrite:
-                remove_run(self.save_dir)
-            files.write_json(settings, self.save_dir / "config.json")
+        if first:
+            rundir.begin(self.save_dir, settings, self.overwrite)
         self.world.everyone.barrier()
 
     def describe(self) -> dict[str, Any]:
         """config.json: settings as given, the values derived from them, and what the run ran on."""
-        derived = {
-            name: {
-                "learning_rate": sched.peak_lr(x.config), "dead_after_tokens": x.firing.dead_after,
-                "target_l0": sched.target_l0(x.config), "d_in": x.sae.d_in, "d_sae": x.sae.d_sae,
-            }
-            for name, x in self.learners.items()
-        }  # fmt: skip
-        derived = self._of_all(derived)  # type: ignore[assignment, arg-type]
-        each = {key: [one[key] for one in derived.values()] for key in derived[self.names[0]]}
-        return {
-            "config": self.config.to_dict(),
-            "resolved": {
-                "n_steps": self.stream.n_batches,
-                "n_tokens": self.stream.n_tokens,
-                "warmup_steps": sched.warmup_steps(self.config, self.stream.n_batches),
-                **each,
-                "hookpoints": self.names,
-            },
-            "metadata": self.metadata,
-            "versions": {"nanosae": VERSION, "torch": torch.__version__, "python": platform.python_version()},
-            "device": str(self.device),
-            "world": dict(zip(("modules", "data", "latents"), self.world.shape, strict=True)),
-            "threads": torch.get_num_threads(),
-            "git_commit": git_commit(),
-            "argv": sys.argv,
+        derived = self._of_all({name: rundir.derived(x.config) for name, x in self.learners.items()})
+        resolved = {
+            "n_steps": self.stream.n_batches,
+            "n_tokens": self.stream.n_tokens,
+            "warmup_steps": sched.warmup_steps(self.config, self.stream.n_batches),
+            **{key: [one[key] for one in derived.values()] for key in derived[self.names[0]]},
+            "hookpoints": self.names,
         }
+        run = {"config": self.config.to_dict(), "resolved": resolved, "metadata": self.metadata}
+        return {**run, **rundir.surroundings(self.device, self.world)}
 
     def save(self) -> Path:
         """Write checkpoint_step{N}.pt (all that resume needs) and the SAEs; keep the newest checkpoints only."""
         assert self.save_dir is not None, "there is no save_dir"
         path = self.save_dir / f"checkpoint_step{self.step}.pt"
-        state = {
-            "step": self.step, "epoch": self.epoch, "config": self.config.to_dict(), "names": self.names,
-            "stream": self.stream.state_dict(), "metadata": self.metadata,
-        }  # fmt: skip
+        state = {"step": self.step, "epoch": self.epoch, "config": self.config.to_dict(), "names": self.names}
+        state |= {"stream": self.stream.state_dict(), "metadata": self.metadata}
         first = self.world.data.rank == 0  # what replicas have alike, the first one writes
         saes = {name: learner.state_dict() for name, learner in self.learners.items()}
         own = {name: [x.sae.own.start, x.sae.own.stop] for name, x in self.learners.items()}
@@ -377,41 +324,13 @@ class SAETrainer:
         checkpoint.write(path, state, part, self.world.everyone)
         return path
 
-    def _save_best(self, name: str, learner: Learner) -> None:
-        if self.save_dir is None or self.world.data.rank > 0:
-            return
-        sae, path = learner.finished(), self.folder(name) / "best_model.pt"
-        weights = {**sae.state_dict(), "feature_counts": learner.firing.feature_counts.cpu()}
-        if self.world.latents.size > 1:  # put together on disk, since one process may not hold all
-            file = path.with_suffix(".safetensors")
-            store.write_shards(weights, sae, file)
-            if self.world.latents.rank > 0:
-                return
-            weights = files.read_safetensors(file)
-            file.unlink()
-        counts = weights.pop("feature_counts")
-        best = {
-            "step": self.step, "epoch": self.epoch, "sae_state_dict": weights, "config": sae.config.to_dict(),
-            "feature_counts": counts, "best_val_loss": learner.best_val_loss,
-        }  # fmt: skip
-        files.write_torch(best, path)
-
     def load_checkpoint(self, path: str | Path | None = None) -> None:
         """Go on from a checkpoint, by default the newest whole one of save_dir, to the bit.
 
         Raises UserError if there is none, if it is damaged, or if it belongs to other settings.
         """
-        if path is None:
-            path, state, parts = checkpoint.newest_whole(self.save_dir)
-        else:
-            state, parts = checkpoint.read(path)
-        _refuse_other_settings(state["config"], self.config.to_dict(), path)
-        then, now = (m.get("provenance") or {} for m in (state.get("metadata", {}), self.metadata))
-        for key in then.keys() & now.keys():
-            if then[key] != now[key]:
-                raise UserError(f"'{path}' was trained on other data: {key} has changed since; start a new run")
-        if set(state["names"]) != set(self.names):
-            raise UserError(f"'{path}' holds {', '.join(state['names'])}; this run trains {', '.join(self.names)}")
+        path, state, parts = checkpoint.newest_whole(self.save_dir) if path is None else (path, *checkpoint.read(path))
+        rundir.refuse_other(path, state, self.config, self.metadata, self.names)
         for name, learner in self.learners.items():
             learner.load_state_dict(copy.deepcopy(checkpoint.joined(parts, name, learner.sae.own)))
         self.stream.load_state_dict(state["stream"], [part["held"] for part in parts])
@@ -421,72 +340,6 @@ class SAETrainer:
             raise UserError(
                 f"the processes found checkpoints of steps {steps}; give them the same folder, then --resume"
             )
-
-
-RUN_FILES = (
-    "config.json", "metrics.jsonl", "checkpoint_step*.pt", "best_model.pt", "eval.json", "final_assessment.json",
-    "wandb_run_id", store.CFG, store.WEIGHTS,
-)  # fmt: skip
-# What may differ between the two halves of a resumed run.
-FREE_SETTINGS = {
-    "resume", "overwrite", "device", "model_device", "save_dir", "run_name", "save_every", "log_every", "log_to_wandb",
-    "wandb_project", "assess", "distribute_modules", "shard_latents", "plan",
-}  # fmt: skip
-
-
-def refuse_existing(save_dir: Path) -> None:
-    """Raise UserError if the folder holds a run."""
-    if (save_dir / "config.json").exists() or checkpoints(save_dir) or (save_dir / store.CFG).exists():
-        saved = checkpoints(save_dir) or any(save_dir.rglob(store.CFG))  # of several SAEs, each in its folder
-        then = "give --resume, --overwrite" if saved else "it has no checkpoint to resume from yet; give --overwrite"
-        raise UserError(
-            f"'{save_dir}' holds a run already; {then} or another --run_name (from Python: overwrite=True or another "
-            "save_dir)"
-        )
-
-
-def remove_run(save_dir: Path) -> None:
-    """Delete a run's own files from its folder and its hookpoints' folders, and nothing else there."""
-    names: list[str] = []
-    if (save_dir / "config.json").is_file():
-        settings = cfg.read_json(save_dir / "config.json")
-        resolved = settings.get("resolved", {}) if isinstance(settings, dict) else {}
-        names = [n for n in resolved.get("hookpoints", []) if isinstance(n, str)] if isinstance(resolved, dict) else []
-    inside = [save_dir / str(name) for name in names if name and not name.startswith("/") and ".." not in name]
-    for folder in (save_dir, *inside):
-        for old in [p for pattern in RUN_FILES for p in folder.glob(pattern)]:
-            old.unlink(missing_ok=True)
-        for made in ("features", "plots"):
-            shutil.rmtree(folder / made, ignore_errors=True)
-
-
-def _refuse_other_settings(then: dict[str, Any], now: dict[str, Any], path: str | Path) -> None:
-    for name in sorted(now.keys() - FREE_SETTINGS):
-        before, asked = then.get(name), json.loads(json.dumps(now[name]))
-        before = list(before) if isinstance(before, tuple) else before
-        if before != asked:
-            before = "(none given)" if before is None else before
-            raise UserError(
-                f"'{path}' was trained with {name}={before} and {asked} is asked now; use the same settings, or "
-                "train on from its weights: --finetune"
-            )
-
-
-def shuffle_seed(c: SAEConfig) -> int:
-    """Seed of shuffling: one for all SAEs of a run."""
-    return c.shuffle_seed if c.shuffle_seed is not None else c.seed
-
-
-def git_commit() -> str | None:
-    """The commit this code is at, or None outside a checkout."""
-    try:
-        got = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10,
-            check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return got.stdout.strip() or None
 
 
 def train_sae_from_activations(
@@ -509,10 +362,8 @@ def train_sae_from_activations(
     share = config.val_split if val_split is None else val_split
     n_val = int(len(activations) * share)
     cut = len(activations) - n_val
+    train = {name: x[:cut] for name, x in acts.items()}
     held_out = {name: x[cut:] for name, x in acts.items()} if n_val > 1 else None
-    trainer = SAETrainer(
-        create_sae(config), config, {name: x[:cut] for name, x in acts.items()}, held_out, device, save_dir,
-        overwrite=overwrite,
-    )  # fmt: skip
+    trainer = SAETrainer(create_sae(config), config, train, held_out, device, save_dir, overwrite=overwrite)
     trainer.train(verbose=verbose)
     return trainer.sae, trainer

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from sae import files
+from sae.checkpoint import checkpoints
 from sae.config import UserError
 from sae.formats import store
-from sae.trainer import checkpoints
 from tests.conftest import ALL, ROOT
 from tests.test_trainer import config, trainer, weights
 

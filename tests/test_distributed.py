@@ -14,7 +14,8 @@ import time
 import pytest
 import torch
 
-from sae import distributed, files, log, plan
+from benchmarks import scale_model
+from sae import distributed, files, log
 from sae.checkpoint import checkpoints
 from sae.config import UserError
 from sae.distributed import Axis, arrange, balance
@@ -119,9 +120,9 @@ def test_bytes_on_the_wire_are_those_of_the_formula(done, case):
     got = json.loads((done / "bytes.json").read_text())[case]
     kind = "topk" if case == "transcoder" else case
     c = world_runner.config(kind, d_in=16, auxk_alpha=0.0, transcode=case == "transcoder")
-    want = plan.wire(c, 2, 2)
+    want = scale_model.wire_bytes(c, 2, 2)
     assert (got["data"], got["latents"]) == (want["data"], want["latents"])
-    delivered = plan.delivery(world_runner.BATCH, [16, 16] if c.transcode else [16], 2)
+    delivered = scale_model.delivery(world_runner.BATCH, [16, 16] if c.transcode else [16], 2)
     assert sum(got["everyone"]) == delivered + 4 * want["team"]  # here the team is everyone
     assert got["largest"] < 96 * 16 // 2, "a matrix of latents crossed"
 
@@ -134,7 +135,7 @@ def test_gradients_cross_once_however_many_parts_a_step_has(done):
 def test_activations_go_to_their_owner_and_to_nobody_else(done):
     """Two groups of two replicas: each activation crosses once, not to all."""
     counted = json.loads((done / "bytes.json").read_text())["plan"]
-    assert sum(counted["everyone"]) == plan.delivery(world_runner.BATCH, [16, 24], 1)
+    assert sum(counted["everyone"]) == scale_model.delivery(world_runner.BATCH, [16, 24], 1)
 
 
 def test_a_replica_that_differs_is_found(done):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sae import files
+from sae.checkpoint import checkpoints
 from sae.config import SAEConfig, TrainConfig, UserError
 from sae.data.activations import ModelSource, Stream, TensorSource
 from sae.data.datasets import open_dataset
@@ -18,7 +19,7 @@ from sae.data.tokens import TokenRows
 from sae.formats import store
 from sae.kernels import native, sparse
 from sae.models import create_sae
-from sae.trainer import SAETrainer, checkpoints, train_sae_from_activations
+from sae.trainer import SAETrainer, train_sae_from_activations
 from tests.conftest import ALL, planted
 
 HOOKS = ["transformer.h.0", "transformer.h.1"]
