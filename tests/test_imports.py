@@ -28,7 +28,7 @@ def test_no_torch_before_it_is_needed(name):
     assert loaded(f"import {name}") == []
 
 
-@pytest.mark.parametrize("name", ["chat", "sae_collect", "sae_eval", "sae_upload", "sae_viz"])
+@pytest.mark.parametrize("name", ["chat", "sae_collect", "sae_eval", "sae_train", "sae_upload", "sae_viz"])
 def test_flags_are_read_before_torch_loads(name):
     for flags, code in (["--help"], 0), (["--no_such_flag"], 2):
         run = f"log.run_script(import_module('scripts.{name}').main, {flags})"

@@ -17,6 +17,7 @@ import torch
 from sae import files
 from sae.config import ChatConfig, EvalConfig, HookType
 from sae.formats import store
+from sae.lm import language_model
 from sae.models import KINDS
 from sae.rundir import open_sae
 from scripts import sae_collect, sae_eval, sae_train, sae_upload, sae_viz
@@ -145,9 +146,9 @@ def test_a_model_in_half_precision_through_every_script(here, base, capsys):
 
 
 def test_the_model_can_have_a_device_of_its_own(here, base, capsys, monkeypatch):
-    devices, load = [], sae_train.load_language_model
+    devices, load = [], language_model.load_language_model
     monkeypatch.setattr(
-        sae_train, "load_language_model", lambda *a, **kw: devices.append(kw["device"]) or load(*a, **kw)
+        language_model, "load_language_model", lambda *a, **kw: devices.append(kw["device"]) or load(*a, **kw)
     )
     flags = [*base, "--layer", 1, *SMALL]
     assert call(sae_train, *flags, "--device", "cpu", "--model_device", "cpu:0", "--assess") == 0
