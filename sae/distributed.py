@@ -278,13 +278,9 @@ class World:
     arguments: one process alone.
     """
 
-    def __init__(
-        self, everyone: Axis | None = None, shape: tuple[int, int, int] | None = None,
-        device: torch.device | str = "cpu",
-    ):  # fmt: skip
+    def __init__(self, everyone: Axis | None = None, shape: tuple[int, int, int] | None = None, device: Any = "cpu"):
         self.everyone, self.device = everyone or Axis(), torch.device(device)
-        shape = self.shape = shape or (1, self.everyone.size, 1)
-        groups, replicas, shards = shape
+        groups, replicas, shards = self.shape = shape or (1, self.everyone.size, 1)
         self.n_groups = groups
         self.group, inside = divmod(self.everyone.rank, replicas * shards)
         self.replica, self.shard = divmod(inside, shards)
@@ -292,13 +288,8 @@ class World:
         if self.everyone.size == 1:
             return
         names = ("modules", "data", "latents")
-        mesh = dist.device_mesh.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-        self.data = self._axis(
-            mesh.get_group("data"), [self.rank_of(self.group, r, self.shard) for r in range(replicas)]
-        )
-        self.latents = self._axis(
-            mesh.get_group("latents"), [self.rank_of(self.group, self.replica, s) for s in range(shards)]
-        )
+        mesh = dist.device_mesh.init_device_mesh(self.device.type, self.shape, mesh_dim_names=names)
+        self.data, self.latents = self._axis(mesh.get_group("data")), self._axis(mesh.get_group("latents"))
         if shards == 1:
             self.team = self.data
         elif replicas == 1:
@@ -307,12 +298,13 @@ class World:
             self.team = self.everyone
         else:
             teams = [[self.rank_of(g, 0, 0) + i for i in range(replicas * shards)] for g in range(groups)]
-            self.team = self._axis(dist.new_subgroups_by_enumeration(teams)[0], teams[self.group])
+            self.team = self._axis(dist.new_subgroups_by_enumeration(teams)[0])
 
     def __deepcopy__(self, memo: Any) -> World:
         return self
 
-    def _axis(self, group: Any, ranks: list[int]) -> Axis:
+    def _axis(self, group: Any) -> Axis:
+        ranks = dist.get_process_group_ranks(group)
         return Axis(ranks, ranks.index(self.everyone.rank), group)
 
     def rank_of(self, group: int, replica: int, shard: int) -> int:
