@@ -24,7 +24,7 @@ BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 
 
 class UserError(ValueError):
-    """Bad input, told in one sentence: what was got, what is expected, what to do. Scripts exit with 2."""
+    """Bad input, in one sentence: the value, what is expected, what to do. Scripts exit with 2."""
 
 
 class Lost(UserError):

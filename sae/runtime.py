@@ -34,8 +34,8 @@ from sae.hooks import SAEName
 from sae.lm.language_model import LanguageModel
 from sae.models import SAE
 
-ID_NAMES = ("input_ids", "idx", "ids", "tokens")  # what models call them; masks and positions are whole numbers too
-Read = Callable[[Tensor], tuple[Tensor, ...]]  # x (B, D) -> what is kept of it, each (B, ...)
+ID_NAMES = ("input_ids", "idx", "ids", "tokens")  # names of the argument; masks and positions are integers too
+Read = Callable[[Tensor], tuple[Tensor, ...]]  # x (B, D) -> the tensors to keep, each (B, ...)
 B = TypeVar("B", bound="Block")
 
 
@@ -102,7 +102,7 @@ class Track(Block):
         self._parts: dict[str, list[tuple[int, tuple[Tensor, ...]]]] = {name: [] for name in readers}
 
     def add(self, name: str, x: Tensor, past: int) -> None:
-        """Take in what an SAE's hookpoint holds: x (N, T, D), or (B, D) of a module that knows no positions."""
+        """Record x, which an SAE's hookpoint holds: (N, T, D), or (B, D) from a module that knows no positions."""
         found = self._readers[name](x.reshape(-1, x.shape[-1]))
         parts = self._parts[name]
         while parts and parts[-1][0] >= past:
@@ -151,7 +151,7 @@ def _strongest(sae: SAE, top_k: int) -> Read:
 
 
 def _chosen(sae: SAE, latents: Sequence[int]) -> Read:
-    """Reads what `encode` gives for these latents, (B, W); at their cost alone if they are independent."""
+    """Reads the activations (B, W) of these latents, as `encode` gives them; encodes only them if they are independent."""
     chosen = torch.tensor(list(latents), device=sae.W_dec.device)
     part = sae.part(chosen) if sae.independent else None
     own, place = chosen.unique(return_inverse=True)
@@ -220,7 +220,7 @@ class Steering(Block):
         }
         self._history = History() if stop or any(e.at != "all" for e in edits) else None
         self.stopped: Tensor | None = None
-        self._f: dict[tuple[str, int], Tensor] = {}  # what was read in this forward: (B,) by SAE and latent
+        self._f: dict[tuple[str, int], Tensor] = {}  # activations read in this forward: (B,) by SAE and latent
         self._generated: Tensor | None = None  # (B,) bool; None if it is not known or not asked for
         self._ordinary: Tensor | None = None  # (B,) bool: no special token
 
@@ -236,7 +236,7 @@ class Steering(Block):
 
     @torch.no_grad()
     def read(self, name: str, x: Tensor) -> None:
-        """Take what edits and conditions need from what an SAE reads: x (N, T, D)."""
+        """Read the activations that edits and conditions need from x (N, T, D), an SAE's input."""
         if name not in self._readers:
             return
         (found,) = self._readers[name](x.reshape(-1, x.shape[-1]))
@@ -363,8 +363,8 @@ class InterpretableModel:
     def track(
         self, hookpoints: Sequence[str] | None = None, *, top_k: int = 32, latents: Sequence[int] | None = None
     ) -> Track:
-        """Within its `with`, keep what hookpoints (default: all with an SAE) hold of every token: the top_k strongest
-        latents, or these latents. Costs a run of the encoder per token, except for chosen latents of kinds whose
+        """Within its `with`, record the top_k strongest latents of every token, or these latents, at these hookpoints
+        (default: all with an SAE). Costs a run of the encoder per token, except for chosen latents of kinds whose
         latents are independent: those cost their own columns.
         """
         require(top_k >= 1, f"top_k={top_k}; it must be at least 1")
@@ -401,7 +401,7 @@ class InterpretableModel:
             return
         begin = self.module.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._hooks.callback(begin.remove)
-        for name in (n for n in self.saes if n in wanted):  # of several at one place each sees what the last one made
+        for name in (n for n in self.saes if n in wanted):  # at one place they run in turn, on the edited tensor
             reads, writes = self.places(name)
             sees = {writes: functools.partial(self._write, name), reads: functools.partial(self._see, name)}
             self._hooks.enter_context(hooks.hooked(self.module, sees))

@@ -52,7 +52,7 @@ HEADERS = {
     "X-Frame-Options": "DENY",
     "Cache-Control": "no-store",
 }
-Event = dict[str, Any]  # what the page gets, a json object a line; the last one of a job has `end` or `error`
+Event = dict[str, Any]  # a line of json for the page; the last one of a job has `end` or `error`
 
 
 @dataclass
@@ -122,7 +122,7 @@ def _is_last(event: Event) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# what the model is asked
+# jobs
 
 
 def answer(chat: Conversation, ask: Ask) -> Iterator[Event]:
@@ -192,7 +192,7 @@ def hosts_of(host: str, port: int) -> Callable[[str], bool]:
         name, _, number = header.lower().rpartition(":")
         if number != str(port) or name in names or host not in ("0.0.0.0", "::"):
             return number == str(port) and name in names
-        try:  # listening everywhere: by any address, but not by any name
+        try:  # listening everywhere: any address is this server, a name need not be
             return bool(ipaddress.ip_address(name.strip("[]")))
         except ValueError:
             return False
