@@ -180,13 +180,15 @@ def choose(path: Path, arrays: dict[str, Array], wanted: Sequence[str]) -> dict[
     """The wanted ones, or all that are activations; several in one .h5 are only taken when asked for by name."""
     arrays = {name.strip("/"): array for name, array in arrays.items()}
     what = lambda names: ", ".join(f"'{n}' ({arrays[n].misfit or list(arrays[n].shape)})" for n in sorted(names)[:8])
+    chosen = {}
     for name in (n.strip("/") for n in wanted):
         if name not in arrays:
             raise UserError(f"'{path}' holds {what(arrays) or 'nothing'}, not '{name}'; choose among these")
         if arrays[name].misfit:
             raise UserError(f"'{name}' in '{path}' is {arrays[name].misfit}; {WANTED}")
-    if wanted:
-        return {name.strip("/"): arrays[name.strip("/")] for name in wanted}
+        chosen[name] = arrays[name]
+    if chosen:
+        return chosen
     fitting = {name: array for name, array in arrays.items() if not array.misfit}
     if not fitting:
         raise UserError(f"'{path}' holds {what(arrays) or 'no tensor'}; {WANTED}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from sae import hooks
 from sae.files import read_safetensors, write_safetensors
 
 
+@dataclass(eq=False)
 class ActivationCollector:
     """Keep what hookpoints hold while you run a model yourself:
 
@@ -23,34 +26,37 @@ class ActivationCollector:
     max_activations: rows kept per hookpoint; later ones are not stored. save_path: a folder written on leaving.
     """
 
-    def __init__(
-        self, model: nn.Module, hook_points: Sequence[str], *, max_activations: int = 10_000_000,
-        device: str | torch.device = "cpu", save_path: str | Path | None = None,
-    ):  # fmt: skip
-        self.model, self.max_activations, self.device = model, max_activations, device
-        self.save_path = Path(save_path) if save_path is not None else None
+    model: nn.Module
+    hook_points: Sequence[str]
+    _: KW_ONLY
+    max_activations: int = 10_000_000
+    device: str | torch.device = "cpu"
+    save_path: str | Path | None = None
+
+    def __post_init__(self) -> None:
         self.hookpoints: dict[str, str] = {}
-        for given in hook_points:
-            found = hooks.resolve(model, hookpoints=[given])
+        for given in self.hook_points:
+            found = hooks.resolve(self.model, hookpoints=[given])
             self.hookpoints |= {given: found[0]} if len(found) == 1 else {name: name for name in found}
         self.clear()
 
     def clear(self) -> None:
         """Forget what was collected."""
         self._blocks: dict[str, list[Tensor]] = {given: [] for given in self.hookpoints}
-        self.counts = dict.fromkeys(self.hookpoints, 0)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows collected: {hook point: tokens}."""
+        return {given: sum(map(len, blocks)) for given, blocks in self._blocks.items()}
+
+    def _keep(self, given: str, x: Tensor) -> None:
+        rows = x.detach().flatten(0, -2)[: self.max_activations - self.counts[given]]
+        if len(rows):
+            self._blocks[given].append(rows.to(self.device, torch.float32, copy=True))
 
     def __enter__(self) -> ActivationCollector:
-        def keeper(given: str) -> Callable[[Tensor], None]:
-            def keep(x: Tensor) -> None:
-                rows = x.detach().flatten(0, -2)[: self.max_activations - self.counts[given]]
-                if len(rows):
-                    self._blocks[given].append(rows.to(self.device, torch.float32, copy=True))
-                    self.counts[given] += len(rows)
-
-            return keep
-
-        self._context = hooks.hooked(self.model, {path: keeper(given) for given, path in self.hookpoints.items()})
+        keepers = {path: partial(self._keep, given) for given, path in self.hookpoints.items()}
+        self._context = hooks.hooked(self.model, keepers)
         self._context.__enter__()
         return self
 

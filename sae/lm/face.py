@@ -31,7 +31,7 @@ class LanguageModel:
     module:     any nn.Module; its submodules are the hookpoints
     tokenizer:  encode, encode_document, token_str, special_ids, content_hash as in tokenizer.py
     forward_fn: (module, ids (N, T), valid (N, T) bool) -> logits (N, T, V), or None for a model without a head
-    causal:     next-token model (rows packed from documents) or encoder (each row wrapped in `wrap`)
+    wrap:       of an encoder, the tokens around each row; None for a next-token model, whose rows are packed documents
     resume_fn:  (module, hookpoint, x (N, T, D)) -> logits from there on, or None where it cannot; a shortcut only
     step_fn:    (module, ids (N, T), cache or None) -> logits (N, T, V) and the cache with these tokens; a shortcut only
     dtype:      what it computes in
@@ -43,7 +43,6 @@ class LanguageModel:
     name: str
     d_model: int
     max_len: int
-    causal: bool = True
     has_head: bool = True
     wrap: tuple[int, int] | None = None
     pad_id: int = 0

@@ -53,7 +53,7 @@ def load(name: str, device: torch.device, dtype: str) -> LanguageModel:
     encoder = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None and not causal
     max_len = min(_positions(module, config), tokenizer.model_max_length)
     lm = LanguageModel(module, HFTokenizer(tokenizer), _forward, name, config.hidden_size, max_len, dtype=dtype)
-    lm.has_head, lm.causal, lm.step_fn = causal, not encoder, _step if causal else None
+    lm.has_head, lm.step_fn = causal, _step if causal else None
     lm.wrap = (tokenizer.cls_token_id, tokenizer.sep_token_id) if encoder else None
     lm.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return lm

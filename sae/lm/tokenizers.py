@@ -17,6 +17,7 @@ from typing import Any
 
 from sae import log
 from sae.config import UserError
+from sae.files import one_sentence
 
 MAX_PIECE = 900_000  # characters: tiktoken's matcher dies of a run of a million spaces
 Document = str | Sequence[dict[str, str]]
@@ -130,10 +131,8 @@ class CharTokenizer:
     def load(cls, path: str | Path) -> CharTokenizer:
         """Read a meta.pkl without ever running what a pickle may ask for. Raises UserError."""
         path = Path(path)
-        try:
+        with one_sentence(f"'{path}' is refused or unreadable", "wanted nanoGPT's plain meta.pkl"):
             meta = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        except Exception as e:  # a broken pickle can raise anything
-            raise UserError(f"'{path}' is refused or unreadable ({e}); wanted nanoGPT's plain meta.pkl") from e
         itos = meta.get("itos") if isinstance(meta, dict) else None
         chars = [str(itos.get(i)) for i in range(len(itos))] if isinstance(itos, dict) else []
         if not chars or any(len(char) != 1 for char in chars) or len(set(chars)) < len(chars):

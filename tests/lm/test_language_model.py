@@ -30,7 +30,7 @@ def batch(lm, n=2, t=16):
 
 
 def test_nanogpt(lm, gpt_folder):
-    assert (lm.d_model, lm.n_layers, lm.max_len, lm.causal) == (32, 3, 64, True)
+    assert (lm.d_model, lm.n_layers, lm.max_len, lm.wrap) == (32, 3, 64, None)
     ids, valid = batch(lm)
     logits = lm.logits(ids, valid)
     assert logits.shape == (2, 16, 320)
@@ -101,7 +101,7 @@ def test_huggingface_decoder(tmp_path):
     hf.save_pretrained(tmp_path)
     byte_level_tokenizer().save_pretrained(tmp_path)
     lm = load_language_model(str(tmp_path), device="cpu")
-    assert (lm.d_model, lm.n_layers, lm.max_len, lm.causal, lm.has_head) == (16, 2, 32, True, True)
+    assert (lm.d_model, lm.n_layers, lm.max_len, lm.wrap, lm.has_head) == (16, 2, 32, None, True)
     ids = torch.randint(0, 50, (2, 8))
     with torch.no_grad():
         torch.testing.assert_close(lm.logits(ids, torch.ones_like(ids).bool()), hf(ids).logits)
@@ -187,7 +187,7 @@ def test_huggingface_tokens_are_shown_exactly():
 
 def test_real_bert(minilm_path):
     lm = load_language_model(minilm_path, device="cpu")
-    assert (lm.d_model, lm.n_layers, lm.causal, lm.has_head) == (384, 6, False, False)
+    assert (lm.d_model, lm.n_layers, lm.wrap is None, lm.has_head) == (384, 6, False, False)
     assert lm.wrap == (101, 102)
     assert lm.logits(torch.tensor([[101, 2023, 102]]), torch.ones(1, 3).bool()) is None
     assert lm.unembedding is None

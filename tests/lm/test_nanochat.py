@@ -348,7 +348,7 @@ def batch(lm, t=12):
 def test_names_and_folders_are_the_same_model(base, nanochat):
     lm = load_language_model("nanochat:base", device="cpu")
     assert lm.name == "nanochat:base@000500"  # what is the newest now, said so that it stays this one
-    assert (lm.d_model, lm.n_layers, lm.max_len, lm.causal, lm.has_head, lm.wrap) == (D, 3, 48, True, True, None)
+    assert (lm.d_model, lm.n_layers, lm.max_len, lm.has_head, lm.wrap) == (D, 3, 48, True, None)
     same = [
         "nanochat:base/d2",
         "nanochat:base/d2@500",
