@@ -1,6 +1,6 @@
 """Files: every write is atomic, and what is read is never executed.
 
-A .pt file goes through torch's weights_only, and a broken file is one sentence. Knows no model and no SAE.
+A .pt file is read with torch's weights_only; a broken file is a UserError. Knows no model and no SAE.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sae.flags import UserError
 
-ROOT = Path(__file__).resolve().parent.parent  # the repository that sae/ lies in
+ROOT = Path(__file__).resolve().parent.parent  # the repository that holds sae/
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tmp.open("wb") as f:
-            mode = os.fstat(f.fileno()).st_mode  # as the umask wants; safetensors' files are for their owner alone
+            mode = os.fstat(f.fileno()).st_mode  # as the umask says; safetensors' own are private
         write(tmp)
         tmp.chmod(stat.S_IMODE(mode))
         with tmp.open("rb+") as f:
@@ -62,7 +62,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Raise UserError, now and not after an hour, if nothing can be written to the folder that a flag names."""
+    """Raise UserError, before hours of work, if nothing can be written to the folder that a flag names."""
     probe = folder / f".probe.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def without_nan(value: Any) -> Any:
-    """NaN and infinity, which json does not have, become null."""
+    """The value with null for NaN and infinity, which json does not have."""
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -90,7 +90,7 @@ def write_torch(value: Any, path: Path) -> None:
     def write(tmp: Path) -> None:
         try:
             torch.save(value, tmp)
-        except RuntimeError as e:  # what its own writer raises when the disk is full
+        except RuntimeError as e:  # torch's writer raises it when the disk is full
             raise OSError(str(e).splitlines()[0]) from e
 
     write_atomic(path, write)
@@ -127,7 +127,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def beside(path: str) -> ModuleType:
-    """Import a python file of the repository that sae/ lies in (model.py of pygpt, or of anyone's nanoGPT)."""
+    """Import a Python file of the repository that holds sae/ (model.py of pygpt, or of anyone's nanoGPT)."""
     file = ROOT / path
     name = file.stem
     loaded = sys.modules.get(name)

@@ -1,7 +1,7 @@
 """Activations that others collected: rows of .npy, .h5, .pt and .safetensors files, however large.
 
-A tensor [n, T, d] is n sequences of T tokens, a tensor [n, d] is n tokens. Each block of rows is read anew and nothing
-more is held; nothing in a file is executed, and what does not fit is refused with the reason. Knows nothing of SAEs.
+A tensor [n, T, d] is n sequences of T tokens, a tensor [n, d] is n tokens. One block of rows is in memory at a time.
+Nothing in a file is executed, and a tensor that does not fit is refused with the reason. Knows nothing of SAEs.
 
 Letters: N sequences, T positions, D width.
 """
@@ -41,7 +41,7 @@ class Array(NamedTuple):
 
     @property
     def misfit(self) -> str | None:
-        """Why these are no activations, or None."""
+        """Why this tensor holds no activations, or None."""
         if self.dtype not in FLOATS or len(self.shape) not in (2, 3):
             return f"{self.dtype} of shape {list(self.shape)}"
         return f"empty (shape {list(self.shape)})" if 0 in self.shape else None
@@ -55,7 +55,7 @@ class Array(NamedTuple):
         return self.shape[1] if len(self.shape) == 3 else 1
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop as (rows, D) float32; of [n, T, d] these are counted through all sequences."""
+        """Rows start..stop as (rows, D) float32; the rows of [n, T, d] are numbered across sequences."""
         x, T = self.open(), self.positions
         parts = []
         while start < stop:
@@ -72,7 +72,7 @@ class Array(NamedTuple):
 
 
 def _float32(x: Any) -> Tensor:
-    """A copy that keeps no file open; what float32 cannot hold becomes infinite."""
+    """A copy that keeps no file open; values too large for float32 become infinite."""
     if isinstance(x, Tensor):
         return x.detach().to(torch.float32, copy=True)
     with np.errstate(over="ignore"):
@@ -153,7 +153,7 @@ KINDS = {".npy": _npy, ".h5": _h5, ".hdf5": _h5, ".pt": _pt, ".safetensors": _sa
 
 
 def split_name(given: str) -> tuple[Path, str | None]:
-    """'acts.h5:layer_3' is the tensor layer_3 in acts.h5; a folder of ActivationCollector's is the file in it."""
+    """'acts.h5:layer_3' is the tensor layer_3 in acts.h5; an ActivationCollector's folder is its file."""
     collected = Path(given) / "activations.safetensors"
     if collected.is_file():
         return collected, None
@@ -177,7 +177,7 @@ def list_arrays(path: Path) -> dict[str, Array]:
 
 
 def choose(path: Path, arrays: dict[str, Array], wanted: Sequence[str]) -> dict[str, Array]:
-    """The wanted ones, or all that are activations; several in one .h5 are only taken when asked for by name."""
+    """The arrays wanted, or all that hold activations; several in one .h5 must be asked for by name."""
     arrays = {name.strip("/"): array for name, array in arrays.items()}
     what = lambda names: ", ".join(f"'{n}' ({arrays[n].misfit or list(arrays[n].shape)})" for n in sorted(names)[:8])
     chosen = {}
@@ -204,9 +204,9 @@ def choose(path: Path, arrays: dict[str, Array], wanted: Sequence[str]) -> dict[
 
 
 def as_hookpoints(arrays: dict[str, Array], hook_point: str = "") -> dict[str, Array]:
-    """By names fit for hookpoints: they become folders, so nothing in one may lead elsewhere.
+    """The arrays under names fit for hookpoints: a name becomes a folder, so it must not lead elsewhere.
 
-    hook_point: the name to give to the only one.
+    hook_point: a name for the only array.
     """
     if hook_point:
         require(
@@ -225,7 +225,7 @@ def as_hookpoints(arrays: dict[str, Array], hook_point: str = "") -> dict[str, A
 
 
 class FileSource(BlockSource):
-    """The activations in a file, by the names of its tensors (or the file's own name where it has but one).
+    """The activations in a file, by the names of its tensors (or the file's name, of a single tensor).
 
     given: a path, or path:name. hookpoints: some of the names. hook_point: another name for the only tensor. The last
     sequences are held out, or the last rows of a [n, d]. order: seed and block_rows. Raises UserError.
@@ -254,7 +254,7 @@ class FileSource(BlockSource):
         )
 
     def provenance(self) -> dict[str, Any]:
-        """What the file was, so that a resumed run can tell whether it still is."""
+        """Identifies the file, so that a resumed run can tell whether it has changed."""
         size = self.path.stat().st_size
         with self.path.open("rb") as file:
             ends = hashlib.sha256(file.read(MEGABYTE))

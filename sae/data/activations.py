@@ -63,7 +63,7 @@ class ModelSource:
         ids, valid, keep = self._take()
         if len(ids) == 0:
             return {}, torch.empty(0, dtype=torch.int64)
-        at = keep.flatten().nonzero()[:, 0]  # found on the CPU: masks on a GPU make it wait
+        at = keep.flatten().nonzero()[:, 0]  # on the CPU: indexing with a GPU's mask waits for the GPU
         with self.watch:
             hidden = self.lm.hidden(ids, valid, self.hookpoints)
         acts = {name: x.flatten(0, 1)[at.to(x.device)].float() for name, x in hidden.items()}
@@ -133,7 +133,7 @@ class Block(NamedTuple):
     acts: Acts
 
     def split(self, n: int) -> tuple[Block, Block]:
-        """The first n rows, or all there are; and the rest."""
+        """The first n rows, or all if there are fewer; and the rest."""
         n = min(n, self.n_rows)
         head, rest = ({name: x[part] for name, x in self.acts.items()} for part in (slice(n), slice(n, None)))
         return Block(n, self.holder, head), Block(self.n_rows - n, self.holder, rest)
@@ -156,7 +156,7 @@ class Turns:
 def gather(source: Source, n: int, what: str, *, world: World = ALONE, wanted: Wanted = None) -> Acts:
     """The first n rows of a source, in memory; fewer where it holds fewer. Raises UserError for none, or for NaN.
 
-    Of several processes each reads a part, and gets every n-th row, n being the replicas, of what it wants (buffer.py).
+    Of several processes each reads a part, and gets every n-th row of the hookpoints it wants; n is the replicas.
     """
     turns, blocks, have = Turns(source, world), [], 0
     with log.progress(n, what) as bar:
@@ -188,13 +188,12 @@ class Stream:
     """Batches of B mixed activations per hookpoint: {hookpoint: (B, D)}, n_batches of them.
 
     n_tokens are drawn from the source, and each is given `uses` times: a model is slow and an SAE is quick, so one
-    forward can serve several steps. They wait in a buffer of M tokens that is given out in random order and filled up
-    when half of it is due, so that a batch mixes tokens from many sequences. A source that ends is read again;
-    `n_passes` counts. `state_dict` holds all that the next batch depends on, the buffer included, so a resumed stream
-    goes on to the bit.
+    forward can serve several steps. They wait in a buffer of M tokens that is given out in random order and refilled
+    when half of it has been, so that a batch mixes tokens from many sequences. A source that ends is read again;
+    `n_passes` counts. `state_dict` holds all that the next batch depends on, so a resumed stream continues bit for bit.
 
-    Several processes draw the same batches, whatever their number: they read the source by turns, and each gets its
-    part of a batch. All of them follow the same plan, so none waits for one that has no more.
+    The batches are the same for any number of processes: they read the source by turns, and each gets its part of a
+    batch.
     """
 
     source: Source
@@ -221,7 +220,7 @@ class Stream:
         self.size = min(max(2, self.buffer_tokens // size) * size, self.n_tokens)
         self.buffer = Buffer(self.size, self.source.widths, device=self.device, world=world, wanted=self.wanted)
         self.generator = torch.Generator().manual_seed(self.seed)
-        self.order = torch.arange(0)  # slots in the order they are given out, each as often as it is still due
+        self.order = torch.arange(0)  # the next slots to give out; one appears once per remaining use
         self.cursor = self.n_drawn = self.n_given = self.n_passes = 0
         self.spill = Block(0, 0, {})  # read and not yet in the buffer
 
@@ -241,7 +240,7 @@ class Stream:
         return self.buffer.take(slots)
 
     def sample(self) -> Acts:
-        """The full buffer, without drawing from it: a fair look at the data before training.
+        """The full buffer, not used up: a fair sample of the data before training.
 
         Of n replicas each gets every n-th token.
         """
@@ -255,7 +254,7 @@ class Stream:
         return min(self.size, self.n_drawn)
 
     def _fill(self) -> None:
-        """Once half of what the buffer has to give is given: fill the slots that are done, and mix."""
+        """When half of the buffer has been given out: refill the free slots, and shuffle."""
         due = self.order[self.cursor :]
         if self.n_drawn == self.n_tokens or (len(due) > self.size * self.uses // 2 and self.n_drawn > 0):
             return
@@ -273,7 +272,7 @@ class Stream:
         self.cursor = 0
 
     def _read(self) -> Block:
-        """The next block, of the next pass where one has ended."""
+        """The next block; of the next pass if this one has ended."""
         block = self.turns.read()
         if not block.n_rows:
             self.source.rewind()
@@ -284,7 +283,7 @@ class Stream:
         return block
 
     def state_dict(self) -> dict[str, Any]:
-        """What every process knows; what each holds for itself is in held_dict."""
+        """The part of the state that all processes share; held_dict has the rest."""
         own = {name: getattr(self, name) for name in self.STATE}
         parts = {"source": self.source.state_dict(), "generator": self.generator.get_state()}
         return {**own, **parts, "n_spill": self.spill.n_rows}
@@ -294,7 +293,7 @@ class Stream:
         return {**self.buffer.state_dict(), "spill": {k: v.clone() for k, v in self.spill.acts.items()}}
 
     def load_state_dict(self, state: dict[str, Any], held: Sequence[dict[str, Any]]) -> None:
-        """held: the held_dict of each of the processes there were, of any number."""
+        """held: the held_dict of every process of the run that wrote the checkpoint, of any number."""
         self.source.load_state_dict(state["source"])
         self.buffer.load_state_dict(held)
         for name in self.STATE:

@@ -1,4 +1,4 @@
-"""Activations of many tokens by slot, each held by the process that read it, and the way to those that learn from it.
+"""Slots of activations, each held by the process that read it, and their exchange with the processes that learn.
 
 With one process a tensor per hookpoint and nothing more. Knows nothing of sources, batches or SAEs.
 
@@ -20,7 +20,7 @@ Wanted = Sequence[Collection[str]] | None
 
 
 class Buffer:
-    """M slots of one activation per hookpoint. Every process knows who holds a slot, and has memory for its own only.
+    """M slots of one activation per hookpoint. Every process knows each slot's holder, and stores its own only.
 
     wanted: for each group of SAEs the hookpoints that it learns from (default: all of them).
     """
@@ -38,11 +38,11 @@ class Buffer:
         self.rows = {name: torch.empty(room, d, device=self.device) for name, d in self.widths.items()}
         if self.n_ranks > 1:
             self.holder = torch.full((self.size,), -1)  # the process that holds each slot
-            self.place = torch.full((self.size,), -1)  # and the row it is in, where that is this one
+            self.place = torch.full((self.size,), -1)  # its row in this process's memory, or -1
             self.free = torch.arange(room)
 
     def put(self, slots: Tensor, acts: Acts, holder: int = 0) -> None:
-        """Fill slots (n,) with activations that process `holder` has; on others acts is not looked at."""
+        """Fill slots (n,) with activations that process `holder` has; others pass any acts."""
         if self.n_ranks > 1:
             slots = self._make_room(slots, holder)
             if holder != self.rank:
@@ -52,7 +52,7 @@ class Buffer:
             to[slots.to(to.device)] = x.to(to.device)
 
     def _make_room(self, slots: Tensor, holder: int) -> Tensor:
-        """Forget what was in the slots; rows to put the new content in, where this process is the holder."""
+        """Forget the slots' content; the rows for the new content, if this process is the holder."""
         old = self.place[slots]
         self.free = torch.cat((self.free, old[old >= 0]))
         self.holder[slots], self.place[slots] = holder, -1
@@ -69,7 +69,7 @@ class Buffer:
         return rows
 
     def take(self, slots: Tensor, replicas: Tensor | None = None) -> Acts:
-        """What is in slots (B,): of the hookpoints that this process learns from, and of the tokens of its replica.
+        """The content of slots (B,): the hookpoints that this process learns from, the tokens of its replica.
 
         replicas (B,): the replica that gets each token; by default equal numbers, most of them where they are already.
         The tokens keep their order.
@@ -84,12 +84,12 @@ class Buffer:
         return self._exchange(slots, holders, replicas)
 
     def _exchange(self, slots: Tensor, holders: Tensor, replicas: Tensor) -> Acts:
-        """One all-to-all: every process gives each other what it holds of what that one learns from."""
+        """One all-to-all: every process sends each other the activations that that one learns from."""
         pieces, give, take = [], [], []
         mine = self.wanted[self.world.group]
         own = replicas == self.world.replica
         width = sum(self.widths[name] for name in mine)
-        arriving = []  # where in the batch the tokens from each process stand
+        arriving = []  # the places in the batch of each process's tokens
         for rank in range(self.n_ranks):
             group, replica = self.world.place_of(rank)
             rows = self.place[slots[(holders == self.rank) & (replicas == replica)]]
@@ -111,7 +111,7 @@ class Buffer:
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """What this process holds: the slots (n,), and the activations in them."""
+        """The slots (n,) that this process holds, and their activations."""
         if self.n_ranks == 1:
             return {"slots": torch.arange(self.size), "rows": {name: x.clone() for name, x in self.rows.items()}}
         slots = (self.place >= 0).nonzero()[:, 0]
@@ -119,7 +119,7 @@ class Buffer:
         return {"slots": slots, "rows": {name: x[rows] for name, x in self.rows.items()}}
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """Take over what any number of processes held: every n-th slot of it is this one's."""
+        """Take over the slots of any number of processes: every n-th of them becomes this one's."""
         if self.n_ranks > 1:
             self._empty()
         for rank in range(self.n_ranks):

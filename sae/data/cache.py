@@ -1,7 +1,7 @@
-"""Activations on disk: the one source that reads them in mixed blocks, and the folders that sae_collect writes.
+"""Activations on disk: the source that reads them in shuffled blocks, and the folders that sae_collect writes.
 
-A folder is raw shards and a manifest that says exactly what they were made from; one that is stale, foreign or torn is
-refused with the reason. Files that others collected: activation_files.py. Knows nothing of SAEs or training.
+A folder holds raw shards and a manifest that records exactly what they were made from; a stale, foreign or incomplete
+one is refused with the reason. Files from elsewhere: activation_files.py. Knows nothing of SAEs or training.
 
 Letters: D width.
 """
@@ -32,7 +32,7 @@ from sae.hooks import Acts
 
 CACHE_VERSION = 2
 CACHE_FILE = re.compile(r"manifest\.json|\d{5}_(\d\d|seq)\.bin")
-HOOKPOINT = re.compile(r"[\w.-]*\w(@in)?")  # names become folders: nothing in one may lead elsewhere
+HOOKPOINT = re.compile(r"[\w.-]*\w(@in)?")  # a name becomes a folder, so it must not lead elsewhere
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 BLOCK_ROWS = 4096  # long enough that a disk spends its time reading, not seeking
@@ -49,7 +49,7 @@ class BlockSource:
     """Rows on disk, in contiguous blocks that come in a new random order every pass (in file order without a seed).
 
     Only one block is held at a time; the Stream's buffer mixes the rows of many. readers: by hookpoint; they agree on
-    the rows. Of n_rows those from `cut` on are kept for validation. where: the name of it all in errors. positions:
+    the rows. Of n_rows those from `cut` on are kept for validation. where: the files' place, for errors. positions:
     rows per sequence where all are equally long, which blocks then do not cut. Raises UserError for a row with NaN or
     infinity.
     """
@@ -129,7 +129,7 @@ class BlockSource:
 
 
 def first_held_out(n: int, share: float) -> int:
-    """From which of n sequences on they are held out: the last ones, at least one of them and never all."""
+    """The first of n sequences that is held out: the last ones are, at least one of them and never all."""
     return n if n < 2 or share <= 0 else min(n - 1, max(1, round(n * (1 - share))))
 
 
@@ -149,7 +149,7 @@ def write_cache(
     """Write the next n_tokens rows of a source to `folder`, whole or not at all; returns the manifest.
 
     Layout: manifest.json, and per shard one raw file for each hookpoint (rows of D values of `dtype`) and one with
-    each row's sequence number (int64), by which validation is split off.
+    each row's sequence number (int64), which splits off validation.
     """
     folder = folder.resolve()
     check_target(folder, overwrite)
@@ -177,7 +177,7 @@ def write_cache(
 
 
 def _write_shards(folder: Path, source: ModelSource, n_tokens: int, dtype: torch.dtype, shard_tokens: int) -> list[int]:
-    """Append one pass of the source, at most n_tokens, to the files of shards; the number of rows in each."""
+    """Append one pass of the source, at most n_tokens, to shard files; returns the rows of each shard."""
     shards: list[int] = []
     done = 0
     with log.progress(n_tokens, "collecting") as bar:
@@ -200,7 +200,7 @@ def _write_shards(folder: Path, source: ModelSource, n_tokens: int, dtype: torch
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Raise UserError unless `folder` is free, or holds a cache and nothing else and may be overwritten."""
+    """Raise UserError unless `folder` is new, or holds only a cache and may be overwritten."""
     if not folder.exists():
         return
     if not overwrite:
@@ -215,7 +215,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 
 class CacheSource(BlockSource):
-    """The activations in a folder that sae_collect wrote, some of its sequences (the last ones) held out.
+    """The activations in a folder that sae_collect wrote, its last sequences held out.
 
     order: seed and block_rows. Raises UserError for a folder that is not a whole cache, with the reason.
     """
@@ -257,7 +257,7 @@ class CacheSource(BlockSource):
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a cache whose files all have the size it says."""
+    """The manifest of a cache, once all files are shown to have the size it states."""
     if not (folder / "manifest.json").is_file():
         raise UserError(
             f"'{folder}' is not a cache of activations (no manifest.json); make one with sae_collect, or give a .npy, "
@@ -266,7 +266,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("version") != CACHE_VERSION:
         raise UserError(f"'{folder}' was written by another version; collect it again with --overwrite")
-    manifest.setdefault("model_dtype", "float32")  # of folders from before there was a choice
+    manifest.setdefault("model_dtype", "float32")  # older folders do not say
     try:
         sizes = {h["file"]: h["d_in"] * DTYPES[manifest["dtype"]].itemsize for h in manifest["hookpoints"].values()}
         odd = [name for name in manifest["hookpoints"] if not HOOKPOINT.fullmatch(name) or ".." in name]
@@ -287,10 +287,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def refuse_stale(manifest: dict[str, Any], made_from: dict[str, Any], folder: str | Path) -> None:
-    """Raise UserError unless the cache was made from exactly this model, tokenizer, text and cutting."""
+    """Raise UserError unless the cache was made from exactly this model, tokenizer, text and context length."""
     for key, wanted in made_from.items():
         if key in ("model", "dataset"):
-            continue  # names may differ; the hashes say what counts
+            continue  # names may differ; the hashes decide
         if manifest.get(key) != wanted:
             short = lambda v: str(v)[:12]
             had = short(manifest.get(key))

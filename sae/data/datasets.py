@@ -27,7 +27,7 @@ from sae.files import beside, one_sentence
 PIECE = 1 << 20  # characters or tokens: a longer file is read as several documents, texts cut at line ends
 BATCH = 256  # rows of a table read at a time
 PEEK = 20  # records that are looked at to find the column
-# What the hub's datasets call the column that holds the text or the chat, in the order it is looked for.
+# Names of the column that holds the text or the chat in the hub's datasets, in order of preference.
 COLUMNS = "input_ids text content messages conversations conversation chat document article passage body".split()
 COLUMNS += "story code dialogue hard_text sentence context question".split()
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
@@ -166,7 +166,7 @@ def _json_records(f: Any, file: Path) -> Iterator[Any]:
 
 
 def _parquet_documents(file: Path, column: str | None, name: str) -> Iterator[Any]:
-    """Read in batches of rows, and of the columns only the one that is wanted."""
+    """Read in batches of rows, and only the column wanted."""
     parquet, types = _extra("pyarrow.parquet", f"'{file}'"), _extra("pyarrow.types", f"'{file}'")
     nested = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_struct)
     texts = (types.is_string, types.is_large_string, types.is_dictionary, *nested)
@@ -182,7 +182,7 @@ def _parquet_documents(file: Path, column: str | None, name: str) -> Iterator[An
 
 
 def _token_pieces(file: Path) -> Iterator[np.ndarray]:
-    """A nanoGPT .bin (uint16 ids) in pieces, so that nothing of its size is held in memory."""
+    """A nanoGPT .bin (uint16 ids) in pieces, so that it need not fit in memory."""
     if file.stat().st_size % 2:
         raise UserError(f"'{file}' has an odd number of bytes; a nanoGPT .bin holds uint16 token ids")
     if file.stat().st_size == 0:
@@ -223,11 +223,11 @@ def _from_hub(name: str, column: str | None, split: str, streaming: bool) -> Dat
     if not HUB_NAME.fullmatch(name) or Path(name).suffix in FILES:
         raise UserError(f"dataset '{name}' does not exist; give a file, a folder, or a HuggingFace dataset")
     parent = Path(name).parts[0] if "/" in name else ""
-    if parent in FOLDERS or (parent and Path(parent).is_dir()):  # not worth half a minute's wait for the hub
+    if parent in FOLDERS or (parent and Path(parent).is_dir()):  # asking the hub would take half a minute
         here = f"there is no such thing in '{parent}'" if Path(parent).is_dir() else f"there is no folder '{parent}'"
         raise UserError(f"dataset '{name}' does not exist, {here}; give a file, a folder, or a HuggingFace dataset")
     library = _extra("datasets", f"there is no file or folder '{name}', and a HuggingFace dataset")
-    library.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # versions that still can would ask
+    library.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # older versions would ask
     path, _, config = name.partition(":")
     load = lambda **which: library.load_dataset(path, config or None, streaming=streaming, **which)
     todo = "it is no file or folder here either, so check the name and the network"
@@ -267,7 +267,7 @@ def _from_splits(
 
 
 def _row_reader(data: Any, column: str | None, name: str) -> Callable[[], Iterator[Any]]:
-    """What reads a HuggingFace dataset from its first row on, every time it is called."""
+    """Reads a HuggingFace dataset, from its first row at each call."""
     columns = list(data.features or {})
     pictures = [c for c in columns if hasattr(data.features[c], "decode_example")]  # and sounds
 
@@ -361,7 +361,7 @@ def choose_column(
 
 
 def _document(value: Any) -> Any:
-    """A text, a chat or an array of ids from what a record holds; None if it is nothing of these."""
+    """The text, chat or array of ids that a record's value is, or None."""
     if isinstance(value, str):
         return value
     if isinstance(value, (list, np.ndarray)) and len(value) and isinstance(value[0], (int, np.integer)):
@@ -370,7 +370,7 @@ def _document(value: Any) -> Any:
 
 
 def _chat(value: Any) -> list[dict[str, str]] | None:
-    """A list of role and content, from that, from ShareGPT's from and value, or from a table of them; else None."""
+    """A chat as a list of role and content, also from ShareGPT's from and value or a table of columns; else None."""
     if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
         value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
     if not isinstance(value, list):

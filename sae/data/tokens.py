@@ -1,6 +1,6 @@
 """From documents to rows of token ids: the held-out part, tokenising in threads, packing, which positions count.
 
-Every reader is a place in the data: it can be saved and gone on from. Knows nothing of activations or SAEs.
+A reader's state is a place in the data, from which another can continue. Knows nothing of activations or SAEs.
 
 Letters: N sequences, T positions.
 """
@@ -22,7 +22,7 @@ from sae.config import UserError
 from sae.data.datasets import Dataset
 from sae.lm.language_model import LanguageModel
 
-HOLD_OUT = 20  # every 20th piece of a text validates where a dataset has no split of its own
+HOLD_OUT = 20  # every 20th piece of a text validates if the dataset has no split of its own
 PIECE_CHARS = 8192
 LONGEST_CHARS = 1 << 20  # a longer document is encoded, and packed, as several
 CHARS_PER_TOKEN = 4  # roughly, for documents that are token ids
@@ -33,7 +33,7 @@ BATCH_DOCUMENTS, BATCH_CHARS = 64, 1 << 18  # what a thread gets to encode at a 
 
 
 def documents_of_split(dataset: Dataset, split: str) -> Iterator[Any]:
-    """The documents that are "train", or those that are "val"; long ones in parts.
+    """The documents of split "train" or "val"; long ones in parts.
 
     Where a dataset has no split of its own, texts are cut into pieces of about 8000 characters (a short document or a
     chat is one piece), and every 20th of them is held out: the second, the 22nd and so on, so that a short text has one
@@ -62,7 +62,7 @@ def documents_of_split(dataset: Dataset, split: str) -> Iterator[Any]:
 
 
 def _piece_ends(document: Any, n_chars: int) -> Iterator[int]:
-    """Where the pieces of a document end: a text's at the end of a line, or else of a word."""
+    """The ends of a document's pieces: in a text at the end of a line, or else of a word."""
     n, end = len(document), 0
     size = n_chars if isinstance(document, str) else n_chars // CHARS_PER_TOKEN if _is_ids(document) else n
     while end < n:
@@ -84,7 +84,7 @@ def _is_ids(document: Any) -> bool:
 
 
 def _batches(documents: Iterator[Any]) -> Iterator[list[Any]]:
-    """Documents in batches; an error of the reader stands where the document would that it could not read."""
+    """Documents in batches; an error of the reader takes the place of the document that it could not read."""
     batch: list[Any] = []
     n_chars = 0
     while True:
@@ -105,7 +105,7 @@ def _batches(documents: Iterator[Any]) -> Iterator[list[Any]]:
 
 
 def _in_order(work: Callable[[Any], Any], items: Iterable[Any], n_threads: int) -> Iterator[Any]:
-    """work(item) for each, in order; several threads work ahead of who reads."""
+    """work(item) for each, in order; several threads work ahead of the reader."""
     if n_threads == 1:
         yield from map(work, items)
         return
@@ -137,12 +137,12 @@ class Rows(NamedTuple):
 
 @dataclass(eq=False)
 class TokenRows:
-    """Documents cut into rows of T tokens, from any place on: `state_dict` is a place.
+    """Documents cut into rows of T tokens; `state_dict` is a place to continue from.
 
-    For a next-token model documents are packed one behind the other (each begins with its bos, or ends with its eos
-    where there is no bos); for an encoder every row is a piece of one document wrapped in [CLS] ... [SEP]. Documents
+    For a next-token model documents are packed one after the other (each begins with its bos, or ends with its eos
+    if there is no bos); for an encoder every row is a piece of one document wrapped in [CLS] ... [SEP]. Documents
     that are token ids are taken as they are. The last row may be short; `take` pads it and says which positions are
-    real, which no token id does: padding and the end of a text are one token in many models.
+    real: token ids cannot, because many models pad with the token that ends a text.
 
     skip_first, exclude_tokens: positions that do not count (kept_positions). n_threads encode ahead of `take`; the rows
     are the same for any number.
@@ -162,7 +162,7 @@ class TokenRows:
         if self.lm.wrap is not None and self.ctx_len < 3:
             raise UserError(f"ctx_len={self.ctx_len} has no room between an encoder's [CLS] and [SEP]; raise --ctx_len")
         if self.n_threads > 1:
-            self.lm.tokenizer.encode("")  # settles what a tokenizer prepares on first use, before threads share it
+            self.lm.tokenizer.encode("")  # a tokenizer may set itself up on first use: before threads share it
         self.rewind()
 
     def rewind(self) -> None:
@@ -178,7 +178,7 @@ class TokenRows:
         self.n_documents, self.n_rows = state["n_documents"], state["n_rows"]
         self.carry, self.ended = list(state["carry"]), state["ended"]
         self.queue = deque(state["queue"])
-        # only documents that were cut count: what was encoded ahead is read again
+        # documents that were encoded ahead and not cut are read again
         documents = islice(documents_of_split(self.dataset, self.split), self.n_documents, None)
         batches = _in_order(lambda batch: [self._encode(d) for d in batch], _batches(documents), self.n_threads)
         self._encoded = chain.from_iterable(batches)
@@ -207,7 +207,7 @@ class TokenRows:
             n_seen += int(counts[:some].sum())
 
     def provenance(self) -> dict[str, Any]:
-        """What decides activations of these rows, as a cache's manifest records it."""
+        """Everything that determines these rows' activations, for a cache's manifest."""
         lm, dataset = self.lm, self.dataset
         model = {"model": lm.name, "model_dtype": lm.dtype, "model_hash": lm.weights_hash}
         text = {"dataset": dataset.name, "dataset_hash": dataset.fingerprint()}
@@ -216,7 +216,7 @@ class TokenRows:
         return {**model, "tokenizer_hash": lm.tokenizer.content_hash(), **text, **cut}
 
     def _ready(self) -> bool:
-        """Whether a row is in the queue, after reading on if need be."""
+        """Whether a row is in the queue; reads on if there is none."""
         while not self.queue and not self.ended:
             document = next(self._encoded, None)
             if isinstance(document, UserError):
@@ -245,7 +245,7 @@ class TokenRows:
         self.queue.extend([first, *ids[i : min(i + step, stop)], last] for i in range(start, stop, step))
 
     def _encode(self, document: Any) -> list[int] | UserError:
-        """A document's ids, or what is wrong with it: that is told when its turn comes."""
+        """A document's ids, or the error to raise when its turn comes."""
         if isinstance(document, UserError):
             return document
         name, n_known = self.dataset.name, self.lm.tokenizer.vocab_size
@@ -266,10 +266,10 @@ class TokenRows:
 def kept_positions(
     lm: LanguageModel, ids: Tensor, valid: Tensor, *, skip_first: bool = False, exclude_tokens: Sequence[int] = ()
 ) -> Tensor:
-    """(N, T) bool: positions that train and count: real, not a special token, and not the first if so asked.
+    """(N, T) bool: positions that train and count: real, no special token, and with skip_first not the first.
 
-    Attention sinks at the first position and special tokens carry norms that would drown everything else;
-    exclude_tokens are left out too. Raises UserError for one that the model does not know.
+    Attention sinks at the first position and special tokens have norms that would dominate the loss; exclude_tokens
+    are left out too. Raises UserError for one that the model does not know.
     """
     for token in exclude_tokens:
         if not 0 <= token < lm.tokenizer.vocab_size:

@@ -26,7 +26,7 @@ FINAL_NORMS += ["model.final_layernorm"]
 
 @dataclass
 class LanguageModel:
-    """A model, its tokenizer and what the rest of the package must know of them.
+    """A model, its tokenizer and what the rest of the package needs to know about them.
 
     module:     any nn.Module; its submodules are the hookpoints
     tokenizer:  encode, encode_document, token_str, special_ids, content_hash as in tokenizer.py
@@ -68,17 +68,17 @@ class LanguageModel:
 
     @torch.no_grad()
     def hidden(self, ids: Tensor, valid: Tensor, hookpoints: Sequence[str]) -> dict[str, Tensor]:
-        """What the hookpoints hold, (N, T, D) each; the forward stops after the last of them.
+        """The activations at the hookpoints, (N, T, D) each; the forward stops after the last of them.
 
         An encoder's rows are often short, a piece of one document each: they run with others of about their length, and
-        what lies behind them is 0.
+        positions after their end are 0.
         """
         if self.wrap is None:
             return self._hidden(ids, valid, hookpoints)
         found: dict[str, Tensor] = {}
         for rows, width in _by_length(valid):
             for name, x in self._hidden(ids[rows, :width], valid[rows, :width], hookpoints).items():
-                if x.shape[:2] != (len(rows), width):  # nothing that tokens have
+                if x.shape[:2] != (len(rows), width):  # not one value per token
                     return self._hidden(ids, valid, hookpoints)
                 found.setdefault(name, x.new_zeros(*ids.shape, *x.shape[2:]))[rows, :width] = x
         return found
@@ -91,7 +91,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def logits_replacing(self, ids: Tensor, valid: Tensor, hookpoint: str, x: Tensor) -> Tensor | None:
-        """Logits of a forward in which the hookpoint holds x (N, T, D) instead of what it would."""
+        """Logits of a forward with x (N, T, D) in place of the hookpoint's activations."""
         logits = self.resume_fn(self.module, hookpoint, x) if self.resume_fn is not None else None
         if logits is None:
             # forward_fn may run on more positions, to the right
@@ -130,7 +130,7 @@ class LanguageModel:
             window = torch.cat((window, token), 1)
 
     def widths(self, hookpoints: Sequence[str]) -> dict[str, int]:
-        """Width of what each hookpoint holds, from two tiny forwards."""
+        """Width of the activations at each hookpoint, from two tiny forwards."""
         ids = torch.full((1, 2), max(0, self.pad_id), dtype=torch.int64)
         valid = torch.ones_like(ids, dtype=torch.bool)
         found = self.hidden(ids, valid, hookpoints)
@@ -174,7 +174,7 @@ class LanguageModel:
     def logit_effects(self, directions: Tensor) -> Tensor | None:
         """(n, V): how directions (n, D) added to the last residual stream move the logits, up to the norm's scale.
 
-        Through the final norm's gain; a LayerNorm also removes the mean over D, an RMSNorm does not. A soft cap behind
+        Through the final norm's gain; a LayerNorm also removes the mean over D, an RMSNorm does not. A soft cap on
         the logits is left out: it shrinks an effect and keeps its sign.
         """
         # nanochat's final norm is a function, an RMSNorm without gain: no module is found, and neither gain nor mean is
@@ -188,7 +188,7 @@ class LanguageModel:
         return directions @ self.unembedding.to(directions.device).t()
 
     def norm_scale(self, x: Tensor) -> Tensor:
-        """() what the final norm divides x (D,), the last residual stream of a token, by."""
+        """The number () by which the final norm divides x (D,), a token's last residual stream."""
         norm = self._final_norm
         eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 0.0
         centred = x.float() if "RMS" in type(norm).__name__ else x.float() - x.float().mean()

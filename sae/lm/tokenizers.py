@@ -19,12 +19,12 @@ from sae import log
 from sae.config import UserError
 from sae.files import one_sentence
 
-MAX_PIECE = 900_000  # characters: tiktoken's matcher dies of a run of a million spaces
+MAX_PIECE = 900_000  # characters: tiktoken crashes on a run of a million spaces
 Document = str | Sequence[dict[str, str]]
 
 
 def plain_text(document: Document) -> str:
-    """A text as it is; a chat, for a tokenizer without chat tokens, as lines `role: content`."""
+    """A text unchanged; a chat as lines `role: content`, for a tokenizer without chat tokens."""
     if isinstance(document, str):
         return document
     for message in document:
@@ -63,14 +63,14 @@ class TiktokenTokenizer:
         return [self.bos_id, *self.encode(plain_text(document))]
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int] | None:  # noqa: ARG002
-        """A chat that the model is to reply to; None where it knows no chat."""
+        """The ids of a chat that the model is to reply to; None if it has no chat format."""
         return None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.enc.decode(list(ids))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for; a special token's are its name."""
+        """The bytes of a token; of a special token those of its name."""
         try:
             return self.enc.decode_single_token_bytes(int(token_id))
         except (KeyError, OverflowError):  # a model's vocabulary may be padded
@@ -102,7 +102,7 @@ class NanochatTokenizer(TiktokenTokenizer):
         return self.inner.encode(text)
 
     def encode_document(self, document: Document) -> list[int]:
-        """bos before a text; a chat by nanochat's render_conversation, whole."""
+        """A text after bos; a chat as nanochat's render_conversation writes it, never cut."""
         if isinstance(document, str):
             return [self.bos_id, *self.encode(document)]
         try:
@@ -129,7 +129,7 @@ class CharTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> CharTokenizer:
-        """Read a meta.pkl without ever running what a pickle may ask for. Raises UserError."""
+        """Read a meta.pkl without executing anything in it. Raises UserError."""
         path = Path(path)
         with one_sentence(f"'{path}' is refused or unreadable", "wanted nanoGPT's plain meta.pkl"):
             meta = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
@@ -162,7 +162,7 @@ class CharTokenizer:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Numbers, texts and containers need no class: so every class is refused."""
+    """Refuses every class: numbers, strings and containers need none."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
@@ -192,14 +192,14 @@ class HFTokenizer:
     def encode(self, text: str) -> list[int]:
         if self._rust is None:
             return self.inner.encode(text, add_special_tokens=False, verbose=False)
-        text = text.encode("utf-8", "replace").decode()  # half a character, as json can hold, is an error there
-        # leaves out what transformers' encode computes beside the ids: offsets, masks, types
+        text = text.encode("utf-8", "replace").decode()  # a lone surrogate, which json allows, is an error there
+        # ids only: transformers' encode also computes offsets, masks and types
         return self._rust.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_document(self, document: Document) -> list[int]:
-        """One bos before a text or chat, or an eos after it where the tokenizer has no bos: documents stay apart.
+        """One bos before a text or chat, or one eos after it if the tokenizer has no bos, to separate documents.
 
-        What a chat's template, or the text itself, has of them already is not added again.
+        One that the chat's template or the text already has is not added again.
         """
         is_chat = not isinstance(document, str)
         ids = self.encode(self.render_chat(document) if is_chat else document)  # type: ignore[arg-type]
@@ -211,7 +211,7 @@ class HFTokenizer:
         return ids if eos is None or ids[-1:] == [eos] or (is_chat and eos in ids) else [*ids, eos]
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int] | None:
-        """A chat that the model is to reply to, by its own template; None where it has none."""
+        """The ids of a chat that the model is to reply to, by its own template; None if it has none."""
         if not getattr(self.inner, "chat_template", None):
             return None
         return self.encode(self.render_chat(messages, reply=True))
@@ -222,12 +222,12 @@ class HFTokenizer:
             from jinja2 import TemplateError
 
             attempts = [list(messages)]
-            if [m["role"] for m in messages[:2]] == ["system", "user"]:  # which not every template allows
+            if [m["role"] for m in messages[:2]] == ["system", "user"]:  # some templates allow no system turn
                 both = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
                 attempts.append([both, *messages[2:]])
             for attempt in attempts:
                 try:
-                    # a date, because some templates would write today's
+                    # a fixed date: some templates write today's
                     return self.inner.apply_chat_template(
                         attempt, tokenize=False, add_generation_prompt=reply, date_string="26 Jul 2024"
                     )
@@ -240,7 +240,7 @@ class HFTokenizer:
         return self.inner.decode(list(ids))
 
     def token_str(self, token_id: int) -> str:
-        r"""A token as exact text: pieces of characters show as \xNN, and a space stands before what begins a word."""
+        r"""A token as exact text: incomplete characters show as \xNN, and a token that begins a word has its space."""
         token = self.inner.convert_ids_to_tokens(int(token_id))
         if token is None:
             return f"<{token_id}>"
@@ -256,7 +256,7 @@ class HFTokenizer:
 
     @cached_property
     def _inside(self) -> str | None:
-        """What marks pieces that do not begin a word, as WordPiece's '##' does."""
+        """The prefix of pieces that do not begin a word, such as WordPiece's '##'."""
         return getattr(getattr(self._rust, "model", None), "continuing_subword_prefix", None)
 
     @cached_property
