@@ -620,12 +620,12 @@ def test_a_folder_of_a_stranger_runs_nothing(base, tmp_path):
 
 def test_without_nanochat(base, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "nanochat"]:
-        monkeypatch.delitem(sys.modules, name)
+        del sys.modules[name]
     (tmp_path / "checkout" / "nanochat" / "checkpoint_manager.py").write_text("import rustbpe_that_is_not_there")
     with pytest.raises(UserError, match=r"cannot be imported \(No module named 'rustbpe.*its checkout"):
         load_language_model("nanochat:base", device="cpu")
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(tmp_path / "checkout")])
-    monkeypatch.delitem(sys.modules, "nanochat")
+    del sys.modules["nanochat"]
     for name in ("nanochat:base", str(base)):
         with pytest.raises(UserError, match=r"put its checkout on the path \(PYTHONPATH=path/to/nanochat\)"):
             load_language_model(name, device="cpu")
