@@ -267,7 +267,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("version") != CACHE_VERSION:
         raise UserError(f"'{folder}' was written by another version; collect it again with --overwrite")
     manifest.setdefault("model_dtype", "float32")  # older folders do not say
-    try:
+    with one_sentence(f"'{folder}/manifest.json' is damaged", "collect it again with --overwrite"):
         sizes = {h["file"]: h["d_in"] * DTYPES[manifest["dtype"]].itemsize for h in manifest["hookpoints"].values()}
         odd = [name for name in manifest["hookpoints"] if not HOOKPOINT.fullmatch(name) or ".." in name]
         odd += [file for file in sizes if not re.fullmatch(r"\d\d", file)]
@@ -281,8 +281,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 got = path.stat().st_size if path.is_file() else 0
                 if got != n * row_bytes:
                     raise UserError(f"'{path}' has {got} bytes and should have {n * row_bytes}; collect it again")
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"'{folder}/manifest.json' is damaged ({e}); collect it again with --overwrite") from e
     return manifest
 
 

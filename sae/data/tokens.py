@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
-from itertools import chain, islice
+from itertools import chain, count, groupby, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,19 +46,14 @@ def documents_of_split(dataset: Dataset, split: str) -> Iterator[Any]:
                 yield document[first:end]
                 first = end
         return
-    number = 0
+    number = count()
     for document in dataset.documents(split):
-        first = last = 0  # the neighbours found so far
-        for end in _piece_ends(document, PIECE_CHARS):
-            if (number % HOLD_OUT == 1) == (split == "val"):
-                last = end
-            else:
-                if first < last:
-                    yield document[first:last]
-                first = last = end
-            number += 1
-        if first < last:
-            yield document[first:last]
+        start = 0
+        for held, ends in groupby(_piece_ends(document, PIECE_CHARS), lambda _: next(number) % HOLD_OUT == 1):
+            *_, end = ends
+            if held == (split == "val"):
+                yield document[start:end]
+            start = end
 
 
 def _piece_ends(document: Any, n_chars: int) -> Iterator[int]:
@@ -87,19 +82,15 @@ def _batches(documents: Iterator[Any]) -> Iterator[list[Any]]:
     """Documents in batches; an error of the reader takes the place of the document that it could not read."""
     batch: list[Any] = []
     n_chars = 0
-    while True:
-        try:
-            document = next(documents, None)
-        except UserError as e:
-            yield [*batch, e]
-            return
-        if document is None:
-            break
-        batch.append(document)
-        n_chars += len(document)
-        if len(batch) == BATCH_DOCUMENTS or n_chars >= BATCH_CHARS:
-            yield batch
-            batch, n_chars = [], 0
+    try:
+        for document in documents:
+            batch.append(document)
+            n_chars += len(document)
+            if len(batch) == BATCH_DOCUMENTS or n_chars >= BATCH_CHARS:
+                yield batch
+                batch, n_chars = [], 0
+    except UserError as e:
+        batch.append(e)
     if batch:
         yield batch
 
