@@ -151,7 +151,7 @@ def _strongest(sae: SAE, top_k: int) -> Read:
 
 
 def _chosen(sae: SAE, latents: Sequence[int]) -> Read:
-    """Reads the activations (B, W) of these latents, as `encode` gives them; encodes only them if they are independent."""
+    """Reads these latents' activations (B, W), as `encode` gives them; encodes no others if latents are independent."""
     chosen = torch.tensor(list(latents), device=sae.W_dec.device)
     part = sae.part(chosen) if sae.independent else None
     own, place = chosen.unique(return_inverse=True)
