@@ -5,6 +5,10 @@ Run: python -m pytest tests/test_reach.py
 """
 
 import ast
+import os
+import shutil
+import subprocess
+import sys
 from functools import cache
 from graphlib import TopologicalSorter
 
@@ -99,13 +103,34 @@ def test_a_file_reaches_nothing_that_it_claims_not_to_know(place):
         assert not rooms_of(known) & set(NEVER[place]), f"{name} reaches {sorted(known)}"
 
 
+def test_the_kernels_pass_their_own_tests_without_the_rest(tmp_path):
+    """sae/kernels/ and its tests, alone in a folder. Of Triton's, whose interpreter is slow, only the quick ones."""
+    shutil.copytree(ROOT / "sae" / "kernels", tmp_path / "sae" / "kernels")
+    (tmp_path / "sae" / "__init__.py").touch()
+    (tmp_path / "tests").mkdir()
+    for name in ("sparse", "native", "triton"):
+        shutil.copy(ROOT / "tests" / "kernels" / f"test_{name}.py", tmp_path / "tests")
+    few = "test_sparse or (test_native and plain) or twin or moments or rows or ties"
+    asked = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", "-k", few]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    run = subprocess.run(asked, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    files = (
+        "import sae.kernels, sae.kernels.adam, sae.kernels.selection, sae.kernels.triton_encoder; print(sae.__file__)"
+    )
+    run = subprocess.run([sys.executable, "-c", files], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.stdout.strip() == str(tmp_path / "sae" / "__init__.py"), run.stderr[-3000:]
+
+
 def test_the_listing_of_sae_stays_short():
     listed = [p for p in (ROOT / "sae").iterdir() if p.name != "__pycache__"]
     assert len([p for p in listed if p.is_file()]) <= 27
     assert len([p for p in listed if p.is_dir()]) <= 7
 
 
-OTHER_TESTS = set("benchmarks imports ninth_kind reach readme scripts train_gpt".split())
+OTHER_TESTS = set(
+    "benchmarks imports kernels_in_training ninth_kind reach readme scripts train_gpt triton_in_training".split()
+)
 
 
 def test_tests_mirror_the_tree():

@@ -3,7 +3,6 @@
 Run: python -m pytest tests/kernels/test_native.py
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,13 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae import hooks
-from sae.config import SAEConfig
 from sae.kernels import native, selection, sparse
-from sae.learner import Learner
-from sae.lm.language_model import load_language_model
-from sae.models import create_sae
-from sae.optim import Adam, Optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_compiler = pytest.mark.skipif(
@@ -113,7 +106,7 @@ PROCESSORS = {"avx512bw": "-march=skylake-avx512", "avx2": "-march=haswell", "ss
 @needs_compiler
 @pytest.mark.parametrize("least", PROCESSORS)
 def test_what_other_processors_run_chooses_the_same(least):
-    """The encoder with neither 8-bit products nor, in turn, AVX512 and AVX2: this file's tests, compiled for those."""
+    """Without 8-bit products and, in turn, AVX512 and AVX2: tests of the C++ operations, compiled for these."""
     info = Path("/proc/cpuinfo")
     if least not in (info.read_text() if info.is_file() else "").split():
         pytest.skip(f"this processor has no {least}")
@@ -122,9 +115,9 @@ def test_what_other_processors_run_chooses_the_same(least):
     code = (
         f"import sys, pytest; from sae.kernels import native; native._flags = lambda: {asked}; "
         "assert native.status().startswith('C++'), native.status(); "
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/kernels/test_native.py', '-k', "
-        "'(best and not activations) or first_latents or thousand or few_tokens or twins or formula or finite "
-        "or bounds or rules_out or read_with']))"
+        "files = ['tests/kernels/test_native.py', 'tests/kernels/test_sparse.py']; "
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *files, '-k', 'best or first_latents or thousand "
+        "or few_tokens or twin or formula or finite or bounds or rules_out or read_with']))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
@@ -209,27 +202,11 @@ def test_eight_bits_of_other_weights_are_not_used(monkeypatch):
     good = [i for i in range(31) if i not in (3, 17)]
     assert_best(x[good], W, b, k, indices[good], values[good])
     assert values[3].isnan().all()
-    sae = create_sae(SAEConfig(d_in=16, d_sae=64, k=4)).eval().pack_()
-    few = randn(3, 16)
-    sae.encode(few)
-    with torch.no_grad():
-        sae.W_enc.neg_()
-        sae.W_dec.neg_()
-    plain = create_sae(SAEConfig(d_in=16, d_sae=64, k=4)).eval()
-    plain.load_state_dict(sae.state_dict())
-    assert torch.equal(sae.encode(few), plain.encode(few))
-    assert sae.pack_().packed.serves(few, sae.W_enc, sae.b_enc)
-    torch.testing.assert_close(sae.encode(few), plain.encode(few))
-    assert sae.train().packed is None
-    other = create_sae(SAEConfig(d_in=16, d_sae=64, k=4), generator=torch.Generator().manual_seed(1)).eval()
-    sae.eval().pack_().load_state_dict(other.state_dict(), assign=True)
-    assert not sae.packed.serves(few, sae.W_enc, sae.b_enc)
-    sae.pack_().W_enc.data = plain.W_enc.detach().clone(memory_format=torch.preserve_format)
-    assert not sae.packed.serves(few, sae.W_enc, sae.b_enc)
+    assert not packed.serves(x, W.t().clone().t(), b)
+    assert native.pack(W).serves(x, W.neg_(), b) is False  # changed in place since
     with torch.inference_mode():
-        fresh = create_sae(SAEConfig(d_in=16, d_sae=64, k=4)).eval()
-        assert fresh.pack_().packed is None
-    assert native.pack(W.contiguous()) is None  # lies the other way: nothing would be saved
+        assert native.pack(W.t().clone().t()) is None
+    assert native.pack(W.contiguous()) is None  # the other layout: nothing would be saved
     monkeypatch.setattr(native, "enabled", False)
     assert native.pack(W) is None
 
@@ -343,28 +320,6 @@ def test_rows_are_projected_and_brought_to_unit_norm(enabled, monkeypatch):
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_adam_takes_torchs_steps_and_keeps_its_state(enabled, monkeypatch):
-    monkeypatch.setattr(native, "enabled", enabled)
-    monkeypatch.setattr("sae.kernels.adam.AT_ONCE", 100)  # several blocks
-
-    def run(kind, how):
-        params = [randn(30, 40).requires_grad_(), randn(7).requires_grad_()]
-        groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.03}]
-        optimizer = kind(groups, lr=0.01, betas=(0.9, 0.98), **how)
-        for i in range(5):
-            params[0].grad = randn(40, 30, seed=i).t() if i % 2 else randn(30, 40, seed=i)  # fused takes one only
-            params[1].grad = randn(7, seed=i) * 10.0 ** (-i)
-            optimizer.step()
-        return params, optimizer.state_dict()
-
-    (params, state), (want, theirs) = run(Adam, {"fused": True}), run(torch.optim.Adam, {"foreach": False})
-    for p, q in zip(params, want, strict=True):
-        assert p.stride() == q.stride()
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(state["state"], theirs["state"], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("enabled", [True, False])
 def test_variance_equals_the_formula(enabled, monkeypatch):
     monkeypatch.setattr(native, "enabled", enabled)
     x = randn(50, 9) + 100
@@ -376,28 +331,6 @@ def test_square_norms_have_the_gradients_of_the_formula():
     x = randn(5, 3).double().requires_grad_()
     assert torch.autograd.gradcheck(sparse.square_norms, (x,))
     torch.testing.assert_close(sparse.square_norms(x), x.square().sum(-1))
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-@pytest.mark.parametrize("activation", ["topk", "abstopk"])
-def test_gradients_equal_float64_autograd_of_the_plain_formula(activation, enabled, monkeypatch):
-    monkeypatch.setattr(native, "enabled", enabled)
-    c = SAEConfig(d_in=127, d_sae=1001, k=7, activation=activation)
-    x = randn(33, 127) + 3
-    sae = create_sae(c)
-    with torch.no_grad():
-        sae.b_dec.copy_(x.mean(0) + 0.1), sae.b_enc.copy_(randn(1001) / 10)
-    out = sae(x)
-    sae.loss(x, out, variance=2.0).total.backward()
-    p = {name: v.detach().double().requires_grad_() for name, v in sae.named_parameters()}
-    pre = (x.double() - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
-    values, indices = (pre.abs() if sae.signed else pre).topk(7)
-    kept = pre.gather(1, indices) if sae.signed else values.relu()
-    x_hat = torch.zeros_like(pre).scatter(1, indices, kept) @ p["W_dec"] + p["b_dec"]
-    ((x.double() - x_hat).square().sum(-1).mean() / 2).backward()
-    for name, v in sae.named_parameters():
-        error = (v.grad.double() - p[name].grad).norm() / p[name].grad.norm()
-        assert error < 1e-5, (name, error)
 
 
 @needs_compiler
@@ -423,9 +356,12 @@ def test_no_compiler_is_one_clear_sentence_and_all_goes_on(monkeypatch, tmp_path
         assert native.ops(torch.ones(1)) is None
         assert "plain torch" in native.status() and "Ninja is required" in native.status()
         assert "\n" not in native.status()
-        learner = Learner(create_sae(SAEConfig(d_in=8, d_sae=64, k=2)), SAEConfig(k=2), 2, torch.device("cpu"))
-        learner.learn({"": randn(32, 8)}, 0)
-        learner.update(0)
+        x, W, b, k = problems()["plain"]
+        W_dec = W.t().clone().requires_grad_()
+        indices, values = selection.choose_top_k(x, W, b, k)
+        assert_best(x, W, b, k, indices, values)
+        sparse.decode(indices, values, W_dec).sum().backward()
+        assert W_dec.grad[indices].sum() > 0
     finally:
         native._compiled.cache_clear()
 
@@ -462,108 +398,3 @@ def test_compiled_once_and_kept_whole(tmp_path):
     assert len(library.read_bytes()) == len(whole)
     (tmp_path / "file").write_text("")
     assert run(tmp_path / "file").startswith("False C++")
-
-
-PENALISED = [
-    {"activation": "relu"},
-    {"activation": "relu", "l1_weighting": "plain"},
-    {"activation": "gated"},
-    {"activation": "jumprelu"},
-    {"activation": "jumprelu", "jumprelu_penalty": "tanh"},
-    {"activation": "jumprelu", "jumprelu_penalty": "quadratic"},
-]
-
-
-@pytest.mark.parametrize("transcode", [False, True])
-@pytest.mark.parametrize("kind", PENALISED, ids=lambda kind: "-".join(kind.values()))
-def test_penalised_kinds_learn_alike_from_few_places_and_from_all(kind, transcode, monkeypatch, encoder):
-    c = SAEConfig(
-        d_in=40, d_out=40, d_sae=600, k=8, bandwidth=0.5, transcode=transcode, normalize_decoder=False, **kind
-    )
-    sae = create_sae(c)
-    x, y = randn(70, 40), randn(70, 40, seed=1)
-    with torch.no_grad():
-        for name, p in sae.named_parameters():
-            p.add_(0.1 * randn(*p.shape))
-            if name in ("b_enc", "b_gate"):
-                p.sub_(2.5)
-            if name == "threshold":
-                p.add_(0.3).clamp_(min=0)
-
-    def run(way):
-        monkeypatch.setattr(native, "enabled", way == "native")
-        if way == "dense":
-            monkeypatch.setattr(selection, "choose_above_if_few", lambda *_, **__: None)
-        sae.zero_grad()
-        out = sae(x)
-        losses = sae.loss(x, out, y=y if transcode else None, variance=3.0, sparsity=0.1, p=0.9)
-        losses.total.backward()
-        return out, losses.total.detach(), {name: p.grad.clone() for name, p in sae.named_parameters()}
-
-    fast, plain, (dense, want, of) = run("native"), run("plain"), run("dense")
-    assert dense.codes.indices is None
-    for few, loss, grads in (fast, plain):
-        assert few.codes.indices is not None
-        torch.testing.assert_close(few.codes.dense(600), dense.codes.values, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
-        for name, grad in grads.items():
-            torch.testing.assert_close(grad, of[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def test_dense_activations_are_left_dense():
-    sae = create_sae(SAEConfig(d_in=16, d_sae=128, activation="relu", k=4))
-    assert sae(randn(50, 16)).codes.indices is None  # half of the latents are active
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-@pytest.mark.parametrize(
-    "how", [{}, {"tied": True}, {"normalize_decoder": False}, {"clip_norm": None}, {"transcode": True}]
-)
-def test_an_update_in_one_pass_is_its_parts_one_by_one(how, enabled, monkeypatch):
-    """Projection, clipping, Adam and unit rows, fused, against the plain functions of each and torch's Adam."""
-    monkeypatch.setattr("sae.kernels.adam.AT_ONCE", 500)  # several blocks
-
-    def run(enabled, at_once=True):
-        monkeypatch.setattr(native, "enabled", enabled)
-        if not at_once:
-            monkeypatch.setattr(Adam, "is_ours", lambda _: False)
-        c = SAEConfig(d_in=24, d_sae=96, k=4, **{"clip_norm": 0.05, **how})
-        sae = create_sae(c, generator=torch.Generator().manual_seed(0))
-        optimizer = Optimizer(sae, c, 100, torch.device("cpu"))
-        norms = []
-        for i in range(4):
-            for name, p in sae.named_parameters():
-                p.grad = randn(*p.shape, seed=i + len(name)).contiguous() * 10.0**-i
-            norms.append(optimizer.step(0.01))
-        return sae, torch.stack(norms)
-
-    (fused, norms), (plain, want) = run(enabled), run(False, at_once=False)
-    torch.testing.assert_close(norms, want)
-    for (name, p), q in zip(fused.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def activations(model: str, layer: int) -> torch.Tensor:
-    """Every token of some Python files, the special ones with their outlier dimensions included: (n, D)."""
-    lm = load_language_model(model, device="cpu")
-    text = "\n".join(Path(json.__path__[0], name).read_text() for name in ("decoder.py", "encoder.py"))
-    ids = torch.tensor(lm.tokenizer.encode_document(text)[: 128 * 16]).view(16, 128)
-    hookpoint = hooks.at_layer(lm.module, layer)
-    with torch.no_grad():
-        return lm.hidden(ids, torch.ones_like(ids, dtype=torch.bool), [hookpoint])[hookpoint].flatten(0, 1)
-
-
-@pytest.mark.parametrize(("model", "layer", "k"), [("pygpt", 10, 32), ("minilm", 3, 32), ("minilm", 5, 8)])
-def test_the_selection_is_the_best_on_real_activations(model, layer, k, minilm_path):
-    x = activations(minilm_path if model == "minilm" else model, layer)
-    c = SAEConfig(d_in=x.shape[1], expansion_factor=8, k=k, batch_size=512)
-    learner = Learner(create_sae(c), c, 20, torch.device("cpu"))
-    learner.start_from({"": x})
-    for step in range(4):
-        learner.learn({"": x[512 * step :][:512]}, step)
-        learner.update(step)
-    sae = learner.sae
-    inner, W, b = x * learner.scale - sae.b_dec.detach(), sae.W_enc.detach(), sae.b_enc.detach()
-    assert_best(inner, W, b, k, *selection.choose_top_k(inner, W, b, k))
-    if ops := sparse.encoder(inner, W, b):  # proven by the 16-bit bound at the first attempt, for most
-        assert ops.encode_top_k(inner, W.t().contiguous(), b, k, False)[2] < len(x) / 2

@@ -13,10 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.config import SAEConfig
 from sae.kernels import native, selection, sparse
-from sae.learner import Learner
-from sae.models import create_sae
 
 ROOT = Path(__file__).resolve().parents[2]
 if sys.platform != "linux":
@@ -30,7 +27,10 @@ from sae.kernels import triton_encoder, triton_kernels  # noqa: E402
 del os.environ["TRITON_INTERPRET"]
 
 
-@pytest.fixture(autouse=True)
+pytestmark = pytest.mark.usefixtures("interpreted")
+
+
+@pytest.fixture
 def interpreted(monkeypatch):
     """All kernels through the interpreter, which loses most of its time in two places: it looks through the whole of
     Triton's language again at every call of a function, and it adds up bits in loops where Triton sorts."""
@@ -296,28 +296,6 @@ def test_rows_are_projected_and_brought_to_unit_norm():
     rows = W.clone()
     torch.testing.assert_close(sparse.unit_rows_(rows), 1 / length)
     torch.testing.assert_close(rows, W / length)
-
-
-@pytest.mark.parametrize("unit", [False, True])
-def test_training_takes_the_same_steps_as_plain_torch(unit, monkeypatch):
-    """The whole of it, optimiser included, whose step is one pass with the decoder's rows on the sphere or without."""
-
-    def run(enabled):
-        monkeypatch.setattr(native, "enabled", enabled)
-        c = SAEConfig(d_in=20, d_sae=160, k=4, normalize_decoder=unit, clip_norm=0.5, auxk_alpha=0.0)
-        torch.manual_seed(0)
-        learner = Learner(create_sae(c), c, 10, torch.device("cpu"))
-        learner.start_from({"": randn(40, 20)})
-        for step in range(2):
-            learner.learn({"": randn(40, 20, seed=step)}, step)
-            learner.update(step)
-        return learner.sae.state_dict()
-
-    fast, plain = run(True), run(False)
-    for name, p in fast.items():
-        torch.testing.assert_close(p, plain[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-    if unit:
-        torch.testing.assert_close(fast["W_dec"].norm(dim=1), torch.ones(160))
 
 
 @pytest.mark.parametrize("shape", [(30, 70), (5000,)], ids=str)
