@@ -1,6 +1,7 @@
 """SAEs, optimisers and packed encoders compute the same with the C++ kernels as with plain torch.
 
 (tests/kernels/ tests that room alone; tests/test_reach.py runs it without the rest of sae.)
+
 Run: python -m pytest tests/test_kernels_in_training.py
 """
 
