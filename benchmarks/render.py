@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = ("README.md", "SAE_README.md", "CONTRIBUTING.md", "assets/pygpt/README.md")
 CORE = {  # the files of sae/ in the order to read them; CONTRIBUTING.md lists those that are there, and any other last
-    "what a run is": "flags config schedules",
+    "what a run is": "flags config schedules hookpoints",
     "the idea": "hooks base models metrics optim dead learner trainer rundir evaluator",
     "more than one": "distributed end_to_end checkpoint plan",
     "for people": "runtime edits feature_viz plots neuronpedia log",

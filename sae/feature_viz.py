@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from sae import hooks, log
+from sae import log
 from sae.config import VizConfig, require
 from sae.data.datasets import Dataset, open_dataset
 from sae.data.tokens import Rows, TokenRows
 from sae.distributed import ALONE, Axis
+from sae.hookpoints import places
 from sae.kernels.sparse import Codes
 from sae.lm.language_model import LanguageModel
 from sae.metrics import check_finite
@@ -85,7 +86,7 @@ class FeatureVisualizer:
 
     def _read(self, tables: FeatureTables, rows: Rows, *, first: int) -> None:
         """Run the model and the SAE on some sequences, and add what they show."""
-        sae, names = self.sae, hooks.places(self.hookpoint, self.sae.config.transcode)
+        sae, names = self.sae, places(self.hookpoint, self.sae.config.transcode)
         seen = self.lm.hidden(rows.ids, rows.valid, list(dict.fromkeys(names)))
         x, y = (seen[name][rows.valid.to(self.lm.device)].float() for name in names)
         codes, kept = sae.encode_sparse(x), rows.keep[rows.valid].to(x.device)

@@ -1,8 +1,8 @@
 """Hooks: read or replace the output of a named submodule. Knows modules and tensors; knows nothing of SAEs.
 
 A tuple output stands for its first element. Hooks hand tensors over and do nothing else. They live inside a `with` and
-are gone after it, also after an exception. Put them on the uncompiled module: a module wrapped by torch.compile does not
-run hooks added later.
+are gone after it, also after an exception. Put them on the uncompiled module: one wrapped by torch.compile does not run
+hooks added later.
 """
 
 from __future__ import annotations
@@ -14,15 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sae.config import UserError, did_you_mean
-from sae.hookpoints import SAEName as SAEName
 from sae.hookpoints import at_layer as at_layer
-from sae.hookpoints import choose as choose
-from sae.hookpoints import input_of as input_of
-from sae.hookpoints import n_layers as n_layers
-from sae.hookpoints import natural as natural
-from sae.hookpoints import places as places
 from sae.hookpoints import resolve as resolve
-from sae.hookpoints import split as split
+from sae.hookpoints import split
 
 Acts = dict[str, Tensor]  # hookpoint -> (tokens, D)
 

@@ -20,7 +20,8 @@ from sae.base import SAE, SHARED, Losses, Output, layer_norm, reconstruct
 from sae.config import SAEConfig, UserError, kind_of, require
 from sae.dead import Firing, Spare, add_gradients_, auxk_loss, copies_of, resample_
 from sae.distributed import ALONE, Axis
-from sae.hooks import Acts, places
+from sae.hookpoints import places
+from sae.hooks import Acts
 from sae.kernels import sparse
 from sae.metrics import Totals, Window, check_finite
 from sae.optim import Optimizer, grad_of
@@ -57,7 +58,7 @@ class Learner:
 
     Activations are brought to a common scale (SAEConfig.normalize_activations): one step size and one sparsity weight
     then serve models whose streams differ a hundredfold. The scale is folded away in everything that is saved.
-    hookpoint names the activations in a batch; a transcoder reads its module's input (hooks.places).
+    hookpoint names the activations in a batch; a transcoder reads its module's input (places).
 
     Several processes train one SAE (sae.world): each learns from its part of a batch, and a step's gradients and counts
     are summed once; along `data` all hold the same weights, along `latents` each its own.

@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import torch
 
-from sae import distributed, hooks
+from sae import distributed
 from sae.config import SAEConfig, TrainConfig, UserError, kind_of, variants
 from sae.data.training import collected_source, trained_at, with_inputs
 from sae.files import beside, read_torch
-from sae.hooks import SAEName
+from sae.hookpoints import SAEName, choose, places
 from sae.kernels.sparse import tokens_at_once
 from sae.lm.language_model import PYGPT, LanguageModel, best_device
 from sae.models import KINDS
@@ -51,7 +51,7 @@ def settings_of_saes(c: TrainConfig, widths: Mapping[str, int], hookpoints: Sequ
     """A config for every hookpoint and combination of swept settings, by name."""
     configs = {}
     for hookpoint in hookpoints:
-        d_in, d_out = (widths[place] for place in hooks.places(hookpoint, c.transcode))
+        d_in, d_out = (widths[place] for place in places(hookpoint, c.transcode))
         for flag, given, width in (("d_in", c.d_in, d_in), ("d_out", c.d_out, d_out)):
             if given not in (None, width):
                 raise UserError(f"--{flag} {given} was given and '{hookpoint}' is {width} wide; leave --{flag} out")
@@ -69,7 +69,7 @@ def lay_out(c: TrainConfig, configs: Mapping[str, SAEConfig], n_processes: int) 
     owner = distributed.balance(costs, shape[0])
     wanted: list[list[str]] = [[] for _ in range(shape[0])]
     for name, group in owner.items():
-        wanted[group] += hooks.places(SAEName.parse(name).hookpoint, c.transcode)
+        wanted[group] += places(SAEName.parse(name).hookpoint, c.transcode)
     return Layout(shape, owner, wanted)
 
 
@@ -101,7 +101,7 @@ def lines(c: TrainConfig) -> list[str]:
         widths, hookpoints = source.widths, trained_at(c, source)
     else:
         lm = outline(c.model)
-        hookpoints = hooks.choose(c, lm.module)
+        hookpoints = choose(c, lm.module)
         widths = lm.widths(with_inputs(hookpoints, c.transcode))
         model_numbers = sum(p.numel() for p in lm.module.parameters())
         blocks = 16 * c.model_batch_size * min(c.ctx_len, lm.max_len) * lm.d_model  # what they hold in a forward

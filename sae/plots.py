@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sae import files
-from sae.hooks import SAEName, natural
+from sae.hookpoints import SAEName, natural
 from sae.metrics import Totals
 
 

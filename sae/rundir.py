@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae import checkpoint, distributed, files, hooks, log
+from sae import checkpoint, distributed, files, log
 from sae import schedules as sched
 from sae.config import VERSION, ChatConfig, EvalConfig, SAEConfig, TrainConfig, UserError, read_json
 from sae.data.datasets import Dataset, open_dataset
 from sae.distributed import World
 from sae.formats import store
+from sae.hookpoints import resolve
 from sae.lm.language_model import LanguageModel, best_device, load_language_model
 from sae.models import SAE
 
@@ -285,5 +286,5 @@ def open_sae(c: EvalConfig, lm: LanguageModel | None = None) -> Opened:
     how = {k: trained_on[k] for k in ("text_column", "split", "streaming") if k in trained_on and not c.dataset}
     dataset = open_dataset(_text_of(c, trained_on), **how)
     if "model_name" not in trained_on:
-        hookpoint = hooks.resolve(lm.module, hookpoints=[hookpoint])[0]
+        hookpoint = resolve(lm.module, hookpoints=[hookpoint])[0]
     return Opened(lm, sae, hookpoint, dataset, trained_on, folder, out)

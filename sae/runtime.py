@@ -30,7 +30,7 @@ from sae import hooks
 from sae.config import UserError, did_you_mean, require
 from sae.edits import Coefficients, Condition, Edit, parse_condition, parse_edit
 from sae.formats.store import load_saes
-from sae.hooks import SAEName
+from sae.hookpoints import SAEName, places, resolve, split
 from sae.lm.language_model import LanguageModel
 from sae.models import SAE
 
@@ -318,10 +318,9 @@ class InterpretableModel:
             got = tuple(largest.shape)
             require(got == wanted, f"max_activations['{name}'] is {got}; {wanted} was wanted")
         here = {name for name, _ in self.module.named_modules()}
-        known = lambda at: at if hooks.split(at)[0] in here else hooks.resolve(self.module, hookpoints=[at])[0]
+        known = lambda at: at if split(at)[0] in here else resolve(self.module, hookpoints=[at])[0]
         self._places = {
-            name: hooks.places(known(SAEName.parse(name).hookpoint), sae.config.transcode)
-            for name, sae in self.saes.items()
+            name: places(known(SAEName.parse(name).hookpoint), sae.config.transcode) for name, sae in self.saes.items()
         }
         with hooks.hooked(self.module, {place: lambda _: None for two in self._places.values() for place in two}):
             pass  # every hookpoint is there

@@ -25,7 +25,8 @@ from sae.data.activations import ModelSource, Stream, TensorSource
 from sae.distributed import ALONE, World
 from sae.end_to_end import EndToEnd, RowStream
 from sae.formats import store
-from sae.hooks import Acts, SAEName
+from sae.hookpoints import SAEName
+from sae.hooks import Acts
 from sae.kernels import sparse
 from sae.learner import Learner
 from sae.log import Stopwatch

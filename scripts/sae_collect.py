@@ -10,20 +10,20 @@ from sae.config import CollectConfig, UserError, from_cli
 
 def main(argv: list[str]) -> None:
     c = from_cli(CollectConfig, argv, prog="python -m scripts.sae_collect", description=__doc__)
-    from sae import hooks
     from sae.data import cache
     from sae.data.activations import ModelSource
     from sae.data.datasets import open_dataset
     from sae.data.tokens import TokenRows
+    from sae.hookpoints import choose, input_of, split
     from sae.lm.language_model import best_device, load_language_model
 
     folder = Path(c.output_dir)
     if folder.exists() and not c.overwrite:
         raise UserError(f"'{folder}' exists; choose another --output_dir or give --overwrite")
     lm = load_language_model(c.model, device=best_device(c.device), dataset=c.dataset, dtype=c.model_dtype)
-    hookpoints = hooks.choose(c, lm.module)
+    hookpoints = choose(c, lm.module)
     if c.transcode:  # of each module what goes in and what comes out
-        pairs = [(module, f"{module}@in") for module, _ in map(hooks.split, hookpoints)]
+        pairs = [(module, input_of(module)) for module, _ in map(split, hookpoints)]
         hookpoints = list(dict.fromkeys(name for pair in pairs for name in pair))
     dataset = open_dataset(c.dataset, text_column=c.text_column, split=c.split, streaming=c.streaming)
     rows = TokenRows(

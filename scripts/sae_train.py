@@ -50,8 +50,9 @@ def main(argv: list[str]) -> None:
 
 def open_data(c: TrainConfig, device: torch.device) -> tuple[LanguageModel | None, Data, list[str], Path]:
     """The model, if one is run, what to train on, at which hookpoints, and the folder for the results."""
-    from sae import hooks, rundir
+    from sae import rundir
     from sae.data import training
+    from sae.hookpoints import choose
     from sae.lm.language_model import load_language_model
 
     if c.activations is not None:
@@ -59,7 +60,7 @@ def open_data(c: TrainConfig, device: torch.device) -> tuple[LanguageModel | Non
         hookpoints = training.trained_at(c, data.source)
         return None, data, hookpoints, rundir.claim(c, hookpoints)
     lm = load_language_model(c.model, device=c.model_device or device, dataset=c.dataset, dtype=c.model_dtype)
-    hookpoints = hooks.choose(c, lm.module)
+    hookpoints = choose(c, lm.module)
     folder = rundir.claim(c, hookpoints)
     return lm, training.live(c, lm, hookpoints), hookpoints, folder
 

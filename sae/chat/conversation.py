@@ -22,6 +22,7 @@ from torch import Tensor
 from sae import hooks
 from sae.chat.messages import Ask, Feature, Token
 from sae.config import UserError, require
+from sae.hookpoints import input_of
 from sae.lm.language_model import LanguageModel
 from sae.models import SAE
 from sae.runtime import InterpretableModel, Track
@@ -191,7 +192,7 @@ class Conversation:
     def _effects(self, ask: Ask, window: Tensor, wanted: int) -> tuple[Tensor, list[dict[str, Any]]]:
         """The logits (V,) after the last place, and what each feature active there adds to the wanted one."""
         lm, live = self.lm, self.watched("explain")
-        norm = hooks.input_of(lm.final_norm) if lm.final_norm else None
+        norm = input_of(lm.final_norm) if lm.final_norm else None
         places = {name: live.places(name)[1] for name in live.saes}
         wants = [*places.values(), *filter(None, [norm])]
         with live.track(top_k=1000) as seen, live.steer(*ask.steer), hooks.capture(lm.module, wants) as held:

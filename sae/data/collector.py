@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sae import hooks
 from sae.files import read_safetensors, write_safetensors
+from sae.hookpoints import resolve
 
 
 @dataclass(eq=False)
@@ -36,7 +37,7 @@ class ActivationCollector:
     def __post_init__(self) -> None:
         self.hookpoints: dict[str, str] = {}
         for given in self.hook_points:
-            found = hooks.resolve(self.model, hookpoints=[given])
+            found = resolve(self.model, hookpoints=[given])
             self.hookpoints |= {given: found[0]} if len(found) == 1 else {name: name for name in found}
         self.clear()
 

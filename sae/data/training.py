@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from sae import hooks, log
+from sae import log
 from sae.config import TrainConfig, UserError
 from sae.data import cache
 from sae.data.activation_files import FileSource, is_activation_file
@@ -13,6 +13,7 @@ from sae.data.activations import ModelSource, Source
 from sae.data.datasets import open_dataset
 from sae.data.tokens import TokenRows
 from sae.flags import said
+from sae.hookpoints import input_of, split
 from sae.lm.language_model import LanguageModel, load_language_model
 from sae.schedules import shuffle_seed
 
@@ -33,17 +34,17 @@ class Data(NamedTuple):
 def with_inputs(hookpoints: Iterable[str], transcode: bool) -> list[str]:
     """The hookpoints that SAEs at these read and write, outputs first."""
     hookpoints = list(hookpoints)
-    if transcode and any(hooks.split(name)[1] for name in hookpoints):
+    if transcode and any(split(name)[1] for name in hookpoints):
         raise UserError("a transcoder predicts a module's output from its input; name a module without '@in'")
-    return hookpoints + [hooks.input_of(name) for name in hookpoints if transcode]
+    return hookpoints + [input_of(name) for name in hookpoints if transcode]
 
 
 def trained_at(c: TrainConfig, source: Source) -> list[str]:
     """The hookpoints that a run on collected activations trains at."""
-    found = [name for name in source.widths if not (c.transcode and hooks.split(name)[1])]
+    found = [name for name in source.widths if not (c.transcode and split(name)[1])]
     for name in found:
-        if c.transcode and hooks.input_of(name) not in source.widths:
-            lacks = hooks.input_of(name)
+        if c.transcode and input_of(name) not in source.widths:
+            lacks = input_of(name)
             raise UserError(f"'{c.activations}' holds no '{lacks}'; collect with sae_collect --transcode")
     return found
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae.base import SAE
 from sae.config import VERSION, SAEConfig, UserError, kind_of
-from sae.hooks import places
+from sae.hookpoints import places
 
 # The SAELens whose layout this is; its loader takes the old flat layout for anything below 6.0.
 SAELENS_VERSION = "6.54.12"

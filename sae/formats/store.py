@@ -17,7 +17,7 @@ from sae.base import SHARED
 from sae.config import UserError, read_json, require
 from sae.files import read_safetensors, write_json, write_safetensors
 from sae.formats import nanochat, saelens
-from sae.hooks import natural
+from sae.hookpoints import natural
 from sae.models import SAE, create_sae
 
 WEIGHTS, CFG = "sae_weights.safetensors", "cfg.json"

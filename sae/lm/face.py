@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sae import hooks
 from sae.config import UserError, require
+from sae.hookpoints import n_layers
 
 # Where families keep the norm before the unembedding; the first that exists is taken.
 FINAL_NORMS = "transformer.ln_f model.norm gpt_neox.final_layer_norm model.decoder.final_layer_norm".split()
@@ -59,7 +60,7 @@ class LanguageModel:
 
     @property
     def n_layers(self) -> int:
-        return hooks.n_layers(self.module)
+        return n_layers(self.module)
 
     @torch.no_grad()
     def logits(self, ids: Tensor, valid: Tensor) -> Tensor | None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from sae import hooks
 from sae.config import UserError
 from sae.files import ROOT, beside
+from sae.hookpoints import at_layer, resolve
 from sae.lm.language_model import LanguageModel, best_device, load_language_model
 from sae.lm.tokenizers import HFTokenizer
 
@@ -121,7 +122,7 @@ def test_models_in_half_precision(kind, dtype, gpt_path, minilm_path, tmp_path):
     assert {str(p.dtype) for p in half.module.parameters()} == {f"torch.{dtype}"}
     ids, valid = (t[:, :8] for t in batch(whole))
     ids = ids % 50
-    hookpoint = hooks.at_layer(whole.module, 1, "resid_post")
+    hookpoint = at_layer(whole.module, 1, "resid_post")
     x, close = (lm.hidden(ids, valid, [hookpoint])[hookpoint] for lm in (half, whole))
     assert str(x.dtype) == f"torch.{dtype}"
     assert float((x.float() - close).norm() / (close - close.mean((0, 1))).norm()) < 0.1
@@ -458,7 +459,7 @@ def test_their_model_is_run_as_it_is(beside_theirs, capsys):
         assert torch.equal(lm.logits(ids, valid), gpt(ids, ids)[0])
     # whatever their forward does between blocks is done: no shortcut past it
     assert lm.resume_fn is None
-    place = lambda kind: hooks.resolve(lm.module, layers=[1], hook_type=kind)
+    place = lambda kind: resolve(lm.module, layers=[1], hook_type=kind)
     assert place("resid_mid") == ["transformer.h.1.ln_2@in"]
     assert place("mlp_post_act") == ["transformer.h.1.mlp.c_proj@in"]
     effects = lm.logit_effects(torch.eye(16))

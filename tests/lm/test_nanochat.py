@@ -21,6 +21,7 @@ from sae.config import SAEConfig, UserError
 from sae.data.datasets import open_dataset
 from sae.evaluator import evaluate
 from sae.formats import store
+from sae.hookpoints import at_layer, resolve
 from sae.lm.language_model import load_language_model
 from sae.models import create_sae
 from scripts import sae_collect, sae_eval, sae_train
@@ -382,7 +383,7 @@ def test_logits_are_the_models_own(base):
     assert torch.equal(logits, lm.module(ids))
     assert float(logits.abs().max()) <= 15
     for hook_type, width in zip(HOOK_TYPES, (D, D, D, D, 4 * D), strict=True):
-        hookpoint = hooks.at_layer(lm.module, 1, hook_type)
+        hookpoint = at_layer(lm.module, 1, hook_type)
         assert lm.widths([hookpoint])[hookpoint] == width
     close = partial(torch.testing.assert_close, rtol=1e-4, atol=5e-5)  # products of other shapes round otherwise
     # padding on the right is not seen
@@ -404,7 +405,7 @@ def test_each_hookpoint_is_what_the_model_computes(base, layer, hook_type):
 
     lm = load_language_model("nanochat:base", device="cpu")
     ids, valid = batch(lm)
-    name = hooks.at_layer(lm.module, layer, hook_type)
+    name = at_layer(lm.module, layer, hook_type)
     captured = lm.hidden(ids, valid, [name])[name]
     SEEN.clear()
     plain = lm.logits(ids, valid)
@@ -469,7 +470,7 @@ def test_between_attention_and_mlp_lies_no_module(base):
     lm = load_language_model("nanochat:base", device="cpu")
     for asked in ({"layers": [1], "hook_type": "resid_mid"}, {"hookpoints": ["blocks.1.hook_resid_mid"]}):
         with pytest.raises(UserError, match="no module of this model reads the stream between attention and MLP; use "):
-            hooks.resolve(lm.module, **asked)
+            resolve(lm.module, **asked)
 
 
 def test_tokens(base):
@@ -532,7 +533,7 @@ def test_activations_in_bfloat16(nanochat, asked, base, text_file):
     assert lm.dtype == "bfloat16"
     ids, valid = batch(lm)
     for hook_type in HOOK_TYPES:
-        name = hooks.at_layer(lm.module, 1, hook_type)
+        name = at_layer(lm.module, 1, hook_type)
         x = lm.hidden(ids, valid, [name])[name]
         assert x.dtype == torch.bfloat16
         assert torch.equal(lm.logits_replacing(ids, valid, name, x), lm.logits(ids, valid))
