@@ -42,7 +42,7 @@ def build(name: str) -> GPT:
 
 
 def an_sae(width: int, expansion: int, activation: Any = "topk") -> SAE:
-    sae = create_sae(SAEConfig(d_in=width, expansion_factor=expansion, k=32, activation=activation))
+    sae: Any = create_sae(SAEConfig(d_in=width, expansion_factor=expansion, k=32, activation=activation))
     if activation == "batchtopk":
         sae.threshold.fill_(2.0)
     return sae

@@ -105,7 +105,8 @@ def train_nanosae(x: Tensor, job: dict[str, Any], matched: dict[str, Any] | None
         "auxk": config.auxk_alpha,
         "dead_after_tokens": dead_after_tokens(config),
     }
-    return Trained({name: p.detach() for name, p in sae.named_parameters()}, settings, *times)
+    tensors = {name: getattr(sae, name).detach() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    return Trained(tensors, settings, *times)
 
 
 def train_sae_lens(x: Tensor, job: dict[str, Any], matched: dict[str, Any] | None) -> Trained:

@@ -31,7 +31,7 @@ def planted():
 
 def saved_by(library, sae):
     """The tensors in which a library would hold the same SAE."""
-    p = {name: value.detach() for name, value in sae.named_parameters()}
+    p = {name: getattr(sae, name).detach() for name in peers.Plain._fields}
     if library == "nanosae":
         return p
     if library == "sae-lens":  # chosen by pre * norm of the decoder row, which here is not 1
