@@ -405,10 +405,8 @@ def checkout(commit: str, folder: Path) -> None:
         subprocess.run(["git", "clone", "--quiet", "--no-checkout", str(ROOT), str(folder)], check=True)
         subprocess.run(["git", "-C", str(folder), "checkout", "--quiet", full(commit)], check=True)
         return
-    names = subprocess.run(
-        [*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+    listing = [*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file() and not name.startswith(("assets/", "tests/", "dev/")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -645,9 +643,11 @@ def judge(cases: list[Case], every: list[Case], given: argparse.Namespace, keep:
         more = f"  [others: {'; '.join(row['others'][:3])}]" if row["others"] else ""
         print(f"{c.name:{wide}} {row['steps']:4}  {row['result']}  {row['differs']}{more}".rstrip(), flush=True)
     n = {what: sum(r["result"].startswith(what) for r in rows) for what in ("equal", "DIFFERS", "FAILED")}
-    print(f"{len(rows)} cases: {n['equal']} equal, {n['DIFFERS']} differ, {n['FAILED']} failed; other files or texts "
-          f"differ in {sum(bool(r['others']) for r in rows)}; old {between - begun:.0f} s, "
-          f"new {time.monotonic() - between:.0f} s")  # fmt: skip
+    others, seconds = sum(bool(r["others"]) for r in rows), (between - begun, time.monotonic() - between)
+    print(
+        f"{len(rows)} cases: {n['equal']} equal, {n['DIFFERS']} differ, {n['FAILED']} failed; other files or texts "
+        f"differ in {others}; old {seconds[0]:.0f} s, new {seconds[1]:.0f} s"
+    )
     if len(cases) == len(every) and given.new != ".":
         sys.path.append(str(ROOT))
         from benchmarks.machine import about

@@ -246,8 +246,8 @@ class SAE(nn.Module):
     # the loss, shared by all kinds
 
     def loss(
-        self, x: Tensor, out: Output, *, variance: float | Tensor, y: Tensor | None = None, recon_weight: float = 1.0,
-        sparsity: float | Tensor = 0.0, p: float = 1.0, whole: Tensor | None = None,
+        self, x: Tensor, out: Output, *, variance: float | Tensor, y: Tensor | None = None,
+        recon_weight: float = 1.0, sparsity: float | Tensor = 0.0, p: float = 1.0, whole: Tensor | None = None,
     ) -> Losses:  # fmt: skip
         """Means over the tokens of x (B, D), so that averaging micro-batches gives the whole batch's gradient.
 

@@ -113,9 +113,8 @@ class SAEConfig:
     k_decay_steps: int = knob(0, "steps over which k falls to --k from min(d_in, d_sae) (topk family)")
     auxk_alpha: float = knob(1 / 32, "weight of the AuxK loss, which revives dead latents", "auxk_coef", sweep=True)
     dead_feature_threshold: int | None = knob(
-        None, "a latent is dead after this many tokens without firing (default: 16 d_sae / k, at most 10M)",
-        "dead_toks_threshold",
-    )  # fmt: skip
+        None, "tokens without firing until a latent is dead (default: 16 d_sae / k, at most 10M)", "dead_toks_threshold"
+    )
     dead_percentage_threshold: float | None = knob(
         None, "instead: a latent is dead if it fires at less than this share of the mean rate k / d_sae"
     )
@@ -381,8 +380,8 @@ class TrainConfig(SAEConfig, DataConfig, HookConfig):
             ("val_split", self.activations, "--activations; of text another part is held out"),
             ("wandb_project", self.log_to_wandb, "--log_to_wandb"),
             ("expansion_factor", "d_sae" not in given, "no --d_sae: both say how many latents"),
-            ("text_column", text, "a --dataset"), ("split", text, "a --dataset"), ("streaming", text, "a --dataset"),
-        ):  # fmt: skip
+            *((name, text, "a --dataset") for name in ("text_column", "split", "streaming")),
+        ):
             require(bool(does) or name not in given, f"--{name} goes with {other}")
 
 

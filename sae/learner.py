@@ -345,9 +345,7 @@ class Learner:
     # ----------------------------------------------------------------------------------------------
     # state
 
-    SCALARS = (
-        "residual", "log_weight", "drift", "n_updates", "scale", "scale_out", "variance", "best_val_loss",
-    )  # fmt: skip
+    SCALARS = "residual log_weight drift n_updates scale scale_out variance best_val_loss".split()
 
     def state_dict(self) -> dict[str, Any]:
         """All that resume needs, of the latents in this process; sums are over the tokens of all.

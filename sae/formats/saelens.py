@@ -89,9 +89,7 @@ def read(cfg: dict[str, Any], weights: dict[str, Tensor], where: Path) -> tuple[
         weights[bias] = weights[bias] + shift
         if bias == "b_gate":
             weights["b_mag"] = weights["b_mag"] + shift * weights["r_mag"].exp()
-    config = SAEConfig(
-        d_in=cfg["d_in"], d_out=sizes["d_out"], d_sae=cfg["d_sae"], activation=READS[base], k=cfg.get("k", 32),
-        normalize_decoder=bool(((norms - 1).abs() < 1e-3).all()), transcode=transcode, skip_connection=skip,
-        normalize_activations="layer_norm" if cfg.get("normalize_activations") == "layer_norm" else "unit",
-    )  # fmt: skip
-    return config, weights
+    unit_rows = bool(((norms - 1).abs() < 1e-3).all())
+    norm: Any = "layer_norm" if cfg.get("normalize_activations") == "layer_norm" else "unit"
+    fields: dict[str, Any] = {"transcode": transcode, "skip_connection": skip, "normalize_decoder": unit_rows, **sizes}
+    return SAEConfig(activation=READS[base], normalize_activations=norm, **fields), weights
