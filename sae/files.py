@@ -1,6 +1,7 @@
 """Files: every write is atomic, and what is read is never executed.
 
-A .pt file is read with torch's weights_only; a broken file is a UserError. Knows no model and no SAE.
+A .pt file is read with torch's weights_only; a broken file is a UserError. Knows no model and no SAE, and loads
+torch only to read or write tensors.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import safetensors.torch
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from sae.flags import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository that holds sae/
 
@@ -53,9 +54,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         with tmp.open("rb+") as f:
             os.fsync(f.fileno())
         tmp.replace(path)
-    except (OSError, safetensors.SafetensorError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise UserError(f"cannot write '{path}': {reason}; choose another folder or free some space") from e
+    except OSError as e:
+        raise UserError(f"cannot write '{path}': {e.strerror or e}; choose another folder or free some space") from e
     finally:
         if tmp.parent.is_dir():
             tmp.unlink(missing_ok=True)
@@ -86,14 +86,22 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_torch(value: Any, path: Path) -> None:
-    def write(tmp: Path) -> None:
+def _write_tensors(path: Path, write: Callable[[Path], object], error: type[Exception]) -> None:
+    """write_atomic with torch's or safetensors' own writer. error: what it raises when the disk is full."""
+
+    def fill(tmp: Path) -> None:
         try:
-            torch.save(value, tmp)
-        except RuntimeError as e:  # torch's writer raises it when the disk is full
+            write(tmp)
+        except error as e:
             raise OSError(str(e).splitlines()[0]) from e
 
-    write_atomic(path, write)
+    write_atomic(path, fill)
+
+
+def write_torch(value: Any, path: Path) -> None:
+    import torch
+
+    _write_tensors(path, lambda tmp: torch.save(value, tmp), RuntimeError)
 
 
 def read_torch(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = False) -> Any:
@@ -101,6 +109,8 @@ def read_torch(path: str | Path, device: torch.device | str = "cpu", *, mmap: bo
 
     mmap: read only the parts of tensors that are used.
     """
+    import torch
+
     if not Path(path).is_file():
         raise UserError(f"'{path}' does not exist; give a .pt file")
     try:
@@ -115,15 +125,66 @@ def read_torch(path: str | Path, device: torch.device | str = "cpu", *, mmap: bo
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    write_atomic(path, lambda tmp: safetensors.torch.save_file(whole, tmp))
+    _write_tensors(path, lambda tmp: save_file(whole, tmp), SafetensorError)
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
     if not Path(path).is_file():
         raise UserError(f"'{path}' does not exist; give a safetensors file")
     with one_sentence(f"'{path}' is damaged or no safetensors file", "fetch or write it again"):
-        return safetensors.torch.load_file(path)
+        return load_file(path)
+
+
+def lock(path: Path, busy: str) -> int:
+    """Lock a file or folder until os.close of what is returned. Raises UserError(busy) if another process has it."""
+    import fcntl
+
+    held = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(held)
+        raise UserError(busy) from e
+    return held
+
+
+def append_line(path: Path, value: Any, *, sync: bool = True) -> None:
+    """Append a json line to a journal. sync: return once it is on disk."""
+    with path.open("a", encoding="ascii") as f:
+        f.write(json.dumps(value) + "\n")
+        f.flush()
+        if sync:
+            os.fsync(f.fileno())
+
+
+def open_journal(path: Path, keep: Callable[[Any], object] | None = None, *, todo: str = "delete it") -> list[Any]:
+    """The lines of a journal, which is made if need be. A last line that a kill tore is dropped from the file.
+
+    keep: skip lines for which it is false or fails, and drop those at the end. Without it a line that is not json is a
+    UserError that ends in `todo`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    text = path.read_bytes()
+    lines, at, end = [], 0, 0
+    for line in text[: text.rfind(b"\n") + 1].splitlines(keepends=True):
+        at += len(line)
+        try:
+            value = json.loads(line)
+            if keep is None or keep(value):
+                lines.append(value)
+                end = at
+        except (ValueError, LookupError, TypeError) as e:
+            if keep is None:
+                raise UserError(f"'{path}' is damaged ({e}); {todo}") from e
+    os.truncate(path, end)
+    return lines
 
 
 def beside(path: str) -> ModuleType:

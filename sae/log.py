@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import secrets
 import signal
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from sae.files import append_line, open_journal
 from sae.flags import Lost, UserError
 
 if TYPE_CHECKING:
@@ -74,15 +74,12 @@ class MetricLog:
     def __init__(self, path: Path | None, *, resume_step: int | None = None, wandb: dict[str, Any] | None = None):
         self.path = path if speaks() else None
         self._run = _wandb_run(wandb, self.path, bool(resume_step)) if wandb is not None and speaks() else None
-        if self.path is None:
-            return
-        old = self.path.read_text().splitlines() if resume_step is not None and self.path.exists() else []
-        self.path.write_text("".join(line + "\n" for line in old if _step_of(line) <= (resume_step or 0)))
+        if self.path is not None:
+            open_journal(self.path, lambda line: resume_step is not None and line["step"] <= resume_step)
 
     def write(self, record: dict[str, Any]) -> None:
         if self.path is not None:
-            with self.path.open("a") as f:
-                f.write(json.dumps(record) + "\n")
+            append_line(self.path, record, sync=False)  # a training step waits for no disk
         if self._run is not None:
             _wandb_log(self._run, record)
 
@@ -97,14 +94,6 @@ class MetricLog:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.close(exit_code=int(kind is not None))
-
-
-def _step_of(line: str) -> float:
-    """The step that a line of metrics is about; infinity if a kill tore the line: its step is logged again."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")
 
 
 def _wandb_run(settings: dict[str, Any], path: Path | None, resumed: bool) -> Any:

@@ -6,8 +6,6 @@ up before anything is repeated, and a journal beside the features remembers what
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import time
 from collections import Counter
@@ -18,7 +16,7 @@ from urllib.parse import quote, urlsplit
 
 import requests
 
-from sae import log
+from sae import files, log
 from sae.config import UserError, require
 from sae.pages.neuronpedia_format import MAX_FEATURES, batches, check_model, check_set, json_bytes
 
@@ -266,32 +264,18 @@ class Journal:
     def __init__(self, path: str | Path, about: dict[str, str], is_empty: Callable[[], bool]):
         self.path, self.done, self.begun, self.opened = Path(path), set[int](), set[int](), time.time()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+", encoding="ascii")
+        self.path.touch()
+        self._held = files.lock(self.path, f"another process is uploading ('{path}' is in use); wait for it")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._load(about, is_empty)
-        except (BlockingIOError, UserError) as e:
-            self._file.close()
-            if isinstance(e, UserError):
-                raise
-            raise UserError(f"another process is uploading ('{path}' is in use); wait for it") from e
-
-    def _load(self, about: dict[str, str], is_empty: Callable[[], bool]) -> None:
-        self._file.seek(0)
-        text = self._file.read()
-        whole = text[: text.rfind("\n") + 1]
-        self._file.truncate(len(whole))  # drops a line torn by a kill
-        try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as e:
-            raise UserError(f"'{self.path}' is damaged ({e}); delete it: the server is then asked what it has") from e
-        if not lines:
-            lines = [{"about": about, "empty": is_empty()}]
-            self._write(lines[0])
-        require(
-            lines[0]["about"] == about,
-            f"'{self.path}' is of another upload, and Neuronpedia replaces nothing; use another --set_name",
-        )
+            lines = files.open_journal(self.path, todo="delete it: the server is then asked what it has")
+            if not lines:
+                lines = [{"about": about, "empty": is_empty()}]
+                files.append_line(self.path, lines[0])
+            foreign = f"'{path}' is of another upload, and Neuronpedia replaces nothing; use another --set_name"
+            require(lines[0]["about"] == about, foreign)
+        except UserError:
+            os.close(self._held)
+            raise
         self.empty: bool = lines[0]["empty"]
         for line in lines[1:]:
             self.done.update(line.get("done", ()))
@@ -299,21 +283,16 @@ class Journal:
 
     def begin(self, indexes: list[int]) -> None:
         """Call it before a request with these features."""
-        self._write({"begin": indexes})
+        files.append_line(self.path, {"begin": indexes})
         self.begun.update(indexes)
 
     def finish(self, indexes: list[int]) -> None:
         """Call it once they are known to be on the server."""
-        self._write({"done": indexes})
+        files.append_line(self.path, {"done": indexes})
         self.done.update(indexes)
-
-    def _write(self, line: Json) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        os.close(self._held)

@@ -73,3 +73,27 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path):
         store.CFG: "0o640",
         store.WEIGHTS: "0o640",
     }
+
+
+def test_a_journal_loses_only_what_a_kill_tore(tmp_path):
+    path = tmp_path / "deep" / "j.jsonl"
+    assert files.open_journal(path) == []
+    for n in range(3):
+        files.append_line(path, {"n": n}, sync=n > 0)
+    whole = path.read_text()
+    path.write_text(whole + '{"n": 3}')  # json, but the newline is missing
+    assert files.open_journal(path) == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert path.read_text() == whole
+    path.write_text("no json\n" + whole + '[]\n{"m": 1}\n')
+    assert files.open_journal(path, lambda line: line["n"] < 2) == [{"n": 0}, {"n": 1}]
+    assert path.read_text() == 'no json\n{"n": 0}\n{"n": 1}\n'
+    with pytest.raises(UserError, match=r"is damaged \(.*\); delete it"):
+        files.open_journal(path)
+
+
+def test_a_lock_is_for_one(tmp_path):
+    held = files.lock(tmp_path, "busy")
+    with pytest.raises(UserError, match="busy"):
+        files.lock(tmp_path, "busy")
+    os.close(held)
+    os.close(files.lock(tmp_path, "busy"))

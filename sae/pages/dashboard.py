@@ -9,7 +9,6 @@ features.jsonl has the same records for other programs.
 from __future__ import annotations
 
 import base64
-import fcntl
 import hashlib
 import heapq
 import json
@@ -17,7 +16,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cache
 from html import escape
 from itertools import groupby
@@ -27,6 +25,7 @@ from string import Template
 from typing import Any
 
 from sae.config import UserError, read_json, require
+from sae.files import lock
 from sae.pages.records import FEATURES, FeatureRecord, read_features
 
 PER_CHUNK = 32  # features a file: a third of a megabyte
@@ -142,35 +141,24 @@ def _old_records(folder: Path, identity: str) -> Iterator[FeatureRecord]:
 def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Fill a new folder and let it take the old one's place. Remains of a killed process are cleared away."""
     new, away = (folder.with_name(f".{folder.name}.{end}.tmp") for end in ("new", "old"))
+    busy = f"another process is writing '{folder}'; wait for it, or choose another --output_dir"
     try:
-        with _alone_in(new):
-            try:
-                _settle(folder, away)
-                fill(new)
-                if folder.is_dir():
-                    folder.rename(away)
-                new.rename(folder)
-            finally:
-                _settle(folder, away)
-                shutil.rmtree(new, ignore_errors=True)
-    except BlockingIOError as e:
-        raise UserError(f"another process is writing '{folder}'; wait for it, or choose another --output_dir") from e
+        new.mkdir(parents=True, exist_ok=True)
+        held = lock(new, busy)
+        try:
+            for left in new.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            _settle(folder, away)
+            fill(new)
+            if folder.is_dir():
+                folder.rename(away)
+            new.rename(folder)
+        finally:
+            _settle(folder, away)
+            shutil.rmtree(new, ignore_errors=True)
+            os.close(held)
     except OSError as e:
         raise UserError(f"cannot write '{folder}': {e.strerror or e}; choose another --output_dir") from e
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Lock a folder and empty it; BlockingIOError if another process holds it. The lock ends with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for inside in folder.iterdir():
-            shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
-        yield
-    finally:
-        os.close(held)
 
 
 def _settle(folder: Path, away: Path) -> None:

@@ -23,6 +23,7 @@ import requests
 
 from sae import log
 from sae.config import UserError
+from sae.files import append_line, open_journal
 from sae.pages.records import Context, FeatureRecord
 
 N_READ = 10  # contexts that an explanation is made from
@@ -168,18 +169,8 @@ class Explainer:
 
     def __init__(self, endpoint: Endpoint, journal: Path):
         self.endpoint, self.journal = endpoint, Path(journal)
-        self.done: dict[int, Explanation] = {}
-        self._start = ""  # a newline if a kill left half a line
-        if self.journal.is_file():
-            text = self.journal.read_text(encoding="utf-8")
-            self._start = "" if text.endswith("\n") or not text else "\n"
-            for line in text.splitlines():
-                try:
-                    known = Explanation(**json.loads(line))
-                except (ValueError, TypeError):
-                    continue  # torn by a kill; it is asked again
-                if known.model == endpoint.model:
-                    self.done[known.latent] = known
+        said = [Explanation(**line) for line in open_journal(self.journal, lambda line: Explanation(**line))]
+        self.done = {e.latent: e for e in said if e.model == endpoint.model}
 
     def estimate(self, records: Sequence[FeatureRecord], pool: Sequence[FeatureRecord]) -> dict[str, int]:
         """Roughly what `run` will cost: questions, and tokens read and written."""
@@ -203,10 +194,7 @@ class Explainer:
         with log.progress(len(todo), "explaining", unit="feature") as bar:
             for r in todo:
                 self.done[r.latent] = found = self._explain(r, pool, self.endpoint.ask)
-                self.journal.parent.mkdir(parents=True, exist_ok=True)
-                with self.journal.open("a", encoding="utf-8") as f:
-                    f.write(self._start + json.dumps(asdict(found)) + "\n")
-                self._start = ""
+                append_line(self.journal, asdict(found))
                 bar.update()
         return self.done
 
