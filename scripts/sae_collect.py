@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sae import log
 from sae.config import CollectConfig, UserError, from_cli
@@ -22,19 +23,15 @@ def main(argv: list[str]) -> None:
         raise UserError(f"'{folder}' exists; choose another --output_dir or give --overwrite")
     lm = load_language_model(c.model, device=best_device(c.device), dataset=c.dataset, dtype=c.model_dtype)
     hookpoints = choose(c, lm.module)
-    if c.transcode:  # of each module what goes in and what comes out
+    if c.transcode:  # the input and the output of each module
         pairs = [(module, input_of(module)) for module, _ in map(split, hookpoints)]
         hookpoints = list(dict.fromkeys(name for pair in pairs for name in pair))
     dataset = open_dataset(c.dataset, text_column=c.text_column, split=c.split, streaming=c.streaming)
-    rows = TokenRows(
-        lm, dataset, "train", c.ctx_len,
-        skip_first=c.skip_first, exclude_tokens=c.exclude_tokens, n_threads=c.data_preprocessing_num_proc,
-    )  # fmt: skip
+    left_out: Any = {"skip_first": c.skip_first, "exclude_tokens": c.exclude_tokens}
+    rows = TokenRows(lm, dataset, "train", c.ctx_len, **left_out, n_threads=c.data_preprocessing_num_proc)
     source = ModelSource(rows, hookpoints, model_batch_size=c.model_batch_size)
-    manifest = cache.write_cache(
-        folder, source, n_tokens=c.max_tokens, dtype=c.storage_dtype,
-        shard_tokens=c.shard_tokens, overwrite=c.overwrite,
-    )  # fmt: skip
+    how: Any = {"dtype": c.storage_dtype, "shard_tokens": c.shard_tokens, "overwrite": c.overwrite}
+    manifest = cache.write_cache(folder, source, n_tokens=c.max_tokens, **how)
     log.say(f"{manifest['n_tokens']:,} tokens of {', '.join(hookpoints)} in {folder}")
     log.say(f"next: python -m scripts.sae_train --activations {folder}")
 
