@@ -18,6 +18,7 @@ from torch import Tensor
 from sae import log
 from sae.config import UserError
 from sae.data.buffer import Buffer, Wanted
+from sae.data.collector import ActivationCollector as ActivationCollector  # its old place
 from sae.data.tokens import HOLD_OUT, PIECE_CHARS, Rows, TokenRows
 from sae.distributed import ALONE, World
 from sae.hooks import Acts as Acts
