@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written by the processes that hold the pieces, read by any other number of them.
+"""Checkpoints of a run: each process writes its part, any number of processes can read them.
 
 checkpoint_step{N}.pt alone where there was one process. Of several it is what all know and the list of the parts,
 checkpoint_step{N}.part{i}of{n}.pt, and is written last: without it there is no checkpoint.

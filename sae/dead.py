@@ -1,4 +1,4 @@
-"""Dead latents: who has stopped firing, AuxK that teaches them, and resampling that starts them anew.
+"""Dead latents: which have stopped firing, the AuxK loss that trains them, and resampling, which initialises them again.
 
 Letters: B tokens in a batch, D width, F latents, n dead latents.
 """

@@ -1,5 +1,5 @@
-"""World: the processes of a run, on a mesh of three axes, and what they do together. The only file that calls
-torch.distributed. At size 1 every operation gives back what it was given.
+"""The processes of a run on a mesh of three axes, and their collective operations. The only file that calls
+torch.distributed. At size 1 every operation returns its argument.
 
     modules   whole SAEs; a group of processes trains its own of them (--distribute_modules)
     data      replicas: each learns from its part of every batch

@@ -1,4 +1,4 @@
-"""End-to-end training: the loss is the model's own, with the SAEs' reconstructions in their places while it runs.
+"""End-to-end training: the loss is the model's own, with SAE reconstructions in place of the activations.
 
 Token rows -> clean and spliced forwards -> cross entropy, or KL(clean || spliced) -> gradients of the SAEs. Masked
 positions (special tokens, padding) keep their activations. (Braun et al. 2024, arxiv.org/abs/2405.12241.)

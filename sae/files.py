@@ -1,4 +1,4 @@
-"""Files: every write is atomic, and what is read is never executed.
+"""Files: every write is atomic, and reading runs no code from a file.
 
 A .pt file is read with torch's weights_only; a broken file is a UserError. Knows no model and no SAE, and loads
 torch only to read or write tensors.

@@ -1,4 +1,4 @@
-"""Output: text, the progress bar, metrics.jsonl, wandb, how a script ends. The only file in sae/ that prints.
+"""Output: text, the progress bar, metrics.jsonl, wandb, exit messages and codes. The only file in sae/ that prints.
 
 Of several processes only rank 0 speaks, except for an error that another one has.
 """

@@ -1,4 +1,4 @@
-"""Sums over tokens and one division at the end: the same ones serve training logs and evaluation.
+"""Metrics as running sums over tokens, divided once at the end: the same code serves training logs and evaluation.
 
 Definitions are the field's (docstrings name the source). Knows no SAE, no model and no text.
 

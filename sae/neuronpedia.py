@@ -1,4 +1,4 @@
-"""NeuronpediaClient: Neuronpedia's web API, and uploads that end with every activation there exactly once.
+"""NeuronpediaClient: Neuronpedia's web API, and resumable uploads without duplicates or gaps.
 
 The server adds the activations of a request again when it is sent again. So the fate of an unanswered request is looked
 up before anything is repeated, and a journal beside the features remembers what was sent and what is known to be there.

@@ -1,4 +1,4 @@
-"""What a run takes before it is started: its SAEs, their place on several processes, memory and time.
+"""Estimates of what a run will need, before it starts: its SAEs, their place on several processes, memory and time.
 
 From settings and shapes alone. Letters: B tokens in a batch, D width, F latents.
 """

@@ -1,4 +1,4 @@
-"""The run directory: names, describe, refuse, resume; and an SAE from one with its model, hookpoint and text."""
+"""Run directories: name them, record settings, refuse to overwrite, resume; open a trained SAE with its model and text."""
 
 from __future__ import annotations
 

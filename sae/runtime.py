@@ -1,4 +1,4 @@
-"""Watch and steer latents in a live model, while it reads a prompt and writes, with or without a KV cache.
+"""Watch and steer latents in a live model, during a prompt and generation, with or without a KV cache.
 
     live = InterpretableModel(model, saes)
     with live.track(top_k=5) as seen, live.steer("123:+8", "45:*0"):

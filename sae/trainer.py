@@ -1,4 +1,4 @@
-"""SAETrainer: one loop that reads top to bottom, and the state that a checkpoint needs.
+"""SAETrainer: the training loop, and saving and restoring its state.
 
 Activations come from a Stream (or a tensor), SAEs learn side by side (learner.py), results go to a run directory
 (rundir.py).

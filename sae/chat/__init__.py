@@ -1,4 +1,4 @@
-"""Conversations with a watched and steered model, and the page they are held on.
+"""Conversations with a watched and steered model, and the web page for them.
 
 The chat command comes in. It knows no training.
 """

@@ -1,4 +1,4 @@
-"""A question to a model, and the tokens of its answer: plain data. Loads no torch."""
+"""Plain data types for a chat request and its answer. Loads no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activations that others collected: rows of .npy, .h5, .pt and .safetensors files, however large.
+"""Activation files made by other tools: rows of .npy, .h5, .pt and .safetensors files of any size.
 
 A tensor [n, T, d] is n sequences of T tokens, a tensor [n, d] is n tokens. One block of rows is in memory at a time.
 Nothing in a file is executed, and a tensor that does not fit is refused with the reason. Knows nothing of SAEs.

@@ -1,4 +1,4 @@
-"""Slots of activations, each held by the process that read it, and their exchange with the processes that learn.
+"""The mixing buffer, spread over processes: a row goes to the process that trains on it.
 
 With one process a tensor per hookpoint and nothing more. Knows nothing of sources, batches or SAEs.
 

@@ -1,4 +1,4 @@
-"""Activations by hand: keep what hookpoints of any module hold while the user runs it."""
+"""ActivationCollector: keep activations at any hookpoint while you run a model yourself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoder directions compared: the nearest neighbours of each, and a map of all.
+"""Decoder directions: the nearest neighbours of each, and a map of all.
 
 Letters: F latents, D width, n neighbours.
 """

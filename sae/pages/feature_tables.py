@@ -1,4 +1,4 @@
-"""What one pass over text keeps of every latent, in memory that does not grow with the text.
+"""Statistics of every latent from one pass over text, in memory that does not grow with the text.
 
 FeatureTables holds what is exact: counts, sums, a histogram, positions in the sequence, and the strongest contexts.
 Sample holds whole pieces of the text, chosen at random, with every activation in them, for what need not be exact.
