@@ -1,4 +1,4 @@
-"""Dead latents: which have stopped firing, the AuxK loss that trains them, and resampling, which initialises them again.
+"""Dead latents: which have stopped firing, the AuxK loss that trains them, and resampling, which starts them anew.
 
 Letters: B tokens in a batch, D width, F latents, n dead latents.
 """

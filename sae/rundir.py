@@ -1,4 +1,4 @@
-"""Run directories: name them, record settings, refuse to overwrite, resume; open a trained SAE with its model and text."""
+"""Run directories: name them, record settings, refuse to overwrite, resume; open a trained SAE with its model."""
 
 from __future__ import annotations
 
