@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ MANY = 50  # a rule with more values is called a mix
 LONGEST = 60  # characters of a token or word
 LEAST = 2  # a rule takes no value with fewer activations
 BETA2 = 2.0  # weight of recall over precision in the score, as it is recall that falls on other text
+Name = tuple[str, str, str]
 
 
 class Label(NamedTuple):
@@ -43,22 +44,16 @@ class Property(NamedTuple):
     """
 
     values: np.ndarray
-    name: Callable[[int], tuple[str, str, str]]
+    name: Callable[[int], Name]
     form: str = "{}"
 
 
-def number(*columns: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(S,) int64: the number, from 0 on, of each combination of values; and the values that each number means."""
-    code = np.zeros(len(columns[0]), dtype=np.int64)
-    for column in columns:
-        if column.dtype == object:  # strings; a numpy string array would make room for the longest in every place
-            index = {value: i for i, value in enumerate(sorted(set(column)))}
-            inverse = np.array([index[value] for value in column], dtype=np.int64)
-        else:
-            inverse = np.unique(column, return_inverse=True)[1]
-        _, code = np.unique(code * (int(inverse.max(initial=0)) + 1) + inverse, return_inverse=True)
-    first = np.unique(code, return_index=True)[1]
-    return code, [column[first] for column in columns]
+def property_of(columns: Sequence[Sequence], say: Callable[..., Name], form: str = "{}") -> Property:
+    """The property whose values are the combinations of some columns (S,), in order. say: the name of a combination."""
+    keys = list(zip(*columns, strict=True))
+    known = sorted(set(keys))
+    number = {key: i for i, key in enumerate(known)}
+    return Property(np.array([number[key] for key in keys]), lambda i: say(*known[i]), form)
 
 
 def quoted(text: str) -> str:
@@ -77,66 +72,60 @@ def properties(
     sample: SampledText, token_str: Callable[[int], str], special_ids: Collection[int]
 ) -> tuple[dict[str, Property], dict[str, Property]]:
     """The properties that labels speak of: those that stand alone, and those that refine a token by its place."""
-    ids = sample.ids.astype(np.int64)
-    texts = [token_str(i) for i in range(int(ids.max(initial=0)) + 1)]
-    of_token = lambda f: np.array([f(t.strip()) for t in texts], dtype=object)[ids]
-    before = _shifted(ids, sample, 1)
+    ids = sample.ids.tolist()
+    texts = [token_str(i) for i in range(max(ids, default=0) + 1)]
+    before = _shifted(sample, 1)
     kind, place, statement, part, word, head = _layout(sample, texts, special_ids)
-    said = lambda t: quoted(str(t))
-    token = lambda i: said(texts[i]) if i >= 0 else "the beginning"
+    token = lambda i: quoted(texts[i]) if i >= 0 else "the beginning"
 
-    def alone(column: np.ndarray, name: Callable, form: str = "{}") -> Property:
-        code, (values,) = number(column)
-        return Property(code, lambda i: (name(values[i]), "", ""), form)
+    def alone(column: Sequence, say: Callable[[Any], str], form: str = "{}") -> Property:
+        return property_of([column], lambda value: (say(value), "", ""), form)
 
-    def where(column: np.ndarray, form: str, name: Callable, otherwise: str = "") -> Property:
+    def of_token(read: Callable[[str], str], say: Callable[[str], str], form: str) -> Property:
+        found = [read(t.strip()) for t in texts]
+        return alone([found[i] for i in ids], say, form)
+
+    def where(column: Sequence, link: str, say: Callable[[Any], str], otherwise: str = "") -> Property:
         """A token and its place. otherwise: said of places without a name."""
-        code, (tokens, values) = number(ids, column)
-        said_of = lambda what: (form, what) if what else (" ", otherwise)
-        return Property(code, lambda i: (token(tokens[i]), *said_of(name(values[i]))))
+        return property_of(
+            [ids, column], lambda i, x: (token(i), link, say(x)) if say(x) else (token(i), " ", otherwise)
+        )
 
-    part_of_sequence = np.searchsorted(np.array(POSITIONS), sample.position, side="right") - 1
-    code, roles = number(kind, place, statement)
+    part_of_sequence = (np.searchsorted(POSITIONS, sample.position, side="right") - 1).tolist()
     single = {
         "token": alone(ids, token),
-        "word": alone(of_token(str.lower), said, "{} (any case)"),
-        "end": alone(of_token(lambda t: t[-3:] if len(t) > 3 else ""), _short("-{}"), "tokens ending in {}"),
-        "start": alone(of_token(lambda t: t[:3] if len(t) > 3 else ""), _short("{}-"), "tokens beginning with {}"),
+        "word": of_token(str.lower, quoted, "{} (any case)"),
+        "end": of_token(lambda t: t[-3:] * (len(t) > 3), lambda t: f"-{t}" if t else FEW, "tokens ending in {}"),
+        "start": of_token(lambda t: t[:3] * (len(t) > 3), lambda t: f"{t}-" if t else FEW, "tokens beginning with {}"),
         "before": alone(before, token, "after {}"),
-        "next": alone(_shifted(ids, sample, -1), token, "before {}"),
-        "whole word": alone(word, lambda w: said(w) if w else "no word", "part of {}"),
+        "next": alone(_shifted(sample, -1), token, "before {}"),
+        "whole word": alone(word, lambda w: quoted(w) if w else "no word", "part of {}"),
         "position": alone(part_of_sequence, lambda p: str(POSITIONS[p]), "in parts of a sequence from token {} on"),
-        "line": alone(head, lambda h: said(h) if h else "(nothing yet)", "in lines that begin with {}"),
-        "syntax": Property(code, lambda i: _role(*(int(x[i]) for x in roles))),
+        "line": alone(head, lambda h: quoted(h) if h else "(nothing yet)", "in lines that begin with {}"),
+        "syntax": property_of([kind, place, statement], _role),
     }
     within = {
         "before": where(before, " after ", token),
-        "two before": where(_shifted(ids, sample, 2), " two after ", token),
-        "line": where(head, " in lines that begin with ", lambda h: said(h) if h else "", "at the beginning of lines"),
-        "kind": where(kind, " ", lambda k: _kind(KINDS[k]), "outside of code"),
-        "place": where(place, " ", lambda p: PLACES[p], "outside of code"),
-        "statement": where(statement, " in ", lambda s: _statement(s) if s else "", "outside of statements"),
-        "part": where(part, " ", lambda p: PARTS[p]),
+        "two before": where(_shifted(sample, 2), " two after ", token),
+        "line": where(head, " in lines that begin with ", lambda h: h and quoted(h), "at the beginning of lines"),
+        "kind": where(kind, " ", lambda k: KINDS[k] and f"{'in' if k in LONG else 'as'} {KINDS[k]}", "outside of code"),
+        "place": where(place, " ", PLACES.__getitem__, "outside of code"),
+        "statement": where(statement, " in ", _statement, "outside of statements"),
+        "part": where(part, " ", PARTS.__getitem__),
     }
     return single, within
 
 
+FEW = "(short ones)"
 PARTS = ("outside of words", "as a whole word", "beginning a word", "within a word", "ending a word")
-
-
-def _short(form: str) -> Callable[[str], str]:
-    return lambda t: form.format(t) if t else "(short ones)"
-
-
-def _kind(name: str) -> str:
-    return name and f"{'in' if name in ('a comment', 'a docstring', 'a string') else 'as'} {name}"
+LONG = [KINDS.index(name) for name in ("a comment", "a docstring", "a string")]  # kinds of several tokens
 
 
 def _statement(s: int) -> str:
-    return STATEMENTS[s] if " " in STATEMENTS[s] else f"'{STATEMENTS[s]}'"
+    return STATEMENTS[s] if not s or " " in STATEMENTS[s] else f"'{STATEMENTS[s]}'"
 
 
-def _role(kind: int, place: int, statement: int) -> tuple[str, str, str]:
+def _role(kind: int, place: int, statement: int) -> Name:
     """The name of a combination of roles in Python's syntax."""
     if not kind:
         return ("what is no code", "", "")
@@ -145,21 +134,20 @@ def _role(kind: int, place: int, statement: int) -> tuple[str, str, str]:
     return (name, " in ", _statement(statement)) if inside else (name, "", "")
 
 
-def _shifted(ids: np.ndarray, sample: SampledText, by: int) -> np.ndarray:
+def _shifted(sample: SampledText, by: int) -> list[int]:
     """The token `by` places before each one (below 0: after it), -1 beyond its sequence."""
-    n, out = abs(by), np.full_like(ids, -1)
-    same = sample.sequence[n:] == sample.sequence[:-n]
-    to, source = (slice(n, None), slice(-n)) if by > 0 else (slice(-n), slice(n, None))
-    out[to][same] = ids[source][same]
-    return out
+    at = np.arange(len(sample.ids)) - by
+    source = at.clip(0, len(at) - 1)
+    same = (at == source) & (sample.sequence[source] == sample.sequence)
+    return np.where(same, sample.ids[source], -1).tolist()
 
 
-def _layout(sample: SampledText, texts: Sequence[str], special_ids: Collection[int]) -> tuple[np.ndarray, ...]:
+def _layout(sample: SampledText, texts: Sequence[str], special_ids: Collection[int]) -> tuple[Sequence, ...]:
     """Each token's (S,) kind, place and statement in Python's syntax, its part (PARTS) of a word, that word, and the
     first token of its line, "" for that token itself."""
     S = len(sample.ids)
     codes = np.zeros((4, S), dtype=np.int64)
-    word, head = (np.full(S, "", dtype=object) for _ in range(2))
+    word, head = [""] * S, [""] * S
     special = np.isin(sample.ids, list(special_ids))
     apart = np.diff(sample.sequence, prepend=-9) > 1
     begins = np.flatnonzero(apart | special | np.concatenate(([True], special[:-1])))
@@ -175,14 +163,14 @@ def _layout(sample: SampledText, texts: Sequence[str], special_ids: Collection[i
             codes[:3, a:b] = known[:, at]
         for match in re.finditer(r"\w+", text):
             i, j = a + np.searchsorted(at, match.span())
-            word[i:j] = match.group()
+            word[i:j] = [match.group()] * (j - i)
             if j > i:
                 codes[3, i:j] = [1] if j == i + 1 else [2, *[3] * (j - i - 2), 4]
         first = ""
         for n, piece in enumerate(pieces, int(a)):
             head[n] = first
             first = "" if "\n" in piece else first or piece.strip()
-    return (*codes, word, head)
+    return (*codes.tolist(), word, head)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -318,7 +306,7 @@ def _parents(finer: np.ndarray, root: np.ndarray) -> np.ndarray:
     return found
 
 
-def in_words(names: Sequence[tuple[str, str, str]], form: str = "{}") -> tuple[str, str]:
+def in_words(names: Sequence[Name], form: str = "{}") -> tuple[str, str]:
     """A set of names in short, and in full."""
     named = form.format(_listed(names[:N_NAMED]))
     if len(names) > MANY:  # the first of them would sound like a meaning
@@ -328,7 +316,7 @@ def in_words(names: Sequence[tuple[str, str, str]], form: str = "{}") -> tuple[s
     return named, form.format(_listed(names))
 
 
-def _listed(names: Sequence[tuple[str, str, str]]) -> str:
+def _listed(names: Sequence[Name]) -> str:
     """`a`, `b` in a comment; `c` after `d`, `e`: shared parts are said once."""
     places: dict[tuple[str, str], list[str]] = {}
     for what, form, where in dict.fromkeys(names):
