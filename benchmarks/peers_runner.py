@@ -275,8 +275,7 @@ def train_sparsify(x: Tensor, job: dict[str, Any], matched: dict[str, Any] | Non
             save_every=10**9,
             **own,
         )
-        n = len(x) // (config.batch_size * SEQUENCE) * config.batch_size * SEQUENCE
-        x = x[:n]
+        x = x[: len(x) // (config.batch_size * SEQUENCE) * config.batch_size * SEQUENCE]
         trainer: Any = Trainer(config, Sequences(), Rows(x))
         # a wrapper such as ScheduleFree's keeps the step size where Adam does
         lr = trainer.optimizers[0].param_groups[0]["initial_lr" if isinstance(trainer.optimizers[0], Adam) else "lr"]

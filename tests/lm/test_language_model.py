@@ -510,8 +510,10 @@ def test_their_tokenizers(beside_theirs, monkeypatch):
     with pytest.raises(UserError, match=r"no tokenizer for .*; put its meta.pkl beside it, or give the nanoGPT data"):
         load_language_model(str(path), device="cpu")
 
-    # GPT-2's, where the vocabulary is GPT-2's
-    args = {**THEIR_ARGS, "vocab_size": 50304}
+
+def test_their_tokenizer_is_gpt2s_where_the_vocabulary_is(beside_theirs, monkeypatch):
+    path, args = beside_theirs / "out" / "ckpt.pt", {**THEIR_ARGS, "vocab_size": 50304}
+    (beside_theirs / "data" / "chars" / "meta.pkl").unlink()
     save_theirs(path, their_gpt(args), model_args=args)
     ranks = {bytes([b]): b for b in range(256)}
     gpt2 = tiktoken.Encoding("gpt2", pat_str=r"\w+|\W", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
