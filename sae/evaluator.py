@@ -1,4 +1,4 @@
-"""How good an SAE is: exact sums over tokens, one division at the end, and the model's loss with the SAE spliced in.
+"""How good an SAE is: alone (sums over tokens), in its model (the loss with the SAE spliced in), and the verdict.
 
 The same Totals serve training logs and evaluation. Definitions are the field's (docstrings name the source); where
 libraries differ, both numbers are given. Knows nothing of training.
@@ -8,11 +8,10 @@ Letters: N sequences, T positions, B tokens in a batch, D width, F latents, V vo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,67 +20,24 @@ from torch import Tensor
 
 from sae import files, hooks, log, plots
 from sae.base import reconstruct
-from sae.config import KINDS, EvalConfig, SAEConfig, TrainConfig, UserError, require
+from sae.config import KINDS, EvalConfig, SAEConfig, TrainConfig, require
 from sae.data.activations import ModelSource, Source, gather
-from sae.data.datasets import Dataset
 from sae.data.tokens import Rows, TokenRows
-from sae.distributed import ALONE, World
+from sae.distributed import ALONE, Axis, World
 from sae.formats import store
-from sae.hooks import Acts
+from sae.hooks import Acts, SAEName
 from sae.lm.language_model import LanguageModel, best_device
 from sae.metrics import Totals, divergence
 from sae.models import SAE
 from sae.rundir import Opened, open_sae
 
 DENSITY_PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+N_PAIRS = 100  # of latents, whose directions are compared
+ENOUGH_FIRINGS = 100  # expected per latent; below, a latent may look dead by chance or for being rare
 
 
-@dataclass(frozen=True)
-class Report:
-    """eval.json: settings, reconstruction and sparsity (Totals.metrics), and the model's loss in nats per token.
-
-    ce_*: next-token cross entropy of the model as it is (clean), with x replaced by the reconstruction where it was
-    trained (sae), by 0 (zero) and by the mean activation (mean) at all positions. ce_score_zero = (ce_zero - ce_sae) /
-    (ce_zero - ce_clean), 1 for a perfect SAE, 0 for one as bad as the ablation; ce_score_mean likewise, the stricter
-    one. kl_*: KL(clean || replaced), mean per token; kl_score_zero = (kl_zero - kl_sae) / kl_zero. None for a model
-    without a next-token head. (SAELens evals; mean ablation added.)
-    """
-
-    hookpoint: str
-    model: str
-    dataset: str
-    architecture: str
-    k: int | None
-    d_in: int
-    d_sae: int
-    n_tokens: int
-    l0: float
-    l0_std: float
-    mse: float
-    fvu: float
-    explained_variance: float
-    explained_variance_legacy: float
-    cosine: float
-    l2_ratio: float
-    relative_reconstruction_bias: float
-    dead_fraction: float
-    density_percentiles: dict[str, float]
-    dense_fraction: float
-    n_mean_tokens: int
-    n_ce_tokens: int = 0
-    ce_clean: float | None = None
-    ce_sae: float | None = None
-    ce_zero: float | None = None
-    ce_mean: float | None = None
-    ce_score_zero: float | None = None
-    ce_score_mean: float | None = None
-    kl_sae: float | None = None
-    kl_zero: float | None = None
-    kl_mean: float | None = None
-    kl_score_zero: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+# --------------------------------------------------------------------------------------------------
+# alone
 
 
 class SAEEvaluator:
@@ -106,174 +62,169 @@ class SAEEvaluator:
         return self.totals(activations, batch_size=batch_size).metrics()
 
 
-class _Loss:
-    """Sums of cross entropy and KL over counted positions, for one way of running the model."""
-
-    def __init__(self) -> None:
-        self.ce, self.kl = 0.0, 0.0
-
-    def add(self, logits: Tensor, clean: Tensor, next_ids: Tensor) -> None:
-        """logits (n, V) at the counted positions, clean (n, V) log-probabilities there, next_ids (n,)."""
-        new = logits.float().log_softmax(-1)
-        self.ce += float(F.nll_loss(new, next_ids, reduction="none").double().sum())
-        self.kl += float(divergence(new, clean).double().sum())
+# --------------------------------------------------------------------------------------------------
+# in the model
 
 
-def evaluate(
-    lm: LanguageModel, sae: SAE, hookpoint: str, dataset: Dataset,
-    *, n_tokens: int, ctx_len: int, skip_first: bool = False, exclude_tokens: Sequence[int] = (),
-    model_batch_size: int = 16, mean_tokens: int = 16_384, world: World = ALONE,
-) -> tuple[Report, Totals]:  # fmt: skip
-    """Measure an SAE on held-out text, alone and inside the model.
+class InModel:
+    """An SAE at its place in a model: sums over the rows read so far.
 
-    Takes whole sequences until n_tokens kept tokens are seen, or the held-out text ends. The mean for mean ablation
-    and the legacy explained variance comes from the first mean_tokens of the same text. Replicas of a world take turns
-    with the batches and get the same report.
+    totals: of the SAE alone. ce, kl: over n counted positions, by what takes the activation's place there.
     """
-    reads = f"{hookpoint}@in" if sae.config.transcode else hookpoint
-    text = lambda: TokenRows(lm, dataset, "val", ctx_len, skip_first=skip_first, exclude_tokens=exclude_tokens)
-    source = lambda: ModelSource(text(), list({reads: 0, hookpoint: 0}), model_batch_size=model_batch_size)
-    for name, does, wanted in ((reads, "reads", sae.d_in), (hookpoint, "predicts", sae.d_out)):
-        width = source().widths[name]
-        if width != wanted:
-            raise UserError(f"'{name}' is {width} wide and the SAE {does} {wanted}; give the SAE's own model")
-    head = gather(source(), min(mean_tokens, n_tokens), "the mean activation", world=world)[hookpoint]
-    mean = world.data.mean((head.cpu() if world.data.size == 1 else head).double())
-    totals = Totals(sae.d_out, sae.d_sae, device=sae.W_dec.device, mean=mean, world=world)
-    losses = {name: _Loss() for name in ("clean", "sae", "zero", "mean")}
-    n_counted = 0
-    bar = log.progress(n_tokens, "evaluating")
-    was_training = sae.training
-    sae.eval()
-    try:
-        for turn, rows in enumerate(text().until(n_tokens, model_batch_size)):
-            if turn % world.data.size == world.data.rank:
-                n_counted += _evaluate_rows(lm, sae, hookpoint, rows, mean.float().to(lm.device), totals, losses)
-            bar.update(int(rows.keep.sum()))
-    finally:
-        sae.train(was_training)
-        bar.close()
-    totals = totals.reduced()
-    for loss in losses.values():
-        loss.ce, loss.kl = (sum(world.data.objects(value)) for value in (loss.ce, loss.kl))
-    n_counted, n_mean = (sum(world.data.objects(n)) for n in (n_counted, len(head)))
-    return _report(lm, sae, hookpoint, dataset, totals, losses, n_counted, n_mean), totals
 
+    def __init__(self, lm: LanguageModel, sae: SAE, hookpoint: str, mean: Tensor, world: World):
+        self.lm, self.sae, self.places, self.mean = lm, sae, hooks.places(hookpoint, sae.config.transcode), mean
+        self.totals = Totals(sae.d_out, sae.d_sae, device=sae.W_dec.device, mean=mean, world=world)
+        self.n = 0
+        self.ce = dict.fromkeys(("clean", "sae", "zero", "mean"), 0.0)
+        self.kl = dict.fromkeys(self.ce, 0.0)
 
-@torch.no_grad()
-def _evaluate_rows(
-    lm: LanguageModel, sae: SAE, hookpoint: str, rows: Rows, mean: Tensor,
-    totals: Totals, losses: dict[str, _Loss],
-) -> int:  # fmt: skip
-    """One batch of sequences: add to totals and losses; returns how many positions the losses counted."""
-    # Logits of a large vocabulary are big: as many sequences at a time as stay near 128 MB of them.
-    vocab = lm.unembedding.shape[0] if lm.unembedding is not None else 50_000
-    step = max(1, (1 << 25) // (rows[0].shape[1] * vocab)) if lm.has_head else len(rows[0])
-    n_counted = 0
-    reads = f"{hookpoint}@in" if sae.config.transcode else hookpoint
-    for part in zip(*(r.to(lm.device).split(step) for r in rows), strict=True):
-        ids, valid, keep = part
-        if not lm.has_head:
-            seen = lm.hidden(ids, valid, list({reads: 0, hookpoint: 0}))
-            out = sae(seen[reads][keep].float())
-            totals.add(seen[hookpoint][keep].float(), out.x_hat, out.codes)
-            continue
-        with hooks.capture(lm.module, list({reads: 0, hookpoint: 0})) as seen:
-            clean = lm.logits(ids, valid)
-        assert clean is not None
+    @torch.no_grad()
+    def read(self, rows: Rows) -> None:
+        """Add a batch of sequences; of a large vocabulary as many at a time as have about 128 MB of logits."""
+        lm = self.lm
+        vocab = lm.unembedding.shape[0] if lm.unembedding is not None else 50_000
+        step = max(1, (1 << 25) // (rows.ids.shape[1] * vocab)) if lm.has_head else len(rows.ids)
+        for part in zip(*(x.to(lm.device).split(step) for x in rows), strict=True):
+            self._read(*part)
+
+    def _read(self, ids: Tensor, valid: Tensor, keep: Tensor) -> None:
+        lm, (reads, hookpoint) = self.lm, self.places
+        clean = None
+        if lm.has_head:
+            with hooks.capture(lm.module, list(dict.fromkeys(self.places))) as seen:
+                clean = lm.logits(ids, valid)
+        else:
+            seen = lm.hidden(ids, valid, list(dict.fromkeys(self.places)))
         x = seen[hookpoint]
-        out = sae(seen[reads][keep].float())
-        totals.add(x[keep].float(), out.x_hat, out.codes)
+        out = self.sae(seen[reads][keep].float())
+        self.totals.add(x[keep].float(), out.x_hat, out.codes)
+        if clean is None:
+            return
         spliced = x.clone()
         spliced[keep] = out.x_hat.to(x.dtype)
         # nothing below the hookpoint changes, so what takes its place can be made beforehand
-        stand_ins = {"sae": spliced, "zero": torch.zeros_like(x), "mean": mean.to(x).expand_as(x)}
+        stand_ins = {"sae": spliced, "zero": torch.zeros_like(x), "mean": self.mean.to(x).expand_as(x)}
         counted = keep[:, :-1] & valid[:, 1:]
         next_ids = ids[:, 1:][counted].to(clean.device)
-        n_counted += len(next_ids)
+        self.n += len(next_ids)
         log_p = clean[:, :-1][counted].float().log_softmax(-1)
-        losses["clean"].add(clean[:, :-1][counted], log_p, next_ids)
+        self._add("clean", clean[:, :-1][counted], log_p, next_ids)
         for name, new in stand_ins.items():
             logits = lm.logits_replacing(ids, valid, hookpoint, new)
             assert logits is not None
-            losses[name].add(logits[:, :-1][counted], log_p, next_ids)
-    return n_counted
+            self._add(name, logits[:, :-1][counted], log_p, next_ids)
+
+    def _add(self, name: str, logits: Tensor, clean: Tensor, next_ids: Tensor) -> None:
+        """logits (n, V) at the counted positions, clean (n, V) log-probabilities there, next_ids (n,)."""
+        new = logits.float().log_softmax(-1)
+        self.ce[name] += float(F.nll_loss(new, next_ids, reduction="none").double().sum())
+        self.kl[name] += float(divergence(new, clean).double().sum())
+
+    def losses(self, data: Axis) -> dict[str, Any]:
+        """A report's ce_* and kl_*: means over the positions of all processes along `data`, None without a position."""
+        n = sum(data.objects(self.n))
+        ce, kl = ({k: sum(data.objects(x)) / n if n else None for k, x in sums.items()} for sums in (self.ce, self.kl))
+        part = lambda of, least, most: (of[most] - of["sae"]) / (of[most] - least) if n and of[most] != least else None
+        return {
+            "n_ce_tokens": n,
+            **{f"ce_{name}": value for name, value in ce.items()},
+            "ce_score_zero": part(ce, ce["clean"], "zero"),
+            "ce_score_mean": part(ce, ce["clean"], "mean"),
+            **{f"kl_{name}": value for name, value in kl.items() if name != "clean"},
+            "kl_score_zero": part(kl, 0.0, "zero"),
+        }
 
 
-def _report(
-    lm: LanguageModel, sae: SAE, hookpoint: str, dataset: Dataset, totals: Totals, losses: dict[str, _Loss],
-    n_counted: int, n_mean_tokens: int,
-) -> Report:  # fmt: skip
+def evaluate(
+    sae: SAE,
+    hookpoint: str,
+    text: TokenRows,
+    n_tokens: int,
+    *,
+    mean_tokens: int = 16_384,
+    model_batch_size: int = 16,
+    world: World = ALONE,
+) -> tuple[dict[str, Any], Totals]:
+    """Measure an SAE on text, alone and inside the model that the text is tokenised for: eval.json.
+
+    Takes whole sequences from the text's start until n_tokens kept tokens are seen, or it ends. The mean for mean
+    ablation and the legacy explained variance comes from the first mean_tokens of it. Replicas of a world take turns
+    with the batches and get the same report.
+
+    The report holds settings, reconstruction and sparsity (Totals.metrics), and the model's loss in nats per token.
+    ce_*: next-token cross entropy of the model as it is (clean), with x replaced by the reconstruction where it was
+    trained (sae), by 0 (zero) and by the mean activation (mean) at all positions. ce_score_zero = (ce_zero - ce_sae) /
+    (ce_zero - ce_clean), 1 for a perfect SAE, 0 for one as bad as the ablation; ce_score_mean likewise, the stricter
+    one. kl_*: KL(clean || replaced), mean per token; kl_score_zero = (kl_zero - kl_sae) / kl_zero. None for a model
+    without a next-token head. (SAELens evals; mean ablation added.)
+    """
+    lm, data, places = text.lm, world.data, hooks.places(hookpoint, sae.config.transcode)
+    source = ModelSource(text, list(dict.fromkeys(places)), model_batch_size=model_batch_size)
+    for name, does, wanted in zip(places, ("reads", "predicts"), (sae.d_in, sae.d_out), strict=True):
+        width = source.widths[name]
+        require(width == wanted, f"'{name}' is {width} wide and the SAE {does} {wanted}; give the SAE's own model")
+    text.rewind()
+    head = gather(source, min(mean_tokens, n_tokens), "the mean activation", world=world)[hookpoint]
+    mean = data.mean((head.cpu() if data.size == 1 else head).double())
+    sums = InModel(lm, sae, hookpoint, mean, world)
+    text.rewind()
+    was_training = sae.training
+    sae.eval()
+    try:
+        with log.progress(n_tokens, "evaluating") as bar:
+            for turn, rows in enumerate(text.until(n_tokens, model_batch_size)):
+                if turn % data.size == data.rank:
+                    sums.read(rows)
+                bar.update(int(rows.keep.sum()))
+    finally:
+        sae.train(was_training)
+    totals, n_mean = sums.totals.reduced(), sum(data.objects(len(head)))
     densities = totals.densities()
     percentiles = np.percentile(densities.cpu().numpy(), DENSITY_PERCENTILES)
-    fields: dict[str, Any] = {
+    about = {"hookpoint": hookpoint, "model": lm.name, "dataset": text.dataset.name}
+    shape = {"k": None if sae.penalised else sae.config.k, "d_in": sae.d_in, "d_sae": sae.d_sae}
+    return {
+        **about,
+        "architecture": sae.config.activation,
+        **shape,
         **totals.metrics(),
         "density_percentiles": {f"p{p}": float(v) for p, v in zip(DENSITY_PERCENTILES, percentiles, strict=True)},
         "dense_fraction": float((densities > 0.1).double().mean()),
-    }
-    if n_counted:
-        ce = {name: loss.ce / n_counted for name, loss in losses.items()}
-        kl = {name: loss.kl / n_counted for name, loss in losses.items()}
-        ratio = lambda a, b: a / b if b else None
-        fields |= {f"ce_{name}": value for name, value in ce.items()}
-        fields |= {f"kl_{name}": kl[name] for name in ("sae", "zero", "mean")}
-        fields |= {
-            "n_ce_tokens": n_counted,
-            "ce_score_zero": ratio(ce["zero"] - ce["sae"], ce["zero"] - ce["clean"]),
-            "ce_score_mean": ratio(ce["mean"] - ce["sae"], ce["mean"] - ce["clean"]),
-            "kl_score_zero": ratio(kl["zero"] - kl["sae"], kl["zero"]),
-        }
-    return Report(
-        hookpoint=hookpoint, model=lm.name, dataset=dataset.name, architecture=sae.config.activation,
-        k=None if sae.penalised else sae.config.k, d_in=sae.d_in, d_sae=sae.d_sae,
-        n_mean_tokens=n_mean_tokens, **fields,
-    )  # fmt: skip
+        "n_mean_tokens": n_mean,
+        **sums.losses(data),
+    }, totals
 
 
-def summary(report: Report) -> list[str]:
-    """The few lines a person wants to read."""
-    r = report
+def summary(report: Mapping[str, Any]) -> list[str]:
+    """The few lines of a report that a person wants to read."""
     lines = [
-        f"explained variance {r.explained_variance:.4f}   (legacy {r.explained_variance_legacy:.4f})   "
-        f"cosine {r.cosine:.4f}   bias {r.relative_reconstruction_bias:.4f}",
-        f"L0 {r.l0:.1f} +- {r.l0_std:.1f}   dead {100 * r.dead_fraction:.2f}% of {r.d_sae} latents "
-        f"over {r.n_tokens:,} tokens",
+        "explained variance {explained_variance:.4f}   (legacy {explained_variance_legacy:.4f})   "
+        "cosine {cosine:.4f}   bias {relative_reconstruction_bias:.4f}",
+        "L0 {l0:.1f} +- {l0_std:.1f}   dead {dead:.2f}% of {d_sae} latents over {n_tokens:,} tokens",
+        "CE (nats): clean {ce_clean:.4f}   with SAE {ce_sae:.4f}   zero {ce_zero:.4f}   mean {ce_mean:.4f}",
+        "CE score {ce_score_zero:.4f} against zero, {ce_score_mean:.4f} against mean   KL {kl_score_zero:.4f}",
     ]
-    scores: Sequence[float | None] = (r.ce_score_zero, r.ce_score_mean, r.kl_score_zero)
-    if r.ce_clean is None or any(s is None for s in scores):
-        return [*lines, "the model has no next-token head, so there is no cross entropy to compare"]
-    return [
-        *lines,
-        f"CE (nats): clean {r.ce_clean:.4f}   with SAE {r.ce_sae:.4f}   zero {r.ce_zero:.4f}   mean {r.ce_mean:.4f}",
-        f"CE score {r.ce_score_zero:.4f} against zero, {r.ce_score_mean:.4f} against mean   KL {r.kl_score_zero:.4f}",
-    ]
+    if any(report[score] is None for score in ("ce_score_zero", "ce_score_mean", "kl_score_zero")):
+        lines[2:] = ["the model has no next-token head, so there is no cross entropy to compare"]
+    return [line.format(**report, dead=100 * report["dead_fraction"]) for line in lines]
 
 
 # --------------------------------------------------------------------------------------------------
 # the verdict
 
-Verdict = Literal["pass", "borderline", "fail"]
 
-
-N_PAIRS = 100
-
-
-ENOUGH_FIRINGS = 100  # expected per latent; below, a latent may look dead by chance or for being rare
-
-
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One figure against what is wanted of it; advice is None where there is none to give."""
 
     name: str
     value: float
     wanted: str
-    verdict: Verdict
+    verdict: Literal["pass", "borderline", "fail"]
     advice: str | None
 
 
-@dataclass(frozen=True)
-class Assessment:
+class Assessment(NamedTuple):
     """final_assessment.json: the checks, how many of them passed, and what was assessed on how many tokens."""
 
     checks: tuple[Check, ...]
@@ -285,7 +236,7 @@ class Assessment:
         return f"{sum(check.verdict == 'pass' for check in self.checks)}/{len(self.checks)}"
 
     def to_dict(self) -> dict[str, Any]:
-        checks = [asdict(check) for check in self.checks]
+        checks = [check._asdict() for check in self.checks]
         return {"score": self.score, "checks": checks, "sae": self.sae, "n_tokens": self.n_tokens}
 
     def lines(self) -> list[str]:
@@ -297,87 +248,65 @@ class Assessment:
         return lines
 
 
+Limits = tuple[float, float]  # least and most; NaN meets none
+
+
+def _check(name: str, value: float, good: Limits, fair: Limits, wanted: str, advice: str) -> Check:
+    passes, borderline = (least <= value <= most for least, most in (good, fair))
+    verdict: Any = "pass" if passes else "borderline" if borderline else "fail"
+    return Check(name, value, wanted, verdict, None if passes else advice)
+
+
 def assess(metrics: Mapping[str, Any], similarity: float) -> Assessment:
     """The four checks.
 
-    metrics: Report.to_dict(), or what it holds of SAEEvaluator.evaluate's, which knows no model, with `architecture`,
-    `d_in`, `d_sae` and `hookpoint`. similarity: decoder_similarity of the same SAE.
+    metrics: a report of `evaluate`, or SAEEvaluator.evaluate's, which knows no model, with `architecture`, `d_in`,
+    `d_sae` and `hookpoint`. similarity: decoder_similarity of the same SAE.
+
+    Loss recovered: the share of the loss that zero ablation costs and the SAE keeps (ce_score_zero). saetrain means
+    explained variance by this name; here that stands in only where there is no loss to measure. Dead latents: those
+    that fired on no token. saetrain adds those that fired fewer than 5 times or by less than 0.1 on average; both
+    depend on how much text was read and on the scale of the activations.
     """
-    checks = (_loss_recovered(metrics), _l0(metrics), _dead(metrics), _similarity(metrics, similarity))
-    return Assessment(checks, metrics.get("hookpoint") or "", metrics["n_tokens"])
+    m, inf, l0 = metrics, float("inf"), metrics["l0"]
+    penalised, has_model = KINDS[m["architecture"]].penalised, bool(m.get("model"))
+    more = "raise --target_l0 (or lower --l1_coefficient)" if penalised else "raise --k"
+    fewer = "lower --target_l0 (or raise --l1_coefficient)" if penalised else "lower --k"
 
-
-def _verdict(good: bool, fair: bool = False) -> Verdict:
-    return "pass" if good else "borderline" if fair else "fail"  # NaN meets no limit
-
-
-def _fewer_or_more(m: Mapping[str, Any], more: bool) -> str:
-    """The flag that sets how many latents are active."""
-    if KINDS[m["architecture"]].penalised:
-        return (
-            "raise --target_l0 (or lower --l1_coefficient)" if more else "lower --target_l0 (or raise --l1_coefficient)"
-        )
-    return "raise --k" if more else "lower --k"
-
-
-def _loss_recovered(m: Mapping[str, Any]) -> Check:
-    """Share of the loss that ablating x to zero costs and the SAE keeps, in percent (Report.ce_score_zero).
-
-    saetrain calls 100 * explained variance by this name; that is the fallback where there is no loss to measure.
-    """
     name, score, wanted = "loss recovered (%)", m.get("ce_score_zero"), ">= 70 (borderline from 60 on)"
     if score is None:
-        why = "the model has no usable next-token loss" if m.get("model") else "no model was run"
+        why = "the model has no usable next-token loss" if has_model else "no model was run"
         name, score = "explained variance (%)", m["explained_variance"]
         wanted += f", in place of loss recovered, which is not measurable: {why}"
-    value = float("nan") if score is None else 100 * score
-    verdict = _verdict(value >= 70, value >= 60)
-    more = f"{_fewer_or_more(m, more=True)}, --max_tokens or --expansion_factor: too much is lost in reconstruction"
-    advice = more if value == value else "nothing varies in these activations; choose another hookpoint"
-    return Check(name, value, wanted, verdict, None if verdict == "pass" else advice)
+    kept = float("nan") if score is None else 100 * score
+    lost = f"{more}, --max_tokens or --expansion_factor: too much is lost in reconstruction"
+    lost = lost if kept == kept else "nothing varies in these activations; choose another hookpoint"
 
+    few, many = f"{more}: so few latents say little of a token", f"{fewer}: so many latents are hard to read"
 
-def _l0(m: Mapping[str, Any]) -> Check:
-    """Mean number of latents that are active on a token after selection (Totals.metrics), 20 to 200."""
-    value = m["l0"]
-    verdict = _verdict(20 <= value <= 200)
-    why = "so few latents say little of a token" if value < 20 else "so many latents are hard to read"
-    advice = f"{_fewer_or_more(m, more=value < 20)}: {why}"
-    return Check("L0", value, "20 to 200", verdict, None if verdict == "pass" else advice)
-
-
-def _dead(m: Mapping[str, Any]) -> Check:
-    """Latents that fired on none of the tokens, in percent (Totals.metrics).
-
-    saetrain adds those that fired fewer than 5 times or by less than 0.1 on average; both depend on how much text was
-    looked at and on the scale of the activations.
-    """
-    value = 100 * m["dead_fraction"]
-    verdict = _verdict(value <= 10, value <= 20)
-    revive = "give --resample_every 1000" if KINDS[m["architecture"]].penalised else "raise --auxk_alpha"
-    advice = f"lower --expansion_factor, {revive}, or train on more (--max_tokens)"
-    firings = m["n_tokens"] * m["l0"] / m["d_sae"]
+    revive = "give --resample_every 1000" if penalised else "raise --auxk_alpha"
+    silent = f"lower --expansion_factor, {revive}, or train on more (--max_tokens)"
+    firings = m["n_tokens"] * l0 / m["d_sae"]
     if firings < ENOUGH_FIRINGS:
-        flag = "--eval_tokens" if m.get("model") else "--val_tokens"
-        advice = (
-            f"raise {flag} first: by fair shares a latent fires {firings:.0f} times on so few tokens; then {advice}"
-        )
-    return Check("dead latents (%)", value, "<= 10 (borderline to 20)", verdict, None if verdict == "pass" else advice)
+        flag = "--eval_tokens" if has_model else "--val_tokens"
+        rare = f"by fair shares a latent fires {firings:.0f} times on so few tokens"
+        silent = f"raise {flag} first: {rare}; then {silent}"
 
-
-def _similarity(m: Mapping[str, Any], value: float) -> Check:
-    """decoder_similarity, with what chance alone gives where that is near the limits (narrow models)."""
     chance = similarity_by_chance(m.get("d_out") or m["d_in"], m["d_sae"])
-    limits = max(0.25, chance), max(0.35, chance + 0.1)  # narrow models have no room for directions less alike
-    verdict = _verdict(value <= limits[0], value <= limits[1])
+    near, nearer = max(0.25, chance), max(0.35, chance + 0.1)  # narrow models have no room for directions less alike
+    unlike = f"<= {near:.2f} (borderline to {nearer:.2f})"
+    unlike += f", where as many random directions of this width score {chance:.2f}" if chance > 0.25 else ""
     # at too low an L0 latents take several features in (Chanin et al. 2025, arxiv.org/abs/2508.16560)
-    advice = "lower --expansion_factor: latents share directions"
-    if m["l0"] <= 200:
-        advice = f"{_fewer_or_more(m, more=True)} or {advice}"
-    wanted = f"<= {limits[0]:.2f} (borderline to {limits[1]:.2f})"
-    if chance > 0.25:
-        wanted += f", where as many random directions of this width score {chance:.2f}"
-    return Check("decoder similarity", value, wanted, verdict, None if verdict == "pass" else advice)
+    shared = (f"{more} or " if l0 <= 200 else "") + "lower --expansion_factor: latents share directions"
+
+    dead, dead_wanted = 100 * m["dead_fraction"], "<= 10 (borderline to 20)"
+    checks = (
+        _check(name, kept, (70, inf), (60, inf), wanted, lost),
+        _check("L0", l0, (20, 200), (20, 200), "20 to 200", few if l0 < 20 else many),
+        _check("dead latents (%)", dead, (-inf, 10), (-inf, 20), dead_wanted, silent),
+        _check("decoder similarity", similarity, (-inf, near), (-inf, nearer), unlike, shared),
+    )
+    return Assessment(checks, m.get("hookpoint") or "", m["n_tokens"])
 
 
 @torch.no_grad()
@@ -416,28 +345,26 @@ def similarity_by_chance(d: int, n_latents: int, *, n_pairs: int = N_PAIRS) -> f
 
 
 def measure(c: EvalConfig, opened: Opened, world: World = ALONE) -> None:
-    """Write eval.json, final_assessment.json and the plots, and say what stands in them; of a world the first does."""
-    lm, sae, hookpoint, dataset, trained_on, folder, out = opened
-    report, totals = evaluate(
-        lm, sae, hookpoint, dataset, n_tokens=c.eval_tokens, mean_tokens=c.mean_tokens,
-        ctx_len=c.ctx_len or trained_on.get("context_size", 256), skip_first=trained_on.get("skip_first", False),
-        exclude_tokens=trained_on.get("exclude_tokens", ()), model_batch_size=c.model_batch_size,
-        world=world,
-    )  # fmt: skip
+    """Write eval.json, final_assessment.json and the plots, and say what they show; of a world the first does."""
+    reading = {**opened.reading, **({"ctx_len": c.ctx_len} if c.ctx_len else {})}
+    text = TokenRows(opened.lm, opened.dataset, "val", **reading)
+    sizes: dict[str, Any] = {"mean_tokens": c.mean_tokens, "model_batch_size": c.model_batch_size}
+    report, totals = evaluate(opened.sae, opened.hookpoint, text, c.eval_tokens, **sizes, world=world)
     if world.everyone.rank > 0:
         return
-    files.write_json(report.to_dict(), out / "eval.json")
+    out, history = opened.out, opened.folder / "metrics.jsonl"
+    files.write_json(report, out / "eval.json")
     pictures = plots.plot_evaluation(totals, out / "plots")
-    if (folder / "metrics.jsonl").is_file():
-        pictures += plots.plot_training(folder / "metrics.jsonl", out / "plots")
+    if history.is_file():
+        pictures += plots.plot_training(history, out / "plots")
     for line in summary(report):
         log.say(line)
-    write_assessment(report.to_dict(), sae, out)
+    write_assessment(report, opened.sae, out)
     log.say(f"written to {out / 'eval.json'} and {', '.join(str(p) for p in pictures)}")
 
 
 def write_assessment(metrics: Mapping[str, Any], sae: SAE, out: Path) -> None:
-    """Write final_assessment.json to `out`, and say what stands in it."""
+    """Write final_assessment.json to `out`, and say what it holds."""
     assessment = assess(metrics, decoder_similarity(sae.W_dec))
     files.write_json(assessment.to_dict(), out / "final_assessment.json")
     for line in assessment.lines():
@@ -445,30 +372,27 @@ def write_assessment(metrics: Mapping[str, Any], sae: SAE, out: Path) -> None:
 
 
 def assess_run(
-    c: TrainConfig, folders: Mapping[str, Path], held_out: Source | None, lm: LanguageModel | None = None,
-    world: World = ALONE,
-) -> None:  # fmt: skip
-    """Measure every SAE of a run that has just ended: {hookpoint: folder}. lm: its model, where that is loaded.
+    c: TrainConfig, folders: Mapping[str, Path], held_out: Source | None, lm: LanguageModel | None, world: World
+) -> None:
+    """Measure every SAE of a run that has just ended: {name: folder}. lm: its model, where that is loaded.
 
-    Where the run knows no model, having trained on a file, its held-out activations must do.
+    Where the run knows no model, having trained on a file, it uses the held-out activations.
     """
     val: Acts = {}
-    for hookpoint, folder in folders.items():
+    for name, folder in folders.items():
         if not store.load_cfg(folder).get("activations_file"):
             device = c.model_device or c.device
             one = EvalConfig(sae_path=str(folder), device=device, model_batch_size=c.model_batch_size)
             opened = open_sae(one, lm)
             lm = opened.lm
             measure(one, opened, world)
-        elif held_out is not None and not c.transcode:
-            if world.everyone.rank > 0:
-                continue
+        elif held_out is None or c.transcode:
+            log.say(f"'{name}' cannot be assessed: the run held nothing out; give --val_split 0.05")
+        elif world.everyone.rank == 0:
             if not val:
                 held_out.rewind()
                 val = gather(held_out, c.val_tokens, "the assessment")
             sae = store.load_sae(folder, device=best_device(c.device))
             settings = {"architecture": sae.config.activation, "d_in": sae.d_in, "d_sae": sae.d_sae}
-            metrics = SAEEvaluator(sae).evaluate(val[hookpoint.split("/")[0]])
-            write_assessment({**metrics, **settings, "hookpoint": hookpoint}, sae, folder)
-        else:
-            log.say(f"'{hookpoint}' cannot be assessed: the run held nothing out; give --val_split 0.05")
+            metrics = SAEEvaluator(sae).evaluate(val[SAEName.parse(name).hookpoint])
+            write_assessment({**metrics, **settings, "hookpoint": name}, sae, folder)

@@ -5,12 +5,9 @@ From settings and shapes alone. Letters: B tokens in a batch, D width, F latents
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +17,9 @@ import torch
 from sae import distributed
 from sae.config import SAEConfig, TrainConfig, UserError, kind_of, variants
 from sae.data.training import collected_source, trained_at, with_inputs
-from sae.files import beside, read_torch
 from sae.hookpoints import SAEName, choose, places
 from sae.kernels.sparse import tokens_at_once
-from sae.lm.language_model import PYGPT, LanguageModel, best_device
+from sae.lm.language_model import best_device, outline
 from sae.models import KINDS
 from sae.schedules import n_latents, tokens_per_step
 
@@ -123,29 +119,6 @@ def lines(c: TrainConfig) -> list[str]:
         f"about {rate:,.0f} tokens/s, {c.max_tokens * c.num_epochs / rate:,.0f} s by arithmetic alone",
         f"a cache of the activations: {cache / 2**30:,.2f} GiB as float32",
     ]
-
-
-def outline(name: str) -> LanguageModel:
-    """The model `name` means without its weights, for shapes only: its module lies on the meta device.
-
-    nanoGPT's and HuggingFace's. Raises UserError for others.
-    """
-    path = PYGPT / "ckpt.pt" if name == "pygpt" else Path(name) / "ckpt.pt" if Path(name).is_dir() else Path(name)
-    with torch.device("meta"), redirect_stdout(sys.stderr):
-        if path.is_file() and path.suffix == ".pt" and "model_args" in (found := read_torch(path, mmap=True)):
-            model_py = beside("model.py")
-            module = model_py.GPT(model_py.GPTConfig(**found["model_args"]))
-            d_model, max_len, forward = (module.config.n_embd, module.config.block_size, lambda m, ids, _: m(ids, ids))
-        elif importlib.util.find_spec("transformers") and (Path(name) / "config.json").is_file():
-            import transformers
-
-            config = transformers.AutoConfig.from_pretrained(name)
-            causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ())
-            module = (transformers.AutoModelForCausalLM if causal else transformers.AutoModel).from_config(config)
-            d_model, max_len, forward = config.hidden_size, 1 << 20, lambda m, ids, _: m(ids)
-        else:
-            raise UserError(f"'{name}' cannot be planned without loading it; --plan reads nanoGPT's and HuggingFace's")
-    return LanguageModel(module, None, forward, name, d_model, max_len)
 
 
 def parameters(c: SAEConfig, shards: int = 1) -> int:

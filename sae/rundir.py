@@ -248,6 +248,12 @@ class Opened(NamedTuple):
     folder: Path
     out: Path
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the text was cut in training, and which tokens did not count."""
+        how: dict[str, Any] = {"ctx_len": self.trained_on.get("context_size", 256)}
+        return how | {name: x for name, x in self.trained_on.items() if name in ("skip_first", "exclude_tokens")}
+
 
 def trained_model(
     c: EvalConfig | ChatConfig, trained_on: Mapping[str, Any], device: torch.device

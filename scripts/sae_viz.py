@@ -15,11 +15,10 @@ def main(argv: list[str]) -> None:
     from sae.plots import plot_evaluation, plot_training
     from sae.rundir import open_sae
 
-    lm, sae, hookpoint, dataset, trained_on, folder, out = open_sae(c)
+    opened = open_sae(c)
+    lm, sae, hookpoint, dataset, _, folder, out = opened
     axis = distributed.join(lm.device)
-    how = {name: trained_on[name] for name in ("skip_first", "exclude_tokens") if name in trained_on}
-    ctx_len = trained_on.get("context_size", 256)
-    viz = FeatureVisualizer(sae, c, lm=lm, hookpoint=hookpoint, dataset=dataset, ctx_len=ctx_len, axis=axis, **how)
+    viz = FeatureVisualizer(sae, c, lm=lm, hookpoint=hookpoint, dataset=dataset, axis=axis, **opened.reading)
     totals = viz.tables.totals
     distributed.leave()
     if axis.rank > 0:  # one process does the rest

@@ -58,17 +58,17 @@ class Zero(Exact):
 
 
 def run(lm, sae, text_file, **kwargs):
-    options = {"n_tokens": 400, "ctx_len": 32, "mean_tokens": 200} | kwargs
-    return evaluate(lm, sae, HOOK, open_dataset(str(text_file)), **options)[0]
+    options = {"n_tokens": 400, "mean_tokens": 200} | kwargs
+    return evaluate(sae, HOOK, TokenRows(lm, open_dataset(str(text_file)), "val", 32), **options)[0]
 
 
 def test_a_perfect_sae_scores_one(lm, text_file):
     r = run(lm, Exact(SAEConfig(d_in=32, k=4)), text_file)
-    assert r.ce_sae == r.ce_clean
-    assert r.kl_sae == 0  # a KL, not a cross entropy
-    assert r.ce_score_zero == r.ce_score_mean == r.kl_score_zero == 1
-    assert r.explained_variance == 1
-    assert (r.dead_fraction, r.l0) == (1, 0)
+    assert r["ce_sae"] == r["ce_clean"]
+    assert r["kl_sae"] == 0  # a KL, not a cross entropy
+    assert r["ce_score_zero"] == r["ce_score_mean"] == r["kl_score_zero"] == 1
+    assert r["explained_variance"] == 1
+    assert (r["dead_fraction"], r["l0"]) == (1, 0)
 
 
 def test_losses_equal_a_plain_computation(lm, text_file):
@@ -76,7 +76,7 @@ def test_losses_equal_a_plain_computation(lm, text_file):
     r = run(lm, Zero(SAEConfig(d_in=32, k=4)), text_file, n_tokens=300)
     dataset = open_dataset(str(text_file))
     ids, valid, _ = TokenRows(lm, dataset, "val", 32).take(10)
-    assert int(kept_positions(lm, ids, valid).sum()) == r.n_tokens  # whole sequences, until 300 are seen
+    assert int(kept_positions(lm, ids, valid).sum()) == r["n_tokens"]  # whole sequences, until 300 are seen
     gpt = lm.module
 
     def ce(x_at_hook):
@@ -90,19 +90,19 @@ def test_losses_equal_a_plain_computation(lm, text_file):
     counted = keep[:, :-1] & valid[:, 1:]
     targets = ids[:, 1:][counted]
     loss = lambda logits: F.cross_entropy(logits[:, :-1][counted], targets).item()
-    assert r.n_ce_tokens == int(counted.sum())
-    assert r.ce_clean == pytest.approx(loss(ce(x)), rel=1e-5)
-    assert r.ce_zero == pytest.approx(loss(ce(torch.zeros_like(x))), rel=1e-5)
-    assert r.ce_mean == pytest.approx(loss(ce(mean.expand_as(x))), rel=1e-5)
+    assert r["n_ce_tokens"] == int(counted.sum())
+    assert r["ce_clean"] == pytest.approx(loss(ce(x)), rel=1e-5)
+    assert r["ce_zero"] == pytest.approx(loss(ce(torch.zeros_like(x))), rel=1e-5)
+    assert r["ce_mean"] == pytest.approx(loss(ce(mean.expand_as(x))), rel=1e-5)
     spliced = torch.where(keep[..., None], 0.0, x)
-    assert r.ce_sae == pytest.approx(loss(ce(spliced)), rel=1e-5)
+    assert r["ce_sae"] == pytest.approx(loss(ce(spliced)), rel=1e-5)
     clean, zero = (ce(v)[:, :-1][counted].log_softmax(-1) for v in (x, torch.zeros_like(x)))
-    assert r.kl_zero == pytest.approx((clean.exp() * (clean - zero)).sum(-1).mean().item(), rel=1e-4)
+    assert r["kl_zero"] == pytest.approx((clean.exp() * (clean - zero)).sum(-1).mean().item(), rel=1e-4)
 
 
 def test_report_does_not_depend_on_the_batch(lm, text_file):
     sae = create_sae(SAEConfig(d_in=32, d_sae=64, k=4))
-    reports = [run(lm, sae, text_file, model_batch_size=b, n_tokens=777).to_dict() for b in (3, 16)]
+    reports = [run(lm, sae, text_file, model_batch_size=b, n_tokens=777) for b in (3, 16)]
     assert reports[0]["n_tokens"] == reports[1]["n_tokens"]
     for name, value in reports[0].items():
         if isinstance(value, float):
@@ -116,8 +116,8 @@ def test_report_keys_and_summary(lm, text_file):
     wanted = """n_tokens l0 l0_std mse fvu explained_variance explained_variance_legacy cosine l2_ratio
         relative_reconstruction_bias dead_fraction ce_clean ce_sae ce_zero ce_mean ce_score_zero ce_score_mean kl_sae
         kl_zero kl_score_zero hookpoint model dataset architecture k d_in d_sae"""
-    assert set(wanted.split()) <= r.to_dict().keys()
-    assert all(r.to_dict()[name] is not None for name in wanted.split())
+    assert set(wanted.split()) <= r.keys()
+    assert all(r[name] is not None for name in wanted.split())
     assert "CE score" in "\n".join(summary(r))
 
 
@@ -126,9 +126,9 @@ def test_encoders_have_no_cross_entropy(minilm_path, text_file):
 
     lm = load_language_model(minilm_path, device="cpu")
     sae = create_sae(SAEConfig(d_in=384, d_sae=64, k=4))
-    r, _ = evaluate(lm, sae, "encoder.layer.3", open_dataset(str(text_file)), n_tokens=60, ctx_len=16)
-    assert r.ce_clean is None
-    assert r.n_tokens >= 60
+    r, _ = evaluate(sae, "encoder.layer.3", TokenRows(lm, open_dataset(str(text_file)), "val", 16), 60)
+    assert r["ce_clean"] is None
+    assert r["n_tokens"] >= 60
     assert "no next-token head" in "\n".join(summary(r))
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from sae import plan
 from sae.config import SAEConfig, UserError
+from sae.lm import language_model
 from sae.models import create_sae
 from scripts import sae_train
 from tests.conftest import ALL, call
@@ -30,9 +31,9 @@ def test_parameters_are_those_of_the_sae(fields):
 
 
 def test_an_outline_has_the_models_shapes_and_no_weights(gpt_path, lm):
-    outline = plan.outline(gpt_path)
+    outline = language_model.outline(gpt_path)
     shapes = {name: p.shape for name, p in outline.module.named_parameters()}
     assert shapes == {name: p.shape for name, p in lm.module.named_parameters()}
     assert all(p.device.type == "meta" for p in outline.module.parameters())
     with pytest.raises(UserError, match="cannot be planned"):
-        plan.outline("nanochat:base")
+        language_model.outline("nanochat:base")

@@ -79,9 +79,9 @@ def test_a_run_remembers_how_its_text_was_read(lm, gpt_path, tmp_path, monkeypat
         assert sorted(told["exclude_tokens"]) == sorted([token, 5])
         assert (told["split"], told["text_column"], told["dataset_path"]) == ("train_a", "b", "saved")
         sae_eval.main(["--sae_path", f"sae_models/{run}", "--eval_tokens", "300"])
-    rows = TokenRows(lm, seen.dataset, "val", 32)
+    rows = TokenRows(lm, seen.text.dataset, "val", 32)
     assert lm.tokenizer.encode_document(texts["test_a"][0])[:32] == rows.take(1)[0][0].tolist()
-    assert sorted(seen.options["exclude_tokens"]) == sorted([token, 5])
+    assert sorted(seen.text.exclude_tokens) == sorted([token, 5])
     assert "stale" not in capsys.readouterr().err
     # another text is read in its own way
     (tmp_path / "other.txt").write_text(make_text(9000))
@@ -97,5 +97,5 @@ class Recorder:
         self.function = function
 
     def __call__(self, *args, **options):
-        self.dataset, self.options = args[3], options
+        self.text = args[2]
         return self.function(*args, **options)

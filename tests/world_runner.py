@@ -301,9 +301,9 @@ def text(folder, gpt, corpus):
         return [world.everyone.objects(b[hookpoint].tolist()) for b in stream]
 
     sae = create_sae(SAEConfig(d_in=32, d_sae=64, k=4))
-    measure = lambda world: evaluate(
-        lm, sae, hookpoint, dataset, n_tokens=1000, ctx_len=32, model_batch_size=4, mean_tokens=300, world=world
-    )[0].to_dict()
+    held_out_text = TokenRows(lm, dataset, "val", 32)
+    sizes = {"n_tokens": 1000, "model_batch_size": 4, "mean_tokens": 300}
+    measure = lambda world: evaluate(sae, hookpoint, held_out_text, **sizes, world=world)[0]
     reports, difference = {}, []
     alone = batches(ALONE)
     for ranks in ([0, 1, 2], [0, 1, 2, 3]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ def load(name: str, device: torch.device, dtype: str) -> LanguageModel:
     todo = "give pygpt, a ckpt.pt, or a whole HuggingFace folder"
     with files.one_sentence(f"cannot load '{name}' with transformers", todo):
         config = transformers.AutoConfig.from_pretrained(name)
-        causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ())
-        loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        loader, causal = _loader(config)
         module: nn.Module = loader.from_pretrained(name, dtype=getattr(torch, dtype))
         module.to(device)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -57,3 +57,23 @@ def load(name: str, device: torch.device, dtype: str) -> LanguageModel:
     lm.wrap = (tokenizer.cls_token_id, tokenizer.sep_token_id) if encoder else None
     lm.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return lm
+
+
+def _loader(config: Any) -> tuple[Any, bool]:
+    """The transformers class that loads a model, and whether it predicts next tokens."""
+    import transformers
+
+    causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ())
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModel, causal
+
+
+def outline(name: str) -> LanguageModel | None:
+    """The folder's model without weights or tokenizer, on the meta device; None if it is no folder of this family."""
+    if importlib.util.find_spec("transformers") is None or not (Path(name) / "config.json").is_file():
+        return None
+    import transformers
+
+    with torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(name)
+        module = _loader(config)[0].from_config(config)
+    return LanguageModel(module, None, lambda m, ids, _: m(ids), name, config.hidden_size, 1 << 20)

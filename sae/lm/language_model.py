@@ -63,3 +63,13 @@ def load_language_model(
             "give another model"
         )
     return huggingface.load(name, where, dtype)
+
+
+def outline(name: str) -> LanguageModel:
+    """The model `name` means without its weights, for shapes only, on the meta device: nanoGPT's and HuggingFace's."""
+    path = PYGPT if name == "pygpt" else Path(name)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    found = nanogpt.outline(path, name) if path.is_file() and path.suffix == ".pt" else huggingface.outline(name)
+    if found is None:
+        raise UserError(f"'{name}' cannot be planned without loading it; --plan reads nanoGPT's and HuggingFace's")
+    return found

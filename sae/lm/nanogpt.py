@@ -64,6 +64,17 @@ def load(path: Path, name: str, device: torch.device, dataset: str | None, dtype
     return lm
 
 
+def outline(path: Path, name: str) -> LanguageModel | None:
+    """The checkpoint's model without weights or tokenizer, on the meta device; None for another family's."""
+    found = files.read_torch(path, mmap=True)
+    if not isinstance(found, dict) or "model_args" not in found:
+        return None
+    model_py = files.beside("model.py")
+    with torch.device("meta"), redirect_stdout(sys.stderr):
+        module = model_py.GPT(model_py.GPTConfig(**found["model_args"]))
+    return LanguageModel(module, None, _forward, name, module.config.n_embd, module.config.block_size)
+
+
 def _foreign(model_py: ModuleType, checkpoint: dict, path: Path) -> Any:
     """The checkpoint's model, by the GPT and GPTConfig of somebody's own model.py; every weight must fit."""
     weights = {str(key).removeprefix("_orig_mod."): w for key, w in checkpoint["model"].items()}  # torch.compile's

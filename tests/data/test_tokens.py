@@ -397,11 +397,11 @@ def test_excluded_tokens_are_neither_trained_on_nor_measured(lm, text_file):
     dataset, hook = open_dataset(str(text_file)), "transformer.h.1"
     ids, valid, _ = TokenRows(lm, dataset, "val", 32).take(20)
     token = int(ids.flatten().mode().values)
-    options = {"n_tokens": 500, "ctx_len": 32, "mean_tokens": 100}
     sae = create_sae(SAEConfig(d_in=32, k=4, hook_point=hook))
-    all_of, without = (evaluate(lm, sae, hook, dataset, **options, exclude_tokens=x)[0] for x in ((), (token,)))
-    assert without.n_tokens >= 500
-    assert without.explained_variance != all_of.explained_variance
+    texts = [TokenRows(lm, dataset, "val", 32, exclude_tokens=x) for x in ((), (token,))]
+    all_of, without = (evaluate(sae, hook, text, 500, mean_tokens=100)[0] for text in texts)
+    assert without["n_tokens"] >= 500
+    assert without["explained_variance"] != all_of["explained_variance"]
     source = ModelSource(TokenRows(lm, dataset, "val", 32, exclude_tokens=(token,)), [hook], model_batch_size=20)
     keep = kept_positions(lm, ids, valid) & (ids != token)
     torch.testing.assert_close(source.read()[hook], lm.hidden(ids, valid, [hook])[hook][keep])

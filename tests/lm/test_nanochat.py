@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from sae import hooks
 from sae.config import SAEConfig, UserError
 from sae.data.datasets import open_dataset
+from sae.data.tokens import TokenRows
 from sae.evaluator import evaluate
 from sae.formats import store
 from sae.hookpoints import at_layer, resolve
@@ -538,9 +539,9 @@ def test_activations_in_bfloat16(nanochat, asked, base, text_file):
         assert x.dtype == torch.bfloat16
         assert torch.equal(lm.logits_replacing(ids, valid, name, x), lm.logits(ids, valid))
     sae = create_sae(SAEConfig(d_in=D, k=4), generator=torch.Generator().manual_seed(0))
-    report, _ = evaluate(lm, sae, "transformer.h.1", open_dataset(str(text_file)), n_tokens=200, ctx_len=32)
-    assert 0 < report.ce_clean < float("inf")
-    assert report.ce_zero != report.ce_clean
+    report, _ = evaluate(sae, "transformer.h.1", TokenRows(lm, open_dataset(str(text_file)), "val", 32), 200)
+    assert 0 < report["ce_clean"] < float("inf")
+    assert report["ce_zero"] != report["ce_clean"]
 
 
 def test_half_precision_leaves_the_rotary_tables_alone(base):
