@@ -25,7 +25,8 @@ from sae.data.activations import ModelSource, Source, gather
 from sae.data.tokens import Rows, TokenRows
 from sae.distributed import ALONE, Axis, World
 from sae.formats import store
-from sae.hooks import Acts, SAEName
+from sae.hookpoints import SAEName, places
+from sae.hooks import Acts
 from sae.lm.language_model import LanguageModel, best_device
 from sae.metrics import Totals, divergence
 from sae.models import SAE
@@ -73,7 +74,7 @@ class InModel:
     """
 
     def __init__(self, lm: LanguageModel, sae: SAE, hookpoint: str, mean: Tensor, world: World):
-        self.lm, self.sae, self.places, self.mean = lm, sae, hooks.places(hookpoint, sae.config.transcode), mean
+        self.lm, self.sae, self.places, self.mean = lm, sae, places(hookpoint, sae.config.transcode), mean
         self.totals = Totals(sae.d_out, sae.d_sae, device=sae.W_dec.device, mean=mean, world=world)
         self.n = 0
         self.ce = dict.fromkeys(("clean", "sae", "zero", "mean"), 0.0)
@@ -159,9 +160,9 @@ def evaluate(
     one. kl_*: KL(clean || replaced), mean per token; kl_score_zero = (kl_zero - kl_sae) / kl_zero. None for a model
     without a next-token head. (SAELens evals; mean ablation added.)
     """
-    lm, data, places = text.lm, world.data, hooks.places(hookpoint, sae.config.transcode)
-    source = ModelSource(text, list(dict.fromkeys(places)), model_batch_size=model_batch_size)
-    for name, does, wanted in zip(places, ("reads", "predicts"), (sae.d_in, sae.d_out), strict=True):
+    lm, data, both = text.lm, world.data, places(hookpoint, sae.config.transcode)
+    source = ModelSource(text, list(dict.fromkeys(both)), model_batch_size=model_batch_size)
+    for name, does, wanted in zip(both, ("reads", "predicts"), (sae.d_in, sae.d_out), strict=True):
         width = source.widths[name]
         require(width == wanted, f"'{name}' is {width} wide and the SAE {does} {wanted}; give the SAE's own model")
     text.rewind()

@@ -59,7 +59,11 @@ WHICH = (
     "Which {kind} of {module} is described as: {answer}",
     "Name the {kind} of {module} with this docstring: {answer}",
 )
-KIND = ("Is {name} a class or a function?", "What kind of thing is `{name}`?", "Is `{name}` a function or a class?")
+KIND = (
+    "Is {name} a class or a function?",
+    "What kind of thing is `{name}`?",
+    "Is `{name}` a function or a class?",
+)
 
 
 @dataclass(frozen=True)
