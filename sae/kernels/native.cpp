@@ -1,13 +1,14 @@
-// The sparse operations of kernels.py for CPUs, compiled on first use (kernels.py says which it replaces and when).
+// Selection and sparse operations for CPUs, compiled on first use (native.py). sparse.py, selection.py and adam.py have
+// their plain twins and call them.
 //
 // Letters: B tokens in a batch, D width, F latents, K kept latents.
 //
 // encode_top_k finds the K largest of x @ W^T + b per token without writing the (B, F) matrix. Tokens and latents are
-// rounded to integers of 8 or 16 bits, whose products run at four or two times the speed of float32's. What rounding can
-// have changed has a bound, by Cauchy-Schwarz: |x.w - x'.w'| <= |x - x'| |w| + |x'| |w - w'|. With it every product becomes
-// an interval. The K likeliest latents are computed again in float32; others whose upper end is below the least of these
-// cannot be among the K best, and the few left are computed again, too. A token whose candidates do not prove this is done
-// again with nothing assumed.
+// rounded to integers of 8 or 16 bits, whose products run at four or two times the speed of float32's. The error of
+// rounding has a bound, by Cauchy-Schwarz: |x.w - x'.w'| <= |x - x'| |w| + |x'| |w - w'|. So every product becomes an
+// interval. The K likeliest latents are computed again in float32; others whose upper end is below the least of these
+// cannot be among the K best, and the few left are computed again, too. A token whose candidates do not prove this is
+// encoded again from a threshold of minus infinity.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -38,12 +39,12 @@ using at::Tensor;
 namespace {
 
 constexpr int64_t LANES = 32;   // latents in a tile
-constexpr int64_t PANEL = 252;  // tokens that a thread takes through all latents at a time
-constexpr float PART = 0.25f;   // of the largest possible error: products are hardly ever as far off
-constexpr int64_t PILOT = 28;   // tokens that tell what to expect of the others
+constexpr int64_t PANEL = 252;  // tokens that a thread multiplies with all latents at a time
+constexpr float PART = 0.25f;   // of the largest possible error: products are hardly ever further off
+constexpr int64_t PILOT = 28;   // tokens encoded first, to find where thresholds of the others can start
 
-// f(begin, end) for all blocks of [0, n), of `least` to `most`. Each thread takes the next one left: some hold more work
-// than others, and other programs may keep a core for a while.
+// f(begin, end) for all blocks of [0, n), of `least` to `most` items. Each thread takes the next block left, since some
+// are more work than others, and other programs may use a core for a while.
 template <class F>
 void by_blocks(int64_t n, int64_t most, const F& f, int64_t least = 1) {
   const int64_t threads = at::get_num_threads(), size = std::max(least, std::min(most, n / (4 * threads)));
@@ -57,15 +58,15 @@ void by_blocks(int64_t n, int64_t most, const F& f, int64_t least = 1) {
 // ------------------------------------------------------------------------------------------------
 // integer products: out[r][lane] = start[lane] + sum over d of x[r][d] * w[lane][d], w laid out [D/GROUP][LANES][GROUP]
 
-#if defined(__AVX512VNNI__)  // has an instruction for four products of 8 bits, unsigned by signed
+#if defined(__AVX512VNNI__)  // one instruction adds four products of 8 bits, unsigned by signed
 typedef uint8_t TokenInteger;
 typedef int8_t LatentInteger;
-constexpr int32_t OFFSET = 128;  // is added to a token's integers
+constexpr int32_t OFFSET = 128;  // added to a token's integers
 #else
 typedef int16_t TokenInteger, LatentInteger;
 constexpr int32_t OFFSET = 0;
 #endif
-constexpr int64_t GROUP = 4 / sizeof(LatentInteger);  // products that add up in a lane at once
+constexpr int64_t GROUP = 4 / sizeof(LatentInteger);  // products that a lane adds at a time
 
 #if defined(__AVX512BW__)
 
@@ -192,16 +193,16 @@ inline float sum_of(const Line& line) {
 }
 
 #if defined(__AVX512F__)
-constexpr int64_t ROWS = 8;  // that are read side by side, as registers allow
+constexpr int64_t ROWS = 8;  // read side by side, as registers allow
 #else
 constexpr int64_t ROWS = 4;
 #endif
 
 struct Pass {         // over rows of n floats
   int64_t n;
-  float* to;          // becomes, or if not fresh gets added, the sum of by[r] * rows[r]
+  float* to;          // set to the sum of by[r] * rows[r] if fresh, else increased by it
   bool fresh;
-  const float* a;     // whose products with the rows are dots[r]
+  const float* a;     // dots[r] become its products with the rows
   const float* rows[ROWS];
   float by[ROWS], dots[ROWS];
 
@@ -223,7 +224,7 @@ struct Pass {         // over rows of n floats
     int64_t i = 0;
     for (; i + LINE <= n; i += LINE)
       line(i, load<Line>, [](float* at, const Line& sum) { std::memcpy(at, &sum, sizeof(Line)); });
-    if (i < n)  // the rest, filled up with zeros: a row's sum does not depend on how many are read with it
+    if (i < n)  // the rest, padded with zeros: a row's sum does not depend on how many rows are read with it
       line(
           i, [&](const float* from) {
             Line part = {};
@@ -244,8 +245,8 @@ struct Pass {         // over rows of n floats
   }
 };
 
-// Over places p in [first, last): `to` (n,) becomes `start` or 0 plus the sum of value(p) * row(p), unless it is null; and
-// dot(p, a . row(p)) is called for each, unless a is null.
+// Over places p in [first, last): if SUM, sets `to` (n,) to `start`, or 0 without it, plus the sum of value(p) * row(p);
+// if DOTS, calls dot(p, a . row(p)) for each.
 template <bool SUM, bool DOTS, class Row, class Value, class Dot>
 void each_row(
     int64_t first, int64_t last, int64_t n, const Row& row, const Value& value, const float* start, float* to,
@@ -297,14 +298,14 @@ inline Line shuffled(const Line& a, const Integers& from) {
 #endif
 }
 
-inline Line mixed(Line a) {  // Hadamard's transform
+inline Line mixed(Line a) {  // by Hadamard's transform
 #pragma GCC unroll 4
   for (int h = 1; h < LINE; h *= 2) a = shuffled(a, LANE ^ h) + a * __builtin_convertvector(1 + 2 * ((LANE & h) != 0), Line);
   return a;
 }
 
-// A rotation of n numbers, by Hadamard's transforms of as many of them as a power of two allows: products of rotated rows
-// are those of the rows, but none of a row's numbers stands out, which rounding to few bits could not bear.
+// Rotates n numbers by Hadamard transforms of blocks, each as long as a power of two allows. Products of rotated rows
+// equal those of the rows, but no number of a row is an outlier, which would cost the others their bits when rounded.
 void rotate(const float* from, int64_t n, float* to) {
   int64_t at = 0, lines = n / LINE;
   while (lines > 0) {
@@ -327,34 +328,34 @@ void rotate(const float* from, int64_t n, float* to) {
   std::copy(from + at, from + n, to + at);
 }
 
-struct Row {    // rotated, it is unit * (integers - offset), about
+struct Row {    // its rotation is about unit * (integers - offset)
   float unit;
   float norm;
-  float error;  // norm of what rounding changed, and a little
+  float error;  // a little above the norm of the rounding error
 
-  // How far a product with a row w can be from that of the rounded ones: per |w|, with what float32 itself can lose on the
-  // way, and per the norm of what rounding changed in w
+  // The bound on the error of a product with a row w: per |w|, with the error of float32 itself, and per the norm of the
+  // rounding error of w
   float per_norm(int64_t D) const { return error + per_error() * lost(D); }
   float per_error() const { return norm + error; }
 
-  // Of |x| |w|: a sum of D products adds D / LINE and at most 70 others in turn, rotating and rounding both rows loses 2^-24
-  // of a norm 23 times each, what is left 4 times.
+  // The error of float32, per |x| |w|: a sum of D products is D / LINE and at most 70 further additions in turn; rotating
+  // and rounding both rows loses 2^-24 of a norm 23 times each, the rest 4 times.
   static float lost(int64_t D) { return (D / LINE + 120) * 0x1p-24f; }
 };
 
-// Any sum of products stays below 2^31: of 8 bits by their size, and no row of 16-bit integers has a norm above
+// Every sum of products stays below 2^31: products of 8 bits are small, and rows of 16-bit integers have a norm of at most
 // 46340 = sqrt(2^31).
 template <class Integer>
 Row round_row(const float* row, int64_t D, int32_t offset, Integer* to, std::vector<float>& scratch) {
   scratch.resize(D);
   float* rotated = scratch.data();
   rotate(row, D, rotated);
-  const float most = std::max(largest(rotated, D), 1e-30f), per_most = 1 / most;  // whose square may leave float32
+  const float most = std::max(largest(rotated, D), 1e-30f), per_most = 1 / most;  // the square of most may overflow
   float square = 0, error = 0;
 #pragma omp simd reduction(+ : square)
   for (int64_t d = 0; d < D; d++) square += rotated[d] * per_most * (rotated[d] * per_most);
   const float norm = most * std::sqrt(square), room = 46338.0f - 0.5f * std::sqrt((float)D);
-  if (!(norm <= FLT_MAX)) {  // has no bounds
+  if (!(norm <= FLT_MAX)) {  // no bound exists
     std::fill(to, to + D, offset);
     return {0, norm, norm};
   }
@@ -391,9 +392,9 @@ struct RoundedTokens {
   }
 };
 
-struct RoundedLatents {  // in tiles, the last one filled up with latents of nothing
+struct RoundedLatents {  // in tiles, the last one padded with latents of zeros
   std::vector<float> unit, norm, error;
-  std::vector<int32_t> start;  // of sums: what takes the tokens' offset away again
+  std::vector<int32_t> start;  // of sums: minus what the tokens' offset adds
   Tensor memory;
   LatentInteger* data;
 
@@ -422,7 +423,7 @@ struct RoundedLatents {  // in tiles, the last one filled up with latents of not
 // ------------------------------------------------------------------------------------------------
 // candidates
 
-// Which of LANES values reach a threshold, as bits
+// The bits of those of LANES values that reach a threshold
 inline uint32_t reaching(const float* values, float threshold) {
   uint32_t bits = 0;
 #if defined(__AVX512BW__)
@@ -449,11 +450,11 @@ inline void each_bit(int64_t n, const Bits& bits, const Take& take) {
   }
 }
 
-// A number of n that k to k + more of them reach (there are at least k; of equal ones it may be more), by halving: to count
-// is quicker than to sort. What lies behind them is overwritten, to the next line.
+// One of n >= k numbers that k to k + more of them reach, or more if some are equal; by bisection, since counting is quicker
+// than sorting. Overwrites what follows them up to the next line.
 float reached_by(float* of, int64_t n, int64_t k, int64_t more) {
   const int64_t n_lines = (n + LINE - 1) / LINE;
-  std::fill(of + n, of + n_lines * LINE, std::numeric_limits<float>::quiet_NaN());  // no comparison holds
+  std::fill(of + n, of + n_lines * LINE, std::numeric_limits<float>::quiet_NaN());  // compares false
   const auto each = [&](const auto& take) {
     for (int64_t i = 0; i < n_lines; i++) take(load<Line>(of + i * LINE));
   };
@@ -479,7 +480,7 @@ float reached_by(float* of, int64_t n, int64_t k, int64_t more) {
   return number;
 }
 
-// The k largest (values, latents) in front, of equal ones the first latents; NaN is as large as can be.
+// Moves the k largest (values, latents) to the front, of equal ones the first latents; NaN counts as infinite.
 void to_front(std::vector<std::pair<float, int64_t>>& of, int64_t k, bool absolute) {
   const auto size = [&](float v) {
     return std::isnan(v) ? std::numeric_limits<float>::infinity() : absolute ? std::fabs(v) : v;
@@ -490,9 +491,9 @@ void to_front(std::vector<std::pair<float, int64_t>>& of, int64_t k, bool absolu
 }
 
 struct Candidates {  // of a token, in the order of latents: intervals of the size of their pre-activations
-  int64_t token, n = 0, room;       // for n; a tile is read at once, which may reach LANES beyond
-  float unit, per_norm, per_error;  // of the token: an interval reaches per_norm * |w| + per_error * |w - w'| both ways
-  float threshold;                  // none with an upper end below it was kept
+  int64_t token, n = 0, room;       // room for n; a tile is added at once, which may need LANES more
+  float unit, per_norm, per_error;  // of the token: an interval is middle +- (per_norm * |w| + per_error * |w - w'|)
+  float threshold;                  // latents with an upper end below it were dropped
   std::unique_ptr<float[]> middle, upper;
   std::unique_ptr<int32_t[]> latent;
 
@@ -511,7 +512,7 @@ struct Candidates {  // of a token, in the order of latents: intervals of the si
     room *= 2;
   }
 
-  // Adds a line of latents, of which found tells which as bits.
+  // Adds those of a line of latents whose bits in found are set.
   void add(const Line& middles, const Line& uppers, const Integers& latents, uint32_t found) {
 #if defined(__AVX512BW__)
     const __mmask16 bits = found;
@@ -527,8 +528,8 @@ struct Candidates {  // of a token, in the order of latents: intervals of the si
 #endif
   }
 
-  // Raises the threshold to what k latents reach, if their products are off by no more than part of what is possible, and
-  // drops what does not reach it.
+  // Raises the threshold to what k latents reach if their errors are at most `part` of the bound, and drops the latents
+  // that do not reach it.
   void narrow(int64_t k, float part, std::vector<float>& scratch) {
     scratch.resize(room + LANES);
     for (int64_t p = 0; p < n; p++) scratch[p] = middle[p] - part * (upper[p] - middle[p]);
@@ -540,11 +541,11 @@ struct Candidates {  // of a token, in the order of latents: intervals of the si
   }
 };
 
-struct Computed {  // of a token's candidates, the pre-activations that were computed
+struct Computed {  // the pre-activations of a token's candidates that were computed again in float32
   int64_t n;
-  std::vector<int32_t> places;          // of them among the candidates
+  std::vector<int32_t> places;          // their places among the candidates
   std::vector<float> sizes;             // in the order of places
-  std::vector<float> values, by_place;  // of all candidates: pre-activations, and their sizes, NaN where not computed
+  std::vector<float> values, by_place;  // by candidate: pre-activations, and their sizes, NaN where not computed
 
   void start(int64_t n_candidates) {
     n = 0;
@@ -557,12 +558,12 @@ struct Computed {  // of a token's candidates, the pre-activations that were com
 struct Encoder {
   int64_t B, D, F, width, k = 1;
   bool absolute = false;
-  float usual = 0;  // bias
+  float usual = 0;  // mean bias
   const float *x, *W, *b;
   RoundedTokens<TokenInteger> tokens;
   RoundedLatents latents;
-  std::vector<float> of_bias;  // NaN, which no comparison accepts, in the padding
-  std::vector<float> slack;    // what adding the bias can change
+  std::vector<float> of_bias;  // NaN in the padding, which compares false
+  std::vector<float> slack;    // the error of adding the bias
   int64_t* indices = nullptr;
   float* values = nullptr;
 
@@ -573,19 +574,19 @@ struct Encoder {
     return x;
   }
 
-  // bias: what thresholds are compared with the product plus, b or b less a floor
+  // bias: added to the product before it is compared with thresholds: b, or b less a floor
   Encoder(const Tensor& x_, const Tensor& W_, const Tensor& b_, const float* bias)
       : B(checked(x_, W_, b_).size(0)), D(x_.size(1)), F(W_.size(0)), width((D + GROUP - 1) / GROUP * GROUP),
         x(x_.const_data_ptr<float>()), W(W_.const_data_ptr<float>()), b(b_.const_data_ptr<float>()),
         tokens(x, B, D, width, OFFSET), latents(W, F, D, width),
         of_bias(latents.norm.size(), std::numeric_limits<float>::quiet_NaN()), slack(latents.norm.size()) {
     for (int64_t j = 0; j < F; j++) {
-      slack[j] = std::max(std::fabs(bias[j]), std::fabs(b[j])) * 0x1p-21f + FLT_MIN;  // an interval is never empty
+      slack[j] = std::max(std::fabs(bias[j]), std::fabs(b[j])) * 0x1p-21f + FLT_MIN;  // no interval is empty
       of_bias[j] = bias[j];
     }
   }
 
-  // Adds to n lists, which have room for them, the latents of tile t whose upper end reaches the threshold.
+  // Adds to n lists, which have the room, the latents of tile t whose upper end reaches the list's threshold.
   void add(Candidates* lists, int64_t n, const int32_t* sums, int64_t t) const {
     Line unit[2], norm[2], error[2], bias[2], more[2];  // in registers
     for (int h = 0; h < 2; h++) {
@@ -607,7 +608,7 @@ struct Encoder {
     }
   }
 
-  // Computes a list's places, tile by tile those whose bits(place) are set; returns the k-th largest size computed so far.
+  // Computes those of a list's places whose bits(place) are set; returns the k-th largest size computed so far.
   template <class Bits>
   float compute(const Candidates& c, Computed& s, const Bits& bits) const {
     const int64_t first = s.n;
@@ -640,8 +641,8 @@ struct Encoder {
     return slot == end && kth >= c.threshold;
   }
 
-  // Takes tokens through all latents; a list keeps the latents whose upper end reaches its threshold, which rises by
-  // Candidates::narrow unless part is 0.
+  // Multiplies tokens with all latents; a list keeps the latents whose upper end reaches its threshold, which
+  // Candidates::narrow raises unless part is 0.
   void scan(std::vector<Candidates>& lists, float part) const {
     std::vector<float> scratch;
     alignas(64) int32_t sums[TOKENS * LANES];
@@ -664,8 +665,8 @@ struct Encoder {
     }
   }
 
-  // The k best of some tokens. start: a token's first threshold, per unit of its norm, from `usual` on. failed: left
-  // without proof.
+  // The k best of some tokens. start: a token's first threshold is usual + start * its norm. failed: gets the tokens
+  // whose result is not proven.
   void panel(const int64_t* rows, int64_t n, float start, float part, std::vector<int64_t>& failed) const {
     std::vector<Candidates> lists;
     for (int64_t r = 0; r < n; r++) {
@@ -678,7 +679,7 @@ struct Encoder {
       if (!finish(c, scratch)) failed.push_back(c.token);
   }
 
-  // Tokens in panels, as many for every thread and all of a size, so that none has to wait for a last one.
+  // Tokens in panels of one size, the same number for each thread, so that none waits for the last one.
   struct Panels {
     int64_t n, n_tiles, count;
 
@@ -695,7 +696,7 @@ struct Encoder {
     }
   };
 
-  // All of rows, in parallel; returns the tokens left without proof, in order.
+  // All of rows, in parallel; returns the tokens whose result is not proven, in order.
   std::vector<int64_t> run(const std::vector<int64_t>& rows, float start, float part) const {
     const Panels panels(rows.size());
     std::vector<std::vector<int64_t>> failed(panels.count);
@@ -710,7 +711,7 @@ struct Encoder {
     const int64_t every = std::max<int64_t>(1, B / PILOT);
     for (int64_t i = 0; i < B; i++) (i % every == 0 ? pilot : rest).push_back(i);
     without_bounds(run(pilot, -FLT_MAX, 1));
-    float start = FLT_MAX;  // what the pilot's k-th latents had, per norm, and some room
+    float start = FLT_MAX;  // the least k-th best of the pilot, per norm, less 5%
     if (!absolute) usual = std::accumulate(b, b + F, 0.0) / F;
     for (int64_t i : pilot) {
       float least = FLT_MAX;
@@ -749,7 +750,7 @@ std::tuple<Tensor, Tensor, int64_t> encode_top_k(
 }
 
 // x (B, D), W (F, D), b (F,), floor (F,) -> the places where x @ W^T + b exceeds floor, token by token: latents (n,),
-// values (n,), and where each token's begin (B,)
+// values (n,), and where those of each token begin (B,)
 std::tuple<Tensor, Tensor, Tensor> encode_above(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& floor) {
   const int64_t B = x.size(0), D = x.size(1);
   TORCH_CHECK(floor.is_contiguous() && floor.numel() == b.numel());
@@ -788,10 +789,9 @@ std::tuple<Tensor, Tensor, Tensor> encode_above(const Tensor& x, const Tensor& W
 }
 
 // ------------------------------------------------------------------------------------------------
-// few tokens: what takes time is reading W. An 8-bit copy is a quarter of it to read; the proof is as above.
+// few tokens: reading W takes the time, and an 8-bit copy is a quarter of it to read. The proof is as above.
 
-// W (F, D) -> its rows rotated, as integers (F, D), and of every row its unit, its norm, and the norm of what rounding
-// changed (3, F)
+// W (F, D) -> its rows rotated, as integers (F, D), and each row's unit, norm, and norm of the rounding error (3, F)
 std::tuple<Tensor, Tensor> pack(const Tensor& W) {
   const int64_t F = W.size(0), D = W.size(1);
   TORCH_CHECK(W.is_contiguous() && D <= 1 << 17);  // or sums would leave 32 bits
@@ -809,7 +809,7 @@ std::tuple<Tensor, Tensor> pack(const Tensor& W) {
   return {rows, about};
 }
 
-// One row after the other: memory comes fastest as a single stream.
+// One row after the other: a single stream of memory is the fastest.
 int32_t dot(const int16_t* x, const int8_t* w, int64_t D) {
   int64_t d = 0;
   int32_t sum = 0;
@@ -828,7 +828,7 @@ int32_t dot(const int16_t* x, const int8_t* w, int64_t D) {
   return sum;
 }
 
-struct Screen {  // of all products x @ W^T + b: about what they are, and how far off that can be
+struct Screen {  // all products x @ W^T + b, approximately, and bounds on their errors
   int64_t B, D, F;
   const float *x, *W, *b;
   std::vector<float> about, bound;  // (B, F)
@@ -860,7 +860,7 @@ std::tuple<Tensor, Tensor> packed_top_k(
   const Screen s(x, W, b, rows, of_rows);
   TORCH_CHECK(k >= 1 && k <= s.F);
   Tensor indices = at::empty({s.B, k}, x.options().dtype(at::kLong)), values = at::empty({s.B, k}, x.options());
-  // The k-th largest of groups' largest lower ends: as many latents reach it, so the k best all do.
+  // The k-th largest of the groups' largest lower ends: k latents reach it, so the k best do.
   const int64_t group = std::max<int64_t>(1, std::min<int64_t>(16, s.F / (2 * k))), n_groups = (s.F + group - 1) / group;
   std::vector<float> tops(n_groups);
   std::vector<std::pair<float, int64_t>> best;
@@ -876,7 +876,7 @@ std::tuple<Tensor, Tensor> packed_top_k(
     best.clear();
     for (int64_t j = 0; j < s.F; j++)
       if (size(about[j]) + bound[j] >= tops[k - 1]) best.emplace_back(s.exact(i, j), j);
-    if ((int64_t)best.size() < k) {  // what is not finite has no bounds
+    if ((int64_t)best.size() < k) {  // numbers that are not finite have no bounds
       best.clear();
       for (int64_t j = 0; j < s.F; j++) best.emplace_back(s.exact(i, j), j);
     }
@@ -889,7 +889,7 @@ std::tuple<Tensor, Tensor> packed_top_k(
   return {indices, values};
 }
 
-// The same for the places where x @ W^T + b exceeds floor (F,): latents (n,), values (n,), where each token's begin (B,)
+// Likewise the places where x @ W^T + b exceeds floor (F,): latents (n,), values (n,), where each token's begin (B,)
 std::tuple<Tensor, Tensor, Tensor> packed_above(
     const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& rows, const Tensor& of_rows, const Tensor& floor) {
   const Screen s(x, W, b, rows, of_rows);
@@ -917,7 +917,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_above(
 // ------------------------------------------------------------------------------------------------
 // sparse products
 
-// Where each token's places lie: of (B, K) indices K each, of flat ones those from offsets (B,) on
+// Where each token's places are: K each of (B, K) indices; of flat ones, those from offsets (B,) on
 struct Places {
   int64_t n, B, K;
   const int64_t *at, *starts;
@@ -936,8 +936,8 @@ struct Places {
   int64_t end(int64_t i) const { return !starts ? (i + 1) * K : i + 1 < B ? starts[i + 1] : n; }
 };
 
-// The places of all tokens in the order of their latents, of one latent in the order of tokens: where each latent's begin
-// (F + 1,), and of each place its token and where it lies (n, 2); int32. And the number of tokens.
+// The places of all tokens in the order of their latents, and for one latent in the order of tokens: where each latent's
+// begin (F + 1,), and (token, place) of each (n, 2); int32. And the number of tokens.
 std::tuple<Tensor, Tensor, int64_t> by_latent(const Tensor& indices, const c10::optional<Tensor>& offsets, int64_t F) {
   const Places places(indices, offsets, F);
   const int64_t n_parts = std::min(8, at::get_num_threads()), size = (places.B + n_parts - 1) / n_parts;
@@ -989,7 +989,7 @@ Tensor sum_by_latent(const Tensor& starts, const Tensor& places, int64_t n_token
   Tensor out = at::empty({F, D}, x.options());
   float* to = out.mutable_data_ptr<float>();
   by_blocks(F, 128, [&](int64_t begin, int64_t end) {
-    std::vector<std::pair<const float*, float>> terms;  // but those of nothing, which AuxK has many of
+    std::vector<std::pair<const float*, float>> terms;  // not those of value 0, of which AuxK has many
     for (int64_t f = begin; f < end; f++) {
       terms.clear();
       for (int64_t p = by.starts[f]; p < by.starts[f + 1]; p++)
@@ -1002,8 +1002,8 @@ Tensor sum_by_latent(const Tensor& starts, const Tensor& places, int64_t n_token
   return out;
 }
 
-// The two gradients of a bag without its bias, of grad (B, D): that of values, dot_at(grad, W), and that of W (F, D),
-// sum_by_latent(values, grad), from one reading of grad's rows
+// The gradients of a bag, from grad (B, D): of values, dot_at(grad, W), and of W (F, D), sum_by_latent(values, grad); in one
+// pass over grad's rows
 std::tuple<Tensor, Tensor> bag_backward(
     const Tensor& starts, const Tensor& places, int64_t n_tokens, const Tensor& values, const Tensor& grad,
     const Tensor& W) {
@@ -1023,7 +1023,7 @@ std::tuple<Tensor, Tensor> bag_backward(
   return {of_values, of_W};
 }
 
-// Like indices: left[token] . right[indices[place]]
+// Shaped like indices: left[token] . right[indices[place]]
 Tensor dot_at(const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& left, const Tensor& right) {
   const Places places(indices, offsets, right.size(0));
   const int64_t D = left.size(1);
@@ -1040,8 +1040,7 @@ Tensor dot_at(const Tensor& indices, const c10::optional<Tensor>& offsets, const
   return out;
 }
 
-// (B, D): for each token the sum of values[place] * W[indices[place]] over its places, plus bias (D,) or (B, D) if there is
-// one
+// (B, D): each token's sum of values[place] * W[indices[place]] over its places, plus bias (D,) or (B, D) if given
 Tensor bag(
     const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& values, const Tensor& W,
     const c10::optional<Tensor>& bias) {
@@ -1063,7 +1062,7 @@ Tensor bag(
   return out;
 }
 
-// How many of each token's values are not 0 (B,), and how often each latent's are (F,)
+// How many values of each token are not 0 (B,), and how many of each latent (F,)
 std::tuple<Tensor, Tensor> activity(
     const Tensor& indices, const c10::optional<Tensor>& offsets, const Tensor& values, int64_t F) {
   const Places places(indices, offsets, F);
@@ -1107,7 +1106,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const Tensor& y) {
   return {rows, columns};
 }
 
-// In place: the part of every row of grad (F, D) along the same row of W is dropped
+// In place: subtracts from each row of grad (F, D) its part along the same row of W
 void project_rows_(Tensor grad, const Tensor& W) {
   const int64_t F = W.size(0), D = W.size(1);
   TORCH_CHECK(grad.is_contiguous() && W.is_contiguous() && grad.sizes() == W.sizes());
@@ -1121,7 +1120,7 @@ void project_rows_(Tensor grad, const Tensor& W) {
   });
 }
 
-// In place: every row of W (F, D) gets unit norm; returns the factors (F, 1) that took
+// In place: scales each row of W (F, D) to unit norm; returns the factors (F, 1)
 Tensor unit_rows_(Tensor W) {
   const int64_t F = W.size(0), D = W.size(1);
   TORCH_CHECK(W.is_contiguous());
@@ -1137,7 +1136,7 @@ Tensor unit_rows_(Tensor W) {
   return factors;
 }
 
-// Sum of squares of grad; with rows W, of what is left of grad's rows (F, D) without their part along W's
+// Sum of squares of grad; with W, of grad's rows (F, D) without their part along the rows of W
 double squares(const Tensor& grad, const c10::optional<Tensor>& W) {
   TORCH_CHECK(grad.is_non_overlapping_and_dense());
   TORCH_CHECK(!W || (grad.is_contiguous() && W->is_contiguous() && grad.sizes() == W->sizes() && grad.dim() == 2));
@@ -1157,8 +1156,8 @@ double squares(const Tensor& grad, const c10::optional<Tensor>& W) {
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
-// Adam's moments, in float32, or in bfloat16 rounded up or down at random in proportion to what is near: a small change
-// of a large number then still counts, on average, where rounding to the nearest would lose it every time.
+// Adam's moments, in float32, or in bfloat16 with stochastic rounding: small changes of a large number then count on
+// average, while rounding to the nearest would lose them every time.
 struct Exact {
   float* data;
   float get(int64_t i) const { return data[i]; }
@@ -1226,7 +1225,7 @@ struct Adam {
   }
 };
 
-// In place, Adam (Kingma & Ba 2015, algorithm 1) on numbers that lie alike in all four tensors, with the gradient times
+// In place, Adam (Kingma & Ba 2015, algorithm 1) on four tensors of the same layout, with the gradient times
 // scale. step counts from 1. unit_rows: p's rows (F, D) move on the sphere: the gradient's part along a row is dropped
 // first, and the row gets unit norm after.
 void adam_(
