@@ -9,7 +9,6 @@ is), so guessing scores 0.5. A journal keeps every answer, so that an interrupte
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -107,9 +106,13 @@ class Endpoint:
 # examples
 
 
+def active(c: Context) -> list[int]:
+    return [i for i, v in enumerate(c.values) if v > 0]
+
+
 def marked(c: Context, on: Collection[int] | None = None) -> str:
     """A context as text, with the tokens at `on` (default: the active ones) between << and >>."""
-    on = [i for i, v in enumerate(c.values) if v > 0] if on is None else on
+    on = active(c) if on is None else on
     text = "".join(f"<<{t}>>" if i in on else t for i, t in enumerate(c.tokens))
     return text.replace(">><<", "").replace("\n", "\\n")
 
@@ -137,12 +140,9 @@ def examples(r: FeatureRecord, others: Sequence[FeatureRecord], kind: str) -> li
             false.append(c)
         if len(false) == len(true):
             break
-    if kind == "detection":
-        found = [Example(marked(c, ()), c in true) for c in (*true, *false)]
-    else:
-        places = [[i for i, v in enumerate(c.values) if v > 0] for c in true]
-        found = [Example(marked(c, at), True) for c, at in zip(true, places, strict=True)]
-        found += [Example(marked(c, rng.choice(places)), False) for c in false]
+    places = [active(c) if kind == "fuzzing" else [] for c in true]
+    found = [Example(marked(c, at), True) for c, at in zip(true, places, strict=True)]
+    found += [Example(marked(c, rng.choice(places) if kind == "fuzzing" else ()), False) for c in false]
     rng.shuffle(found)
     return found
 
@@ -156,12 +156,9 @@ def accuracy(found: Sequence[Example], answers: Sequence[int | None]) -> float |
 
 def read_list(text: str, n: int) -> list[int | None]:
     """The n numbers of an answer; n times None if it is no list of n zeros and ones."""
-    found = re.search(r"\[[\s01,]*\]", text)
-    try:
-        numbers = json.loads(found[0]) if found else []
-    except ValueError:
-        numbers = []
-    return numbers if len(numbers) == n and all(v in (0, 1) for v in numbers) else [None] * n
+    found = re.search(r"\[([\s01,]*)\]", text)
+    numbers = [v.strip() for v in found[1].split(",")] if found else []
+    return [int(v) for v in numbers] if len(numbers) == n and {*numbers} <= {"0", "1"} else [None] * n
 
 
 class Explainer:

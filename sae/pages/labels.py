@@ -286,7 +286,9 @@ def make_labels(
     labels: list[Label | None] = [None] * n_rows
     for name, property in single.items():
         families = [property, *(within.values() if name == "token" else ())]
-        finer = [(counted(family, 0), _parents(family.values, property.values)) for family in families[1:]]
+        # the token that each value of a refinement is part of: the one where the value first occurs
+        firsts = (np.unique(family.values, return_index=True)[1] for family in families[1:])
+        finer = [(counted(f, 0), property.values[at]) for f, at in zip(families[1:], firsts, strict=True)]
         rules = best_rules(counted(property, 0), finer, n_active[0])
         quality = precision_recall(rules, (counted(family, 1) for family in families), n_active[1]).tolist()
         order = np.lexsort((-rules.hits, rules.row))  # the most frequent value first
@@ -297,13 +299,6 @@ def make_labels(
             labels[f] = Label(*in_words(names, property.form), *(x[f] for x in quality))
         best = np.maximum(best, rules.score)
     return labels
-
-
-def _parents(finer: np.ndarray, root: np.ndarray) -> np.ndarray:
-    """(G,): the value of root that each value of finer is part of."""
-    found = np.zeros(int(finer.max(initial=0)) + 1, dtype=np.int64)
-    found[finer] = root
-    return found
 
 
 def in_words(names: Sequence[Name], form: str = "{}") -> tuple[str, str]:
@@ -329,16 +324,15 @@ def _listed(names: Sequence[Name]) -> str:
 
 def distribution(labels: Sequence[Label | None]) -> list[str]:
     """The quality of labels as a histogram in lines of text."""
-    made = [label for label in labels if label is not None]
-    least = np.array([min(label.precision, label.recall) for label in made])
+    least = np.array([min(label.precision, label.recall) for label in labels if label is not None])
     edges = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.01)
     counts = np.histogram(least, edges)[0]
-    good = int((least >= 0.5).sum())
-    shown = f"{good} of {len(labels)} live features have precision and recall >= 0.5"
-    lines = [
-        f"labels: {shown} on held-out text ({good / max(1, len(labels)):.1%})",
+    good, of = int((least >= 0.5).sum()), len(labels)
+    share = f"{good / max(1, of):.1%}"
+    longest = max(1, counts.max())
+    bars = ((a, min(1, b), n, "#" * round(50 * n / longest)) for a, b, n in zip(edges, edges[1:], counts, strict=False))
+    return [
+        f"labels: {good} of {of} live features have precision and recall >= 0.5 on held-out text ({share})",
         "the lesser of the two, and features:",
+        *("  {:.1f} to {:.1f} {:6} {}".format(*bar) for bar in bars),
     ]
-    for a, b, n in zip(edges, edges[1:], counts, strict=False):
-        lines.append(f"  {a:.1f} to {min(1, b):.1f} {n:6} {'#' * round(50 * n / max(1, counts.max()))}")
-    return lines

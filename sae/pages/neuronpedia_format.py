@@ -39,8 +39,8 @@ QUANTILES = (  # of a context drawn from an interval: our name, the upload's, th
     ("high", "quantileMax", "binMax", -MAX_VALUE, MAX_VALUE),
     ("share", "quantileFraction", "binContains", 0, 1),
 )
-MODEL_ID = re.compile(r"[a-z][a-z0-9.-]*[a-z0-9]")
-SET_NAME = re.compile(r"[a-z][a-z0-9-]*[a-z0-9]|[a-z0-9]")
+MODEL_ID = r"(?!.*(--|\.\.))[a-z][a-z0-9.-]{0,30}[a-z0-9]"
+SET_NAME = r"(?!.*--|neurons$)([a-z][a-z0-9-]*)?[a-z0-9]"
 LARGEST = sys.float_info.max  # json has no infinity
 EMPTY, NUL = "\u2205", "\u2400"  # an empty token is refused, and Postgres keeps no NUL
 CREATOR = "clkht01d40000jv08hvalcvly"  # the account that a fresh Neuronpedia starts with
@@ -80,17 +80,15 @@ COLUMNS = {
 
 def check_model(model_id: str, layers: int | None = None) -> None:
     """Raise UserError unless model/new takes this."""
-    good = len(model_id) <= 32 and MODEL_ID.fullmatch(model_id) and not re.search(r"--|\.\.", model_id)
     wanted = "2 to 32 of a-z, 0-9, '-' and '.' were wanted, a letter first, a letter or digit last, no '--' or '..'"
-    require(bool(good), f"model id '{model_id}': {wanted}")
+    require(bool(re.fullmatch(MODEL_ID, model_id)), f"model id '{model_id}': {wanted}")
     require(layers is None or 1 <= layers <= 127, f"{layers} layers; Neuronpedia takes models of 1 to 127")
 
 
 def check_set(name: str) -> None:
     """Raise UserError unless source-set/new takes this."""
-    good = SET_NAME.fullmatch(name) and "--" not in name and name != "neurons"
     wanted = "a-z, 0-9 and '-' were wanted, a letter first, a letter or digit last, no '--', and not 'neurons'"
-    require(bool(good), f"set name '{name}': {wanted}")
+    require(bool(re.fullmatch(SET_NAME, name)), f"set name '{name}': {wanted}")
 
 
 def _number(value: Any, what: str, low: float = -LARGEST, high: float = LARGEST, *, whole: bool = False) -> Any:
@@ -310,8 +308,8 @@ def write_export(path: str | Path, folder: str | Path, about: Export) -> Path:
     ids |= {"sourceset": {"name": about.set_name}, "source": {"id": about.source}}
     for table, own in ids.items():
         _write_lines([about.row(table, **own)], root / f"{table}.jsonl")
-    records, number = read_values(path), 0
-    while part := list(islice(records, ROWS_PER_FILE)):
+    records = read_values(path)
+    for number, part in enumerate(iter(lambda: list(islice(records, ROWS_PER_FILE)), [])):
         rows: dict[str, list[Json]] = {"features": [], "activations": [], "explanations": []}
         for record in part:
             feature = to_feature(record)
@@ -324,7 +322,6 @@ def write_export(path: str | Path, folder: str | Path, about: Export) -> Path:
         for table, lines in rows.items():
             if lines:
                 _write_lines(lines, root / table / f"batch-{number}.jsonl.gz")
-        number += 1
     return root
 
 
