@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sae import checkpoint, log, rundir
 from sae import schedules as sched
-from sae.config import SAEConfig, UserError
+from sae.config import SAEConfig, require
 from sae.data.activations import ModelSource, Stream, TensorSource
 from sae.distributed import ALONE, World
 from sae.end_to_end import EndToEnd, RowStream
@@ -33,6 +33,7 @@ from sae.log import Stopwatch
 from sae.metrics import check_finite
 from sae.models import SAE, create_sae
 
+WANTED = "a matrix (tokens, width) was wanted"
 CHECK_EVERY = 100  # steps between looks whether replicas are still equal
 
 
@@ -59,9 +60,8 @@ class SAETrainer:
         wandb: dict[str, Any] | None = None, world: World = ALONE,
     ):  # fmt: skip
         saes: Mapping[str, SAE | None] = {"": sae} if isinstance(sae, SAE) else sae
-        hookpoints = {name: SAEName.parse(name).hookpoint for name in saes}
         if isinstance(val_activations, Tensor):
-            val_activations = dict.fromkeys(hookpoints.values(), val_activations)
+            val_activations = {SAEName.parse(name).hookpoint: val_activations for name in saes}
         self.val = {k: v.to(device) for k, v in (val_activations or {}).items()}
         self.config, self.metadata, self.overwrite = config, metadata or {}, overwrite
         self.pretrained, self.objective, self.wandb = pretrained, objective, wandb
@@ -69,14 +69,7 @@ class SAETrainer:
         self.save_dir = Path(save_dir) if save_dir is not None else None
         self.device = torch.device(device)
         self._activations = {"": activations} if isinstance(activations, Tensor) else activations
-        self.stream = self._stream()
-        self.learners: dict[str, Learner] = {}
-        for name, one in saes.items():
-            if one is not None:
-                its_config = (configs or {}).get(name, config)
-                learner = Learner(one, its_config, self.stream.n_batches, self.device, hookpoints[name])
-                self._check_widths(learner)
-                self.learners[name] = learner
+        self._make_learners({name: one for name, one in saes.items() if one is not None}, configs or {})
         self.watch = Stopwatch(self.device)  # of the SAEs' steps
         self.step = 0
         self.last: dict[str, dict[str, float]] = {}  # the latest metrics of every SAE
@@ -102,12 +95,17 @@ class SAETrainer:
         """Passes over the data completed so far."""
         return self.stream.n_passes
 
-    def _check_widths(self, learner: Learner) -> None:
-        widths, sae = self.stream.source.widths, learner.sae
-        d_in, d_out = widths[learner.reads], widths[learner.hookpoint]
-        if (d_in, d_out) != (sae.d_in, sae.d_out):
+    def _make_learners(self, saes: Mapping[str, SAE], configs: Mapping[str, SAEConfig]) -> None:
+        self.stream = self._stream()
+        self.learners: dict[str, Learner] = {}
+        widths, n_steps = self.stream.source.widths, self.stream.n_batches
+        for name, sae in saes.items():
+            config, hookpoint = configs.get(name, self.config), SAEName.parse(name).hookpoint
+            self.learners[name] = learner = Learner(sae, config, n_steps, self.device, hookpoint)
+            d_in, d_out = widths[learner.reads], widths[learner.hookpoint]
             wanted = f"d_in={d_in} and d_out={d_out}" if sae.config.transcode else f"d_in={d_in}"
-            raise UserError(f"activations are {d_in} wide and the SAE reads {sae.d_in}; set {wanted}")
+            differ = f"activations are {d_in} wide and the SAE reads {sae.d_in}; set {wanted}"
+            require((d_in, d_out) == (sae.d_in, sae.d_out), differ)
 
     def _stream(self) -> Batches:
         """The stream given, or one over the tensors given."""
@@ -115,8 +113,7 @@ class SAETrainer:
         if not isinstance(acts, dict):
             return acts
         for x in acts.values():
-            if x.ndim != 2 or len(x) == 0:
-                raise UserError(f"activations have shape {tuple(x.shape)}; a matrix (tokens, width) was wanted")
+            require(x.ndim == 2 and len(x) > 0, f"activations have shape {tuple(x.shape)}; {WANTED}")
         check_finite(acts)
         n = len(next(iter(acts.values())))
         size, seed = min(sched.tokens_per_step(c), n), sched.shuffle_seed(c)
@@ -149,16 +146,12 @@ class SAETrainer:
 
     def _set_epochs(self, n: int) -> None:
         """As if the config had said so: the optimiser's memory and all schedules follow the length of the run."""
-        if self.step or not isinstance(self._activations, dict):
-            raise UserError(
-                f"num_epochs={n}, but this run has {self.config.num_epochs} and "
-                + ("has begun; make a new trainer" if self.step else "trains on a stream, whose length is its own")
-            )
+        why = "has begun; make a new trainer" if self.step else "trains on a stream, whose length is its own"
+        may = self.step == 0 and isinstance(self._activations, dict)
+        require(may, f"num_epochs={n}, but this run has {self.config.num_epochs} and {why}")
         self.config = replace(self.config, num_epochs=n)
-        self.stream = self._stream()
-        for name, x in self.learners.items():
-            config = replace(x.config, num_epochs=n)
-            self.learners[name] = Learner(x.sae, config, self.stream.n_batches, self.device, x.hookpoint)
+        configs = {name: replace(x.config, num_epochs=n) for name, x in self.learners.items()}
+        self._make_learners({name: x.sae for name, x in self.learners.items()}, configs)
 
     def _pace(self, n_tokens: int, seconds: float) -> str:
         """The speed of a run, and the share of its time that forwards and steps took: the bound on its speed.
@@ -337,10 +330,8 @@ class SAETrainer:
         self.stream.load_state_dict(state["stream"], [part["held"] for part in parts])
         self.step = state["step"]
         steps = self.world.everyone.objects(self.step)
-        if len(set(steps)) > 1:
-            raise UserError(
-                f"the processes found checkpoints of steps {steps}; give them the same folder, then --resume"
-            )
+        found = f"the processes found checkpoints of steps {steps}; give them the same folder, then --resume"
+        require(len(set(steps)) == 1, found)
 
 
 def train_sae_from_activations(
@@ -352,12 +343,13 @@ def train_sae_from_activations(
     val_split: the last part of the rows, held out (default config.val_split); it is taken whole, since neighbouring
     tokens of a text are too alike to validate on. targets (tokens, D_out): what a transcoder predicts.
     """
-    if activations.ndim != 2 or len(activations) < 2:
-        raise UserError(f"activations have shape {tuple(activations.shape)}; a matrix (tokens, width) was wanted")
-    if config.transcode != (targets is not None):
-        raise UserError("transcode and targets go together: a transcoder predicts targets (tokens, D_out)")
-    if targets is not None and (targets.ndim != 2 or len(targets) != len(activations)):
-        raise UserError(f"targets have shape {tuple(targets.shape)}; ({len(activations)}, D_out) was wanted")
+    shape = tuple(activations.shape)
+    require(len(shape) == 2 and len(activations) > 1, f"activations have shape {shape}; {WANTED}")
+    together = "transcode and targets go together: a transcoder predicts targets (tokens, D_out)"
+    require(config.transcode == (targets is not None), together)
+    if targets is not None:
+        fits, given = targets.ndim == 2 and len(targets) == len(activations), tuple(targets.shape)
+        require(fits, f"targets have shape {given}; ({len(activations)}, D_out) was wanted")
     acts = {"": activations} if targets is None else {"@in": activations, "": targets}
     config = replace(config, d_in=config.d_in or activations.shape[1], d_out=config.d_out or acts[""].shape[1])
     share = config.val_split if val_split is None else val_split

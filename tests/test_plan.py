@@ -9,7 +9,7 @@ from sae import plan
 from sae.config import SAEConfig, UserError
 from sae.lm import language_model
 from sae.models import create_sae
-from scripts import sae_train
+from scripts import sae_collect, sae_train
 from tests.conftest import ALL, call
 
 
@@ -19,6 +19,15 @@ def test_a_plan_starts_nothing(here, base, capsys):
     assert "peak per process" in said
     assert "fits" in said
     assert list(here.iterdir()) == []
+
+
+def test_a_plan_on_collected_pairs(here, base, capsys):
+    assert call(sae_collect, *base, "--hookpoints", "transformer.h.*.mlp", "--transcode", "--max_tokens", 300) == 0
+    assert call(sae_train, "--activations", "activations/default", "--transcode", "--plan") == 0
+    assert "3 SAEs" in capsys.readouterr().out
+    named = ["--hookpoints", "transformer.h.1.mlp"]
+    assert call(sae_train, "--activations", "activations/default", "--transcode", *named, "--plan") == 0
+    assert "1 SAEs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
