@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from sae import log
@@ -17,8 +17,9 @@ from sae.hookpoints import input_of, split
 from sae.lm.language_model import LanguageModel, load_language_model
 from sae.schedules import shuffle_seed
 
-# Settings of the model's run that activations were collected with.
-COLLECTED = "ctx_len skip_first exclude_tokens model_dtype text_column split streaming".split()
+# What decides activations, as provenance names it; all but the first two are flags too.
+SETTINGS = "model dataset model_dtype text_column split streaming ctx_len skip_first exclude_tokens".split()
+SAELENS = {"model": "model_name", "dataset": "dataset_path", "ctx_len": "context_size"}  # its names in cfg.json
 
 
 class Data(NamedTuple):
@@ -59,17 +60,13 @@ def live(c: TrainConfig, lm: LanguageModel, hookpoints: Iterable[str]) -> Data:
         return ModelSource(rows, with_inputs(hookpoints, c.transcode), model_batch_size=c.model_batch_size)
 
     train = source("train")
-    how = {"text_column": dataset.text_column, "split": dataset.split, "streaming": dataset.streaming}
-    origin = {
-        "provenance": train.rows.provenance(),
-        "model_name": lm.name,
-        "model_dtype": lm.dtype,
-        "dataset_path": dataset.name,
-        **how,
-        "context_size": train.rows.ctx_len,
-        **left_out,
-    }
+    made_from = train.rows.provenance()
+    origin = {"provenance": made_from, **_for_cfg(made_from)}
     return Data(train, source("val"), c.max_tokens, c.num_epochs, origin)
+
+
+def _for_cfg(made_from: Mapping[str, Any]) -> dict[str, Any]:
+    return {SAELENS.get(name, name): made_from[name] for name in SETTINGS}
 
 
 def collected_source(c: TrainConfig) -> FileSource | cache.CacheSource:
@@ -113,7 +110,7 @@ def _refuse_other(c: TrainConfig, manifest: dict[str, Any], max_len: int) -> Non
 
     manifest: how they were, as far as they say. max_len: the model's context.
     """
-    for name in said(c, *COLLECTED) if not c.resume else ():
+    for name in said(c, *SETTINGS[2:]) if not c.resume else ():
         wanted = sorted(c.exclude_tokens) if name == "exclude_tokens" else getattr(c, name)
         if (min(wanted, max_len) if name == "ctx_len" else wanted) != manifest.get(name):
             was = f"was collected with {name}={manifest[name]}" if name in manifest else "says nothing of that"
@@ -139,12 +136,5 @@ def _origin(c: TrainConfig, manifest: dict[str, Any]) -> dict[str, Any]:
         _refuse_other(c, manifest, lm.max_len)
         rows = TokenRows(lm, opened, "train", manifest["ctx_len"], **left_out)
         cache.refuse_stale(manifest, rows.provenance(), c.activations)
-    return {
-        "provenance": {key: manifest[key] for key in ("model_hash", "dataset_hash", "n_tokens")},
-        "model_name": manifest["model"],
-        "model_dtype": manifest["model_dtype"],
-        "dataset_path": manifest["dataset"],
-        **how,
-        "context_size": manifest["ctx_len"],
-        **left_out,
-    }
+    provenance = {key: manifest[key] for key in ("model_hash", "dataset_hash", "n_tokens")}
+    return {"provenance": provenance, **_for_cfg(manifest)}
