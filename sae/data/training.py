@@ -17,8 +17,8 @@ from sae.hookpoints import input_of, split
 from sae.lm.language_model import LanguageModel, load_language_model
 from sae.schedules import shuffle_seed
 
-# What decides activations, as provenance names it; all but the first two are flags too.
-SETTINGS = "model dataset model_dtype text_column split streaming ctx_len skip_first exclude_tokens".split()
+# What decides activations, as provenance names it.
+SETTINGS = "model model_dtype dataset text_column split streaming ctx_len skip_first exclude_tokens".split()
 SAELENS = {"model": "model_name", "dataset": "dataset_path", "ctx_len": "context_size"}  # its names in cfg.json
 
 
@@ -110,7 +110,8 @@ def _refuse_other(c: TrainConfig, manifest: dict[str, Any], max_len: int) -> Non
 
     manifest: how they were, as far as they say. max_len: the model's context.
     """
-    for name in said(c, *SETTINGS[2:]) if not c.resume else ():
+    read_how = [name for name in SETTINGS if name not in ("model", "dataset")]
+    for name in said(c, *read_how) if not c.resume else ():
         wanted = sorted(c.exclude_tokens) if name == "exclude_tokens" else getattr(c, name)
         if (min(wanted, max_len) if name == "ctx_len" else wanted) != manifest.get(name):
             was = f"was collected with {name}={manifest[name]}" if name in manifest else "says nothing of that"
