@@ -166,7 +166,7 @@ def resample_(sae: SAE, firing: Firing, optimizer: Optimizer, x: Tensor, y: Tens
     rows = rows[sum(n_dead[: shards.rank]) :][: len(dead)].to(x.device)
     mean = data.mean(x)
     directions = _unit(data.pick(x, rows) - (mean if transcode else sae.b_dec))
-    encoder = directions * shards.mean(sae.encoder_rows[alive].norm(dim=1)) * (1.0 if sae.uses_auxk else 0.2)
+    encoder = directions * shards.mean(sae.W_enc[:, alive].norm(dim=0)) * (1.0 if sae.uses_auxk else 0.2)
     decoder = directions
     if transcode:
         decoder = _unit(data.pick(left, rows)) * shards.mean(sae.W_dec[alive].norm(dim=1))
