@@ -25,7 +25,7 @@ from sae.data.activations import ModelSource, Stream, TensorSource
 from sae.distributed import ALONE, World
 from sae.end_to_end import EndToEnd, RowStream
 from sae.formats import store
-from sae.hookpoints import SAEName
+from sae.hookpoints import SAEName, input_of
 from sae.hooks import Acts
 from sae.kernels import sparse
 from sae.learner import Learner
@@ -350,7 +350,7 @@ def train_sae_from_activations(
     if targets is not None:
         fits, given = targets.ndim == 2 and len(targets) == len(activations), tuple(targets.shape)
         require(fits, f"targets have shape {given}; ({len(activations)}, D_out) was wanted")
-    acts = {"": activations} if targets is None else {"@in": activations, "": targets}
+    acts = {"": activations} if targets is None else {input_of(""): activations, "": targets}
     config = replace(config, d_in=config.d_in or activations.shape[1], d_out=config.d_out or acts[""].shape[1])
     share = config.val_split if val_split is None else val_split
     n_val = int(len(activations) * share)
