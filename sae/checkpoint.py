@@ -135,8 +135,9 @@ def _from_older(state: dict[str, Any]) -> dict[str, Any]:
     totals = dict(state["totals"])
     fired = totals.pop("fired")
     average = {"average": turned(state["average"]), "n_averaged": state["n_updates"]}
+    kept = "scaler n_dead residual log_weight drift n_updates scale scale_out variance best_val_loss".split()
     return {
-        **state,
+        **{name: state[name] for name in kept},
         "sae": turned(state["sae_state_dict"]),
         "optimizer": {"parts": parts, **average},
         "firing": {name: state[name] for name in ("tokens_since_fired", "feature_counts", "rate", "listed")},

@@ -31,14 +31,9 @@ KINDS: dict[str, Any] = {}
 
 
 def kind_of(c: SAEConfig) -> Any:
-    """The class of the kind that a config asks for."""
-    return kind_named(c.activation)
-
-
-def kind_named(name: str) -> Any:
-    """The class of a kind. Raises UserError for an unknown one."""
-    require_kind(name)
-    return KINDS[name]
+    """The class of the kind that a config asks for. Raises UserError for an unknown one."""
+    require_kind(c.activation)
+    return KINDS[c.activation]
 
 
 def require_kind(name: str) -> None:
